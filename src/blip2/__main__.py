@@ -1,0 +1,7 @@
+"""`python -m blip2`, also what `torchrun -m blip2 train ...` starts."""
+
+import sys
+
+from blip2.apps.cli import main
+
+sys.exit(main())

@@ -1,0 +1,192 @@
+"""`blip2 caption` and `blip2 ask`: folder runs are batched, resumable and skip what is done."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from blip2.configs import DecodingConfig
+from blip2.errors import ConfigError, DataError, RunError
+from blip2.inference import Blip2, load, open_image
+from blip2.weights import runs
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def caption_command(options: argparse.Namespace) -> int:
+    """Caption what was named; exit code 2 when a named image failed or none could be captioned."""
+    decoding = DecodingConfig(
+        beams=options.beams,
+        num=options.num,
+        min_tokens=options.min_tokens,
+        max_tokens=options.max_tokens,
+        repetition_penalty=options.repetition_penalty,
+        sample=options.sample,
+        top_p=options.top_p,
+    )
+    paths = find_images(options.images)
+    todo = _not_done(paths, options)
+    if len(todo) < len(paths):
+        print(f"{len(paths) - len(todo)} of {len(paths)} images are done already", file=sys.stderr)
+    if not todo:
+        return 0
+    model = _load(options)
+    sink = _open_sink(options)
+    failed: list[str] = []
+    with tqdm(total=len(todo), unit="image", desc="captioning", disable=len(todo) < 2) as bar:
+        for names, pictures in _batches(todo, options.batch, failed):
+            found = model.caption(pictures, prompt=options.prompt, decoding=decoding) if pictures else []
+            for name, captions in zip(names, found, strict=True):
+                sink(name, captions if isinstance(captions, list) else [captions])
+            bar.update(len(names))
+            bar.set_postfix(failed=len(failed), refresh=False)
+    for line in failed:
+        tqdm.write(f"blip2: {line}", file=sys.stderr)
+    named = [line for line in failed if any(line.startswith(f"{n}: ") for n in options.images)]
+    return 2 if named or len(failed) == len(todo) else 0
+
+
+def ask_command(options: argparse.Namespace) -> int:
+    """Answer one question about one image."""
+    picture = open_image(options.image)
+    answer = _load(options).ask([picture], [options.question], beams=options.beams)[0]
+    if options.json:
+        print(json.dumps({"image": options.image, "question": options.question, "answer": answer}))
+    else:
+        print(answer)
+    return 0
+
+
+def find_images(names: list[str]) -> list[str]:
+    """Image files named, and those below named folders, in a stable order and without doubles.
+
+    Raises:
+        DataError: a name does not exist, or a folder holds no image.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            if not inside:
+                raise DataError(f"{name}: no image in this folder ({', '.join(sorted(SUFFIXES))})")
+            found |= dict.fromkeys(inside)
+        elif path.exists():
+            found[name] = None
+        else:
+            raise DataError(f"{name}: no such file or folder")
+    return list(found)
+
+
+def default_run() -> str:
+    """`$BLIP2_MODEL`, else the stage-2 run under `runs/` whose weights are newest."""
+    named = os.environ.get("BLIP2_MODEL")
+    if named:
+        return named
+    newest: tuple[float, str] | None = None
+    for config in Path("runs").rglob(runs.CONFIG):
+        found = runs.checkpoints(config.parent)
+        if found and runs.read_config(config).stage == "stage2":
+            newest = max(newest or (0.0, ""), (found[-1][1].stat().st_mtime, str(config.parent)))
+    if newest is None:
+        raise ConfigError("no model: give --model RUN, set BLIP2_MODEL, or train one first (blip2 demo)")
+    return newest[1]
+
+
+def _load(options: argparse.Namespace) -> Blip2:
+    model = load(options.model or default_run(), device=options.device)
+    model.batch = max(1, options.batch)
+    return model
+
+
+def _batches(paths: list[str], size: int, failed: list[str]) -> Iterator[tuple[list[str], list[Image.Image]]]:
+    names: list[str] = []
+    pictures: list[Image.Image] = []
+    for path in paths:
+        try:
+            picture = open_image(path)
+        except DataError as error:
+            failed.append(str(error))
+            continue
+        names.append(path)
+        pictures.append(picture)
+        if len(names) == max(1, size):
+            yield names, pictures
+            names, pictures = [], []
+    if names:
+        yield names, pictures
+
+
+def _not_done(paths: list[str], options: argparse.Namespace) -> list[str]:
+    if options.sidecar:
+        return [p for p in paths if not Path(p).with_suffix(".txt").exists()]
+    if not options.out:
+        return paths
+    target = Path(options.out)
+    done = {entry["image"] for entry in _whole_lines(target)} if target.exists() else set()
+    return [p for p in paths if p not in done]
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Entries of a captions file; a last line cut short by a kill is dropped from it.
+
+    Raises:
+        DataError: a line that is not one of ours.
+    """
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        beside = path.with_name(f".{path.name}.tmp")
+        beside.write_text("".join(lines[:-1]), "utf-8")
+        beside.replace(path)
+        lines.pop()
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            entry["image"], entry["captions"]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{path}: line {number} is not a caption line; choose another --out") from None
+        entries.append(entry)
+    return entries
+
+
+def _open_sink(options: argparse.Namespace) -> Any:
+    """A function (image, captions) that puts captions where the options say."""
+    if options.sidecar:
+        return _write_sidecar
+    if options.out:
+        return lambda image, captions: _append(Path(options.out), image, captions)
+    if options.json:
+        return lambda image, captions: print(_line(image, captions), flush=True)
+    return lambda image, captions: print(*(f"{image}: {text}" for text in captions), sep="\n", flush=True)
+
+
+def _line(image: str, captions: list[str]) -> str:
+    return json.dumps({"image": image, "captions": captions}, ensure_ascii=False)
+
+
+def _append(path: Path, image: str, captions: list[str]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as handle:
+            handle.write(_line(image, captions) + "\n")
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _write_sidecar(image: str, captions: list[str]) -> None:
+    target = Path(image).with_suffix(".txt")
+    beside = target.with_name(f".{target.name}.tmp")
+    try:
+        beside.write_text("".join(f"{text}\n" for text in captions), "utf-8")
+        beside.replace(target)
+    except OSError as error:
+        raise RunError(f"{target}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,180 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from blip2 import __version__
+from blip2.errors import Blip2Error
+
+EXAMPLES = """\
+examples:
+  blip2 demo                                        train a small bridge here and caption with it
+  blip2 train tiny/stage1 --out runs/s1
+  blip2 train tiny/stage2 --init runs/s1 --out runs/s2 --optim.lr 2e-4
+  blip2 caption photos/ --model runs/s2 --out captions.jsonl
+  blip2 ask dog.jpg "What is the dog doing?" --model runs/s2
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code (2 for anything the user can mend)."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return int(options.run(options, rest))
+    except Blip2Error as error:
+        print(f"blip2: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("blip2: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="blip2",
+        description="Pretrain, evaluate and use BLIP-2 (arXiv 2301.12597).",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"blip2 {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_use(commands)
+    _add_data(commands)
+    demo = commands.add_parser("demo", help="train both stages on embedded defaults (about 10 minutes), then caption")
+    demo.add_argument("--out", default="runs/demo", help="folder of the two runs (default: %(default)s)")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    train = commands.add_parser(
+        "train",
+        add_help=False,
+        help="train a recipe, or resume a run",
+        usage="blip2 train RECIPE|CONFIG.yaml|RUN [--data D] [--out RUN] [--init RUN] [--steps N] [--batch N] "
+        "[--SETTING VALUE ...]",
+        description="Train a recipe (see `blip2 recipes`), the config.yaml of an earlier run, or resume a run folder. "
+        "Every setting can be changed by its dotted name; `blip2 train RECIPE --help` lists them.",
+    )
+    train.add_argument("recipe", nargs="?", help="recipe, config.yaml or run folder")
+    train.add_argument("-h", "--help", action="store_true", help="with a recipe: list all its settings")
+    train.set_defaults(run=_train, parser=train)
+    estimate = commands.add_parser("estimate", help="parameters and memory of a recipe, without loading any weights")
+    estimate.add_argument("recipe", help="recipe, config.yaml or run folder")
+    estimate.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    estimate.set_defaults(run=_estimate)
+    recipes = commands.add_parser("recipes", help="list the recipes")
+    recipes.set_defaults(run=_recipes)
+
+
+def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    caption = commands.add_parser("caption", help="caption images or folders of images")
+    caption.add_argument("images", nargs="+", metavar="IMAGE|FOLDER")
+    caption.add_argument("--prompt", help="text that the caption continues (default: the run's)")
+    caption.add_argument("--num", type=int, default=1, help="captions per image (default: %(default)s)")
+    caption.add_argument("--min-tokens", type=int, default=8)
+    caption.add_argument("--max-tokens", type=int, default=30)
+    caption.add_argument("--repetition-penalty", type=float, default=1.0)
+    caption.add_argument("--sample", action="store_true", help="nucleus sampling instead of beam search")
+    caption.add_argument("--top-p", type=float, default=0.9)
+    where = caption.add_mutually_exclusive_group()
+    where.add_argument("--json", action="store_true", help="one JSON object per image on stdout")
+    where.add_argument("--out", metavar="FILE.jsonl", help="append to a file; images already in it are skipped")
+    where.add_argument("--sidecar", action="store_true", help="write IMAGE.txt beside each image that has none")
+    caption.set_defaults(run=_caption)
+    ask = commands.add_parser("ask", help="ask a question about an image")
+    ask.add_argument("image")
+    ask.add_argument("question")
+    ask.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    ask.set_defaults(run=_ask)
+    for command in (caption, ask):
+        command.add_argument(
+            "--model", metavar="RUN", help="run folder (default: $BLIP2_MODEL, else the newest in runs/)"
+        )
+        command.add_argument("--beams", type=int, default=5, help="beam width (default: %(default)s)")
+        command.add_argument("--batch", type=int, default=16, help="images at a time (default: %(default)s)")
+        command.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+
+
+def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    data = commands.add_parser("data", help="look after data sets")
+    kinds = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
+    check = kinds.add_parser("check", help="decode every image, list every bad sample with its reason")
+    check.add_argument("path", help="named set, shards, folder or JSONL file")
+    check.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    check.set_defaults(run=_data_check)
+
+
+def _train(options: argparse.Namespace, rest: list[str]) -> int:
+    from dataclasses import replace
+    from pathlib import Path
+
+    from blip2.apps.overrides import base_config, help_text, with_overrides
+
+    if options.recipe is None:
+        options.parser.print_help()
+        return 0 if options.help else 2
+    base = base_config(options.recipe)
+    if Path(options.recipe).is_dir():
+        base = replace(base, out=options.recipe)
+    if options.help:
+        print(help_text(base))
+        return 0
+    config = with_overrides(base, rest)
+    from blip2.apps.train import train
+
+    return train(config)
+
+
+def _estimate(options: argparse.Namespace, rest: list[str]) -> int:
+    from blip2.apps.estimate import estimate
+    from blip2.apps.overrides import base_config
+
+    print(estimate(base_config(options.recipe), as_json=options.json))
+    return 0
+
+
+def _recipes(options: argparse.Namespace, rest: list[str]) -> int:
+    from blip2.recipes import RECIPES
+
+    for name, function in RECIPES.items():
+        print(f"{name:<22} {(function.__doc__ or '').strip().splitlines()[0]}")
+    return 0
+
+
+def _caption(options: argparse.Namespace, rest: list[str]) -> int:
+    from blip2.apps.caption import caption_command
+
+    return caption_command(options)
+
+
+def _ask(options: argparse.Namespace, rest: list[str]) -> int:
+    from blip2.apps.caption import ask_command
+
+    return ask_command(options)
+
+
+def _data_check(options: argparse.Namespace, rest: list[str]) -> int:
+    from blip2.apps.data import check_command
+
+    return check_command(options.path, as_json=options.json)
+
+
+def _demo(options: argparse.Namespace, rest: list[str]) -> int:
+    from blip2.apps.demo import demo
+
+    return demo(options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

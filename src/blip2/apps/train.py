@@ -1,0 +1,329 @@
+"""`blip2 train`: from a configuration to a run folder, resumed where one is there."""
+
+from __future__ import annotations
+
+import json
+import platform
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from blip2 import __version__
+from blip2.apps.dev import DevEvaluator
+from blip2.apps.report import write_report
+from blip2.cache import cache_folder
+from blip2.configs import RunConfig, to_dict
+from blip2.data.dataset import Batch, TrainingBatches
+from blip2.data.features import FeatureCache
+from blip2.data.samples import Collection
+from blip2.data.sources import open_collection
+from blip2.errors import ConfigError, RunError
+from blip2.inference import Blip2
+from blip2.models.build import build
+from blip2.models.freezing import parameter_table
+from blip2.models.stage1 import Stage1
+from blip2.models.stage2 import Stage2
+from blip2.models.vision_encoder import VisionEncoder
+from blip2.ops import distributed
+from blip2.training.metrics import format_seconds
+from blip2.training.objectives import Stage1Objective, Stage2Objective
+from blip2.training.parallel import autocast, fast_bf16, pick_device, process_group
+from blip2.training.trainer import Outcome, Trainer
+from blip2.weights import native, runs
+
+# Settings that a resumed run may change; any other would make it another run.
+CHANGEABLE = {
+    "out",
+    "train.steps",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep",
+    "train.device",
+    "train.parallel",
+    "train.precision",
+    "data.workers",
+}
+
+
+def train(config: RunConfig) -> int:
+    """Run a configuration to its end, or resume the run in its folder.
+
+    Returns:
+        Exit code: 0 done, 130 after Ctrl-C, 143 after SIGTERM; both saved.
+    """
+    device = pick_device(config.train.device)
+    with process_group(device):
+        return _train(config, device)
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Where a run lives: `out`, or `runs/<recipe>`."""
+    return Path(config.out or f"runs/{config.recipe.replace('/', '-')}")
+
+
+def _train(config: RunConfig, device: torch.device) -> int:
+    folder = run_folder(config)
+    resumed = _claim(folder, config)
+    data = open_collection(config.data.train).limited(config.data.limit)
+    dev = None
+    if config.data.dev and config.eval.images:
+        dev = open_collection(config.data.dev).limited(config.data.dev_limit).limited(config.eval.images)
+    model = build(config)
+    loaded = _initialise(model, config) if resumed is None else []
+    model.to(device)
+    vision = model.vision
+    assert isinstance(vision, VisionEncoder)
+    _describe(config, model, data, dev, loaded, device)
+    with autocast(device, config.train.precision):
+        caches = _caches(config, data, dev, vision, device)
+    trainer, batches, evaluator = _assemble(config, folder, model, data, dev, caches, device)
+    step = trainer.resume()
+    if step:
+        _say(f"resuming {folder} after step {step}")
+    if step >= config.train.steps:
+        _say(f"{folder} is complete: {step} steps done; raise --steps to go on")
+        return 0
+    outcome = trainer.run()
+    if distributed.rank() == 0:
+        _finish(config, folder, model, outcome, evaluator, batches, loaded, device, step)
+    return 0 if outcome.interrupted is None else 128 + outcome.interrupted
+
+
+def _claim(folder: Path, config: RunConfig) -> Path | None:
+    """Make the run folder, or check that the one there is of the same run; returns what to resume."""
+    known = folder / runs.CONFIG
+    if known.exists():
+        _same_run(folder, runs.read_config(known), config)
+    elif folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder}: not empty and not a run folder: choose another --out")
+    if distributed.rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            runs.write_config(folder, config)
+        except OSError as error:
+            raise RunError(f"{folder}: cannot be written: {error.strerror}") from error
+    found = runs.checkpoints(folder)
+    return found[-1][1] if found else None
+
+
+def _same_run(folder: Path, before: RunConfig, now: RunConfig) -> None:
+    old, new = _flat(to_dict(before)), _flat(to_dict(now))
+    for name in old:
+        if name not in CHANGEABLE and old[name] != new[name]:
+            raise ConfigError(
+                f"{folder} is a run with {name} = {old[name]!r}, not {new[name]!r}: choose another --out, "
+                f"or go on with `blip2 train {folder}`"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out
+
+
+def _initialise(model: Stage1 | Stage2, config: RunConfig) -> list[str]:
+    """Load what `init` names; returns lines that say what came from where."""
+    lines = [f"Q-Former started from {config.qformer.init}"]
+    if config.init is None:
+        if config.stage == "stage2":
+            lines.append("no --init: stage 2 starts without stage 1")
+        return lines
+    found = runs.open_run(config.init)
+    _same_towers(found.config, config)
+    if config.stage == "stage2" and found.config.stage == "stage1":
+        return [native.hand_over(model, found.weights).line()]
+    return [native.load_weights(model, found.weights).line()]
+
+
+def _same_towers(before: RunConfig, now: RunConfig) -> None:
+    for name in ("vision.name", "vision.layer", "vision.pool", "qformer.queries", "qformer.init"):
+        old, new = _flat(to_dict(before))[name], _flat(to_dict(now))[name]
+        if old != new:
+            raise ConfigError(f"--init {now.init} was trained with {name} = {old!r}, this run has {new!r}")
+
+
+def _caches(
+    config: RunConfig, data: Collection, dev: Collection | None, vision: VisionEncoder, device: torch.device
+) -> tuple[FeatureCache | None, FeatureCache | None]:
+    """Feature caches of train and dev; the first process builds, the others wait and open."""
+    if not config.data.cache_features:
+        return None, None
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return vision(pixels.to(device))
+
+    views = config.data.cache_views
+
+    def make() -> tuple[FeatureCache | None, FeatureCache | None]:
+        made = partial(
+            FeatureCache.open_or_build,
+            cache_folder() / "features",
+            spec=_spec(config, vision),
+            encoder_id=vision.id,
+            encode=encode,
+            crop_min=config.data.crop_min,
+            seed=config.train.seed,
+        )
+        return made(data, views=views), made(dev, views=1) if dev is not None else None
+
+    if distributed.rank() == 0:
+        caches = make()
+    if distributed.world_size() > 1:
+        torch.distributed.barrier()
+    return caches if distributed.rank() == 0 else make()
+
+
+def _spec(config: RunConfig, vision: VisionEncoder) -> Any:
+    from blip2.data.images import ImageSpec
+
+    return ImageSpec(vision.size, vision.mean, vision.std, config.vision.resize)
+
+
+def _assemble(
+    config: RunConfig,
+    folder: Path,
+    model: Stage1 | Stage2,
+    data: Collection,
+    dev: Collection | None,
+    caches: tuple[FeatureCache | None, FeatureCache | None],
+    device: torch.device,
+) -> tuple[Trainer, TrainingBatches, DevEvaluator | None]:
+    assert isinstance(model.vision, VisionEncoder)
+    if isinstance(model, Stage1):
+        user = Blip2(config, stage1=model)
+        objective: nn.Module = Stage1Objective(model, user.text_tokenizer, config.loss, config.train.seed)
+        frozen: list[nn.Module] = [model.vision]
+    else:
+        user = Blip2(config, stage2=model)
+        objective = Stage2Objective(model, user.language_tokenizer, config.language, config.train.seed)
+        frozen = [model.vision, model.language_model]
+    batches = TrainingBatches(
+        data,
+        batch=config.train.batch,
+        seed=config.train.seed,
+        spec=user.image_spec,
+        features=caches[0],
+        augment=config.data.augment,
+        crop_min=config.data.crop_min,
+        rank=distributed.rank(),
+        world=distributed.world_size(),
+        workers=_workers(config),
+    )
+    evaluator = DevEvaluator(user, objective, dev, caches[1], config, folder) if dev is not None else None
+    source: Callable[[int], Iterator[Batch]] = batches.steps_from
+    trainer = Trainer(objective, source, config, folder, device=device, frozen=frozen, evaluate=evaluator)
+    return trainer, batches, evaluator
+
+
+def _workers(config: RunConfig) -> int:
+    if config.data.workers is not None:
+        return config.data.workers
+    cores = torch.get_num_threads()
+    return 0 if config.data.cache_features else max(1, min(cores - 1, 8))
+
+
+def _describe(
+    config: RunConfig,
+    model: nn.Module,
+    data: Collection,
+    dev: Collection | None,
+    loaded: list[str],
+    device: torch.device,
+) -> None:
+    fast = config.train.precision == "bf16" or (config.train.precision == "auto" and fast_bf16(device))
+    _say(
+        f"{config.recipe} ({config.stage}) on {device.type}, {distributed.world_size()} process(es), "
+        f"{'bf16 autocast' if fast else 'fp32'}"
+    )
+    for row in parameter_table(model):
+        state = " + ".join(
+            f"{count / 1e6:.2f}M {word}"
+            for count, word in ((row.trainable, "trained"), (row.frozen, "frozen"))
+            if count
+        )
+        _say(f"  {row.name:<18} {state}")
+    for line in loaded:
+        _say(f"  {line}")
+    _say(f"  train: {data.name}, {len(data.samples)} images" + _bad(data))
+    if dev is not None:
+        _say(f"  dev:   {dev.name}, {len(dev.samples)} images" + _bad(dev))
+
+
+def _bad(collection: Collection) -> str:
+    if not collection.bad:
+        return ""
+    reasons = Counter(b.reason for b in collection.bad)
+    return f"; {len(collection.bad)} skipped: " + ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
+
+
+def _finish(
+    config: RunConfig,
+    folder: Path,
+    model: nn.Module,
+    outcome: Outcome,
+    evaluator: DevEvaluator | None,
+    batches: TrainingBatches,
+    loaded: list[str],
+    device: torch.device,
+    first: int,
+) -> None:
+    """Write `summary.json` and `report.html`, and say where they are."""
+    path = folder / "summary.json"
+    before = json.loads(path.read_text("utf-8")) if path.exists() and first else {}
+    skipped = Counter(bad.reason for bad in [*batches.collection.bad, *batches.bad])
+    summary = {
+        "parameters": [
+            {"name": row.name, "trainable": row.trainable, "frozen": row.frozen} for row in parameter_table(model)
+        ],
+        "seconds": before.get("seconds", 0.0) + outcome.seconds,
+        "steps": outcome.step,
+        "pairs": outcome.step * config.train.batch,
+        "hardware": _hardware(device),
+        "versions": {"blip2": __version__, **{n: metadata.version(n) for n in ("torch", "transformers")}},
+        "loaded": before.get("loaded") or loaded,
+        "skipped": dict(skipped),
+        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+    beside = path.with_name(".summary.json.tmp")
+    beside.write_text(json.dumps(summary, indent=1), "utf-8")
+    beside.replace(path)
+    for entry in evaluator.last_samples[:4] if evaluator is not None else []:
+        _say(f"  {entry['key']}: {entry['caption']!r}  (reference: {entry['references'][0]!r})")
+    for reason, count in skipped.items():
+        _say(f"  skipped {count}: {reason}")
+    report = write_report(folder)
+    if outcome.interrupted is not None:
+        name = signal.Signals(outcome.interrupted).name
+        _say(f"stopped by {name} after step {outcome.step}, saved; go on with: blip2 train {folder}")
+    else:
+        _say(f"{outcome.step} steps done, {format_seconds(outcome.seconds)} in this call")
+    _say(f"report: {report}")
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{distributed.world_size()} x {torch.cuda.get_device_name(device)}"
+    return f"{torch.get_num_threads()} CPU threads x {distributed.world_size()} ({platform.machine()})"
+
+
+def _say(text: str) -> None:
+    if distributed.rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def with_out(config: RunConfig, out: str | None) -> RunConfig:
+    """The configuration with its run folder resolved."""
+    return replace(config, out=out or str(run_folder(config)))

@@ -1,0 +1,374 @@
+"""Every configuration of a run, as plain dataclasses that check themselves when created.
+
+Standard library only, so that a recipe can be listed without importing torch. A whole run is one
+`RunConfig`; recipes (`blip2.recipes`) return one, the command line overrides its fields by dotted
+name (`--optim.lr 2e-4`), and the resolved one is written to `config.yaml` in the run folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from blip2.errors import ConfigError
+
+STAGES = ("stage1", "stage2")
+PRECISIONS = ("auto", "fp32", "bf16")
+PARALLEL = ("ddp", "fsdp2")
+RESIZES = ("squash", "crop")
+
+
+def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} is {value!r}: it must be {allowed}")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The frozen image encoder.
+
+    Args:
+        name: `dinov2-s` (embedded), `vitl`, `vitg` (the paper's), a folder, or a hub id.
+        layer: block whose output is used, counted as in a Python list (-2: second-last, as the
+            paper does for CLIP and ViT-g); None takes the model's own final, normalised output.
+        pool: average-pool the patch grid by this factor on each side ([CLS] is kept).
+        image_size: side of the square input in pixels; None takes the model's own.
+        resize: `squash` scales both sides (as LAVIS and transformers do for BLIP-2), `crop` scales
+            the shorter side and takes the centre.
+    """
+
+    name: str = "dinov2-s"
+    layer: int | None = None
+    pool: int = 1
+    image_size: int | None = 224
+    resize: str = "squash"
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name), "vision.name", self.name, "a model name or folder")
+        _require(self.pool >= 1, "vision.pool", self.pool, "1 or more")
+        _require(self.image_size is None or self.image_size >= 16, "vision.image_size", self.image_size, "at least 16")
+        _require(self.resize in RESIZES, "vision.resize", self.resize, f"one of {', '.join(RESIZES)}")
+
+
+@dataclass(frozen=True)
+class QFormerConfig:
+    """The Querying Transformer (arXiv 2301.12597, section 3.1).
+
+    Args:
+        init: BERT-type checkpoint that gives sizes, weights and tokenizer: `minilm-l6` (embedded),
+            `bert-base` (the paper's), a folder, or a hub id.
+        queries: number of learned query tokens.
+        cross_every: cross-attention to the image in layers 0, N, 2N, ...
+        embed_dim: width of the contrastive space.
+        dropout: on embeddings and on every sublayer's output, while training.
+        attention_dropout: on attention weights, while training.
+        max_text: longest text in tokens, [CLS] and [SEP] included.
+    """
+
+    init: str = "minilm-l6"
+    queries: int = 32
+    cross_every: int = 2
+    embed_dim: int = 256
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    max_text: int = 32
+
+    def __post_init__(self) -> None:
+        _require(bool(self.init), "qformer.init", self.init, "a BERT-type checkpoint name or folder")
+        for name in ("queries", "cross_every", "embed_dim"):
+            _require(getattr(self, name) >= 1, f"qformer.{name}", getattr(self, name), "1 or more")
+        for name in ("dropout", "attention_dropout"):
+            _require(0 <= getattr(self, name) < 1, f"qformer.{name}", getattr(self, name), "in [0, 1)")
+        _require(self.max_text >= 4, "qformer.max_text", self.max_text, "4 or more")
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """The frozen language model of stage 2.
+
+    Args:
+        name: `smollm2-135m` (embedded), `opt-2.7b`, `opt-6.7b`, `flan-t5-xl`, `flan-t5-xxl`, a
+            folder, or a hub id; decoder-only or encoder-decoder.
+        prompt: text between the soft prompts and the caption, part of the input, never of the loss.
+        question: template of a question; `{}` is replaced.
+        end: text that ends a caption; None takes the model's own end token ("\\n" for OPT).
+        max_text: longest caption in tokens, end token included.
+    """
+
+    name: str = "smollm2-135m"
+    prompt: str = "a photo of"
+    question: str = "Question: {} Answer:"
+    end: str | None = None
+    max_text: int = 32
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name), "language.name", self.name, "a model name or folder")
+        _require("{}" in self.question, "language.question", self.question, "a template with {}")
+        _require(self.max_text >= 2, "language.max_text", self.max_text, "2 or more")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how.
+
+    Args:
+        train, dev: a named set (`flickr8k:train`), tar shards (path, glob or brace range), a folder
+            of images with sidecar texts, or a JSONL file.
+        limit, dev_limit: use only the first N usable images; None uses all.
+        augment: random resized crop and horizontal flip (needs the images: with a feature cache
+            it takes effect through `cache_views`).
+        crop_min: smallest share of the image's area that a random crop keeps.
+        cache_features: encode every image once and keep the features on disk (memory-mapped).
+        cache_views: views per image in the cache; view 0 is plain, further ones are augmented.
+        workers: loader processes; None picks 0 with a feature cache, else the cores but one.
+    """
+
+    train: str = "flickr8k:train"
+    dev: str | None = "flickr8k:dev"
+    limit: int | None = None
+    dev_limit: int | None = None
+    augment: bool = True
+    crop_min: float = 0.5
+    cache_features: bool = False
+    cache_views: int = 1
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(bool(self.train), "data.train", self.train, "a data set")
+        for name in ("limit", "dev_limit"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"data.{name}", value, "1 or more")
+        _require(0 < self.crop_min <= 1, "data.crop_min", self.crop_min, "in (0, 1]")
+        _require(self.cache_views >= 1, "data.cache_views", self.cache_views, "1 or more")
+        _require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "0 or more")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights and details of the objectives (section 3.2: all three weigh the same).
+
+    Args:
+        itc, itm, itg: weights of the stage-1 losses; 0 leaves one out.
+        temperature: start of the learned ITC temperature, which divides.
+        itc_smoothing, itg_smoothing: label smoothing.
+        itc_one_sided: give the gathered side of ITC no gradient, as LAVIS does; False is the
+            gradient of the stated loss.
+    """
+
+    itc: float = 1.0
+    itm: float = 1.0
+    itg: float = 1.0
+    temperature: float = 0.07
+    itc_smoothing: float = 0.1
+    itg_smoothing: float = 0.1
+    itc_one_sided: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("itc", "itm", "itg"):
+            _require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "0 or more")
+        _require(self.itc + self.itm + self.itg > 0, "loss.itc + itm + itg", 0, "positive")
+        _require(self.temperature > 0, "loss.temperature", self.temperature, "positive")
+        for name in ("itc_smoothing", "itg_smoothing"):
+            _require(0 <= getattr(self, name) < 1, f"loss.{name}", getattr(self, name), "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up and a cosine down to `min_lr`; no decay on 1-D tensors.
+
+    Args:
+        lr, min_lr, warmup_lr: peak, final and first learning rate.
+        warmup: steps of linear warm-up.
+        betas, weight_decay: of AdamW.
+        clip: largest global gradient norm; None does not clip.
+    """
+
+    lr: float = 1e-4
+    min_lr: float = 1e-5
+    warmup_lr: float = 1e-6
+    warmup: int = 2000
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.05
+    clip: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optim.lr", self.lr, "positive")
+        _require(0 <= self.min_lr <= self.lr, "optim.min_lr", self.min_lr, f"between 0 and optim.lr ({self.lr})")
+        _require(0 <= self.warmup_lr <= self.lr, "optim.warmup_lr", self.warmup_lr, "between 0 and optim.lr")
+        _require(self.warmup >= 0, "optim.warmup", self.warmup, "0 or more")
+        _require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        _require(self.clip is None or self.clip > 0, "optim.clip", self.clip, "positive")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop.
+
+    Args:
+        steps: optimizer steps of the whole run.
+        batch: image-text pairs per optimizer step, over all processes.
+        accumulate: micro-batches a step is split into; ITC and ITM see one micro-batch at a time.
+        precision: `auto` is bf16 autocast where the hardware multiplies it fast (CUDA, CPUs with
+            AVX512-BF16 or AMX), else fp32. Weights and optimizer state stay fp32.
+        parallel: `ddp` or `fsdp2`, under `torchrun`.
+        eval_every, save_every, keep: steps between evaluations and checkpoints; checkpoints kept.
+        seed: of initialisation, data order, dropout and negative sampling.
+        device: `auto`, `cpu`, `cuda`.
+    """
+
+    steps: int = 1000
+    batch: int = 64
+    accumulate: int = 1
+    precision: str = "auto"
+    parallel: str = "ddp"
+    eval_every: int = 100
+    save_every: int = 100
+    keep: int = 2
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "eval_every", "save_every", "keep"):
+            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
+        _require(
+            self.batch % self.accumulate == 0, "train.batch", self.batch, f"a multiple of accumulate={self.accumulate}"
+        )
+        _require(self.precision in PRECISIONS, "train.precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+        _require(self.parallel in PARALLEL, "train.parallel", self.parallel, f"one of {', '.join(PARALLEL)}")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is measured while training.
+
+    Args:
+        images: dev images used for dev loss and recall.
+        samples: dev images captioned at every evaluation (the same ones each time).
+        beams, min_tokens, max_tokens: how the samples are decoded (beams: stage 2 only).
+    """
+
+    images: int = 250
+    samples: int = 8
+    beams: int = 1
+    min_tokens: int = 5
+    max_tokens: int = 24
+
+    def __post_init__(self) -> None:
+        for name in ("images", "samples"):
+            _require(getattr(self, name) >= 0, f"eval.{name}", getattr(self, name), "0 or more")
+        _require(self.beams >= 1, "eval.beams", self.beams, "1 or more")
+        _require(
+            0 <= self.min_tokens <= self.max_tokens,
+            "eval.min_tokens",
+            self.min_tokens,
+            "between 0 and eval.max_tokens",
+        )
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """How text is generated. Defaults are the paper's for captions (appendix, table 8).
+
+    Args:
+        beams: width of the beam search; 1 is greedy.
+        num: texts returned per image, at most `beams` unless sampling.
+        min_tokens, max_tokens: bounds on new tokens.
+        length_penalty: exponent of the length a beam's score is divided by.
+        repetition_penalty: above 1 makes tokens already written less likely.
+        sample: nucleus sampling instead of beam search.
+        top_p, temperature: of the sampling.
+    """
+
+    beams: int = 5
+    num: int = 1
+    min_tokens: int = 8
+    max_tokens: int = 30
+    length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    sample: bool = False
+    top_p: float = 0.9
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("beams", "num", "max_tokens"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "between 0 and max_tokens")
+        _require(self.sample or self.num <= self.beams, "num", self.num, f"at most beams ({self.beams})")
+        _require(self.temperature > 0, "temperature", self.temperature, "positive")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run.
+
+    Args:
+        recipe: name of the recipe it began as.
+        stage: `stage1` (representation learning) or `stage2` (generative learning).
+        out: run folder; None picks `runs/<recipe>` with `/` replaced by `-`.
+        init: run folder or weights file that this run starts from (stage 2: a stage-1 run).
+    """
+
+    recipe: str = "custom"
+    stage: str = "stage1"
+    out: str | None = None
+    init: str | None = None
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.stage in STAGES, "stage", self.stage, f"one of {', '.join(STAGES)}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dict of a config, ready for YAML or JSON (tuples become lists)."""
+    return _plain(dataclasses.asdict(config))
+
+
+def from_dict(kind: type[Any], values: dict[str, Any], where: str = "config") -> Any:
+    """Build config class `kind` from a nested dict, refusing unknown keys by name.
+
+    Raises:
+        ConfigError: for an unknown key or a value that the class refuses; `where` names the file.
+    """
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ConfigError(f"{where}: unknown setting {unknown[0]!r}; known: {', '.join(known)}")
+    built = {}
+    for name, value in values.items():
+        nested = _NESTED.get(name) if kind is RunConfig else None
+        if nested is not None and isinstance(value, dict):
+            value = from_dict(nested, value, f"{where}: {name}")
+        elif name == "betas" and isinstance(value, list):
+            value = tuple(value)
+        built[name] = value
+    return kind(**built)
+
+
+_NESTED: dict[str, type[Any]] = {
+    "vision": VisionConfig,
+    "qformer": QFormerConfig,
+    "language": LanguageConfig,
+    "data": DataConfig,
+    "loss": LossConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,1 @@
+"""Images with texts: reading, checking, augmenting, batching, caching of frozen features."""

@@ -1,0 +1,294 @@
+"""Batches as a pure function of (seed, step): any number of processes or workers sees the same.
+
+Step N takes the N-th slice of the epochs' permutations. The caption, the crop and the cached view
+of a sample are drawn from a generator seeded by (seed, epoch, sample). Resuming needs the step
+alone, and a process takes its contiguous share of the global batch.
+
+Shape letters: B samples, S side in pixels, P patches, C image-encoder channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from blip2.data.features import FeatureCache
+from blip2.data.images import ImageSpec, augmented_view, decode_image, plain_view
+from blip2.data.samples import BadSample, BadSampleError, Collection
+from blip2.errors import DataError
+
+
+@dataclass
+class Batch:
+    """Image-text pairs of one step of one process.
+
+    Args:
+        image_ids: int64 [B]; equal ids are the same image.
+        pixels: float32 [B, 3, S, S], or None where features are given.
+        features: [B, P, C] of the frozen encoder, or None.
+        skipped: bad samples met while this batch was made, each key once per process.
+    """
+
+    keys: list[str]
+    image_ids: Tensor
+    captions: list[str]
+    pixels: Tensor | None = None
+    features: Tensor | None = None
+    skipped: list[BadSample] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on a device."""
+        pixels = self.pixels.to(device, non_blocking=True) if self.pixels is not None else None
+        features = self.features.to(device, non_blocking=True) if self.features is not None else None
+        return Batch(self.keys, self.image_ids.to(device), self.captions, pixels, features, self.skipped)
+
+    def split(self, parts: int) -> list[Batch]:
+        """Micro-batches of equal size, in order; the first carries what was skipped."""
+        if len(self) % parts:
+            raise DataError(f"a batch of {len(self)} cannot be split into {parts} equal micro-batches")
+        size = len(self) // parts
+        return [self._slice(slice(n * size, (n + 1) * size), first=n == 0) for n in range(parts)]
+
+    def _slice(self, part: slice, *, first: bool) -> Batch:
+        return Batch(
+            self.keys[part],
+            self.image_ids[part],
+            self.captions[part],
+            self.pixels[part] if self.pixels is not None else None,
+            self.features[part] if self.features is not None else None,
+            self.skipped if first else [],
+        )
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One drawn sample: its index, caption and view."""
+
+    index: int
+    caption: str
+    pixels: Tensor | None
+    features: Tensor | None
+
+
+class _Steps(Dataset[Batch]):
+    """Batch number N of one process."""
+
+    def __init__(
+        self,
+        collection: Collection,
+        batch: int,
+        seed: int,
+        spec: ImageSpec | None,
+        features: FeatureCache | None,
+        augment: bool,
+        crop_min: float,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.collection, self.batch, self.seed, self.spec = collection, batch, seed, spec
+        self.features, self.augment, self.crop_min = features, augment, crop_min
+        self.rank, self.world = rank, world
+        # What a feature cache could not encode is out; everything else may be drawn.
+        self.usable = np.array(features.usable if features is not None else range(len(collection.samples)), np.int64)
+        names = {name: n for n, name in enumerate(dict.fromkeys(s.image_id for s in collection.samples))}
+        self.image_ids = [names[sample.image_id] for sample in collection.samples]
+        self.seen_bad: set[str] = set()
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def drop_silent(self) -> list[BadSample]:
+        """Leave out what has no caption (a bare photograph, a question): nothing can be learned from it."""
+        samples = self.collection.samples
+        silent = [samples[index] for index in self.usable if not samples[index].captions]
+        self.usable = self.usable[[bool(samples[index].captions) for index in self.usable]]
+        return [BadSample(sample.key, sample.path, "no caption") for sample in silent]
+
+    @property
+    def per_epoch(self) -> int:
+        return len(self.usable) // self.batch
+
+    def __getitem__(self, step: int) -> Batch:
+        epoch, number = divmod(step, self.per_epoch)
+        share = self.batch // self.world
+        start = number * self.batch + self.rank * share
+        places = self._permutation(epoch)[start : start + share]
+        skipped: list[BadSample] = []
+        items = [self._item(int(place), epoch, skipped) for place in places]
+        fresh = [bad for bad in skipped if bad.key not in self.seen_bad]
+        self.seen_bad |= {bad.key for bad in fresh}
+        return self._batch(items, fresh)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.usable))
+        return self._order[1]
+
+    def _item(self, place: int, epoch: int, skipped: list[BadSample]) -> _Item:
+        """The sample at a place of the usable ones, or the next one that can be decoded."""
+        for offset in range(len(self.usable)):
+            index = int(self.usable[(place + offset) % len(self.usable)])
+            sample = self.collection.samples[index]
+            rng = np.random.default_rng([self.seed, epoch, index])
+            caption = sample.captions[int(rng.integers(len(sample.captions)))] if sample.captions else ""
+            if self.features is not None:
+                view = int(rng.integers(self.features.views))
+                return _Item(index, caption, None, self.features.get([index], [view])[0])
+            try:
+                return _Item(index, caption, self._pixels(index, rng), None)
+            except BadSampleError as error:
+                skipped.append(BadSample(sample.key, sample.path, error.reason))
+        raise DataError(f"{self.collection.name}: not one image can be decoded; run `blip2 data check` on it")
+
+    def _pixels(self, index: int, rng: np.random.Generator) -> Tensor:
+        assert self.spec is not None
+        picture = decode_image(self.collection.samples[index].read())
+        if self.augment:
+            return augmented_view(picture, self.spec, rng, self.crop_min)
+        return plain_view(picture, self.spec)
+
+    def _batch(self, items: list[_Item], skipped: list[BadSample]) -> Batch:
+        pixels = [item.pixels for item in items if item.pixels is not None]
+        features = [item.features for item in items if item.features is not None]
+        return Batch(
+            [self.collection.samples[item.index].key for item in items],
+            torch.tensor([self.image_ids[item.index] for item in items]),
+            [item.caption for item in items],
+            torch.stack(pixels) if pixels else None,
+            torch.stack(features) if features else None,
+            skipped,
+        )
+
+
+class _Guarded(Dataset["Batch | DataError"]):
+    """Hands errors over as values: a loader process would wrap them in its own traceback."""
+
+    def __init__(self, steps: _Steps) -> None:
+        self.steps = steps
+
+    def __getitem__(self, step: int) -> Batch | DataError:
+        try:
+            return self.steps[step]
+        except DataError as error:
+            return error
+
+
+class TrainingBatches:
+    """The endless stream of one process's training batches, from any step on.
+
+    Args:
+        batch: samples of a step over all processes.
+        spec: how images are prepared; may be None where `features` is given.
+        features: cached features instead of images.
+        augment, crop_min: random crops and flips of images.
+        rank, world: this process and how many there are.
+        workers: loader processes; 0 loads in this one.
+
+    Raises:
+        DataError: fewer usable samples than a batch, or a batch that `world` does not divide. While
+            iterating: a shard is gone, or no image at all can be decoded.
+    """
+
+    def __init__(
+        self,
+        collection: Collection,
+        *,
+        batch: int,
+        seed: int,
+        spec: ImageSpec | None,
+        features: FeatureCache | None = None,
+        augment: bool = False,
+        crop_min: float = 0.5,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+    ) -> None:
+        if spec is None and features is None:
+            raise ValueError("one of spec and features is needed")
+        self._steps = _Steps(collection, batch, seed, spec, features, augment, crop_min, rank, world)
+        silent = self._steps.drop_silent()
+        if batch % world:
+            raise DataError(f"train.batch {batch} cannot be shared equally by {world} processes")
+        if self._steps.per_epoch == 0:
+            raise DataError(
+                f"{collection.name}: {len(self._steps.usable)} usable samples with a caption are fewer than a batch "
+                f"of {batch}: lower train.batch or give more data"
+            )
+        self.collection, self.workers = collection, workers
+        self.bad: list[BadSample] = (list(features.bad) if features is not None else []) + silent
+
+    def steps_from(self, step: int) -> Iterator[Batch]:
+        """Batches of steps `step`, `step + 1`, ... without end."""
+        for batch in self._source(step):
+            known = {bad.key for bad in self.bad}
+            batch.skipped = [bad for bad in batch.skipped if bad.key not in known]
+            self.bad += batch.skipped
+            yield batch
+
+    def _source(self, step: int) -> Iterator[Batch]:
+        if self.workers == 0:
+            while True:
+                yield self._steps[step]
+                step += 1
+        loader: DataLoader[Batch | DataError] = DataLoader(
+            _Guarded(self._steps),
+            sampler=_From(step),
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=2,
+            persistent_workers=True,
+        )
+        try:
+            for batch in loader:
+                if isinstance(batch, DataError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"{self.collection.name}: a loader process was killed, most often for want of memory: "
+                "lower data.workers (0 loads in the training process)"
+            ) from error
+
+
+class _From(torch.utils.data.Sampler[int]):
+    """step, step + 1, ... without end."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __iter__(self) -> Iterator[int]:
+        step = self.step
+        while True:
+            yield step
+            step += 1
+
+
+def dev_batches(
+    collection: Collection, *, batch: int, spec: ImageSpec | None, features: FeatureCache | None = None
+) -> Iterator[Batch]:
+    """All usable samples in order, plain views, first captions; what cannot be decoded is left out."""
+    steps = _Steps(collection, 1, 0, spec, features, augment=False, crop_min=1.0, rank=0, world=1)
+    items: list[_Item] = []
+    for index in map(int, steps.usable):
+        sample = collection.samples[index]
+        caption = sample.captions[0] if sample.captions else ""
+        if features is not None:
+            items.append(_Item(index, caption, None, features.get([index], [0])[0]))
+        else:
+            try:
+                items.append(_Item(index, caption, steps._pixels(index, np.random.default_rng(0)), None))
+            except BadSampleError:
+                continue
+        if len(items) == batch:
+            yield steps._batch(items, [])
+            items = []
+    if items:
+        yield steps._batch(items, [])

@@ -1,0 +1,111 @@
+"""The `easy-vqa` package (5,000 images of one coloured shape, 48k questions) as captioned shards."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blip2.errors import DataError
+
+SHAPES = ("circle", "rectangle", "triangle")
+COLORS = ("green", "red", "gray", "teal", "black", "yellow", "brown", "blue")
+_TEMPLATES = ("a {0} {1}", "a picture of a {0} {1}", "there is a {0} {1} in the picture", "the {1} is {0}")
+_PER_SHARD = 1000
+
+
+def build_easy_vqa(split: str, folder: Path) -> Path:
+    """Write a split's shards below `folder`, once; returns the folder that holds them.
+
+    Each sample has captions made from what its questions say ("a blue rectangle"), and `qa`, its
+    questions and answers.
+
+    Raises:
+        DataError: the package is not installed, or the folder cannot be written.
+    """
+    if (folder / f"{split}-00000.tar").exists():
+        return folder
+    found = importlib.util.find_spec("easy_vqa")
+    if found is None or not found.submodule_search_locations:
+        raise DataError("easy-vqa: not installed: pip install --no-deps easy-vqa==1.0")
+    source = Path(found.submodule_search_locations[0]) / "data" / split
+    if not (source / "questions.json").is_file():
+        raise DataError(f"{source}: the easy-vqa package has no questions.json here: install easy-vqa==1.0")
+    temporary = folder.with_name(f".{folder.name}-{split}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        _write(source, temporary, split)
+        folder.mkdir(parents=True, exist_ok=True)
+        # The first shard is moved last: where it is, all are.
+        for shard in sorted(temporary.iterdir(), reverse=True):
+            shard.replace(folder / shard.name)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def captions_of(questions: list[tuple[str, str]]) -> list[str]:
+    """Captions from an image's questions and answers; empty where they do not tell shape and colour."""
+    told: list[str] = []
+    for question, answer in questions:
+        # "what color is the circle?" tells the shape as well.
+        if answer not in ("yes", "no") or _affirms(question, answer):
+            told += _words(f"{question} {answer}")
+    shape = next((word for word in told if word in SHAPES), None)
+    color = next((word for word in told if word in COLORS), None)
+    if shape and color:
+        return [template.format(color, shape) for template in _TEMPLATES]
+    if shape:
+        return [f"a {shape}", f"there is a {shape} in the picture"]
+    return [f"a {color} shape", f"the shape is {color}"] if color else []
+
+
+def _affirms(question: str, answer: str) -> bool:
+    """Whether the answer says that what the question names is there ("is no circle present?": "no")."""
+    denies = re.search(r"\b(no|not)\b", question) is not None
+    return answer in ("yes", "no") and (answer == "yes") != denies
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in re.findall(r"[a-z]+", text.lower()) if word in SHAPES or word in COLORS]
+
+
+def _write(source: Path, folder: Path, split: str) -> None:
+    asked: dict[int, list[tuple[str, str]]] = {}
+    for question, answer, image in json.loads((source / "questions.json").read_text("utf-8")):
+        asked.setdefault(int(image), []).append((str(question), str(answer)))
+    # Images come in no meaningful order; a seeded one makes the first N of them a fair sample.
+    order = [int(i) for i in np.random.default_rng(0).permutation(sorted(asked))]
+    for start in range(0, len(order), _PER_SHARD):
+        with tarfile.open(folder / f"{split}-{start // _PER_SHARD:05d}.tar", "w") as tar:
+            for image in order[start : start + _PER_SHARD]:
+                key = f"{split}-{image:05d}"
+                _add(tar, f"{key}.png", (source / "images" / f"{image}.png").read_bytes())
+                _add(tar, f"{key}.json", json.dumps(_entry(key, asked[image])).encode())
+
+
+def _entry(key: str, questions: list[tuple[str, str]]) -> dict[str, Any]:
+    question, answer = questions[0]
+    return {
+        "image_id": key,
+        "captions": captions_of(questions),
+        "question": question,
+        "answers": [answer],
+        "qa": [{"question": q, "answer": a} for q, a in questions],
+    }
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))

@@ -1,0 +1,95 @@
+"""What a data set is: samples that know where their image lies, and the bad ones with their reasons."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blip2.errors import DataError
+
+
+class BadSampleError(Exception):
+    """A sample that cannot be used; `reason` is short and the same for every sample of its kind."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def printable(name: str) -> str:
+    """A file name that can be printed and written: bytes that are not UTF-8 become U+FFFD."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that was left out, and why."""
+
+    key: str
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its texts.
+
+    Args:
+        image_id: samples of the same image share it.
+        path, offset, size: file and bytes that hold the image; offset 0 and size -1 is a whole file.
+    """
+
+    key: str
+    image_id: str
+    captions: tuple[str, ...]
+    path: str
+    offset: int = 0
+    size: int = -1
+    question: str | None = None
+    answers: tuple[str, ...] = ()
+
+    def read(self) -> bytes:
+        """The image's bytes.
+
+        Raises:
+            DataError: a shard is gone: a run must not silently go on without it.
+            BadSampleError: an image file is gone, or there are fewer bytes than there were.
+        """
+        in_shard = self.size >= 0
+        try:
+            with open(self.path, "rb") as handle:
+                handle.seek(self.offset)
+                data = handle.read(self.size if in_shard else -1)
+        except OSError as error:
+            if in_shard:
+                raise DataError(f"{self.path}: shard cannot be read: {error.strerror}") from error
+            raise BadSampleError("image file cannot be read") from error
+        if in_shard and len(data) < self.size:
+            raise BadSampleError("image is truncated")
+        return data
+
+
+@dataclass
+class Collection:
+    """A data set in memory: usable samples in a stable order, and what was bad when it was indexed."""
+
+    name: str
+    samples: list[Sample]
+    bad: list[BadSample] = field(default_factory=list)
+
+    def limited(self, count: int | None) -> Collection:
+        """The first `count` samples; all where it is None."""
+        return self if count is None else Collection(self.name, self.samples[:count], self.bad)
+
+    def fingerprint(self) -> str:
+        """Changes when a file, a key or the order does: a cache key for what is made from the images."""
+        digest = hashlib.sha256()
+        for path in dict.fromkeys(sample.path for sample in self.samples):
+            stat = os.stat(path) if Path(path).exists() else None
+            line = f"{Path(path).name}|{stat and stat.st_size}|{stat and stat.st_mtime_ns}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
+        for sample in self.samples:
+            digest.update(f"{sample.key}|{sample.offset}|{sample.size}\n".encode())
+        return digest.hexdigest()[:16]

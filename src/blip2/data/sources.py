@@ -1,0 +1,101 @@
+"""From a name or path to a `Collection`: named sets, shards, folders, JSONL files."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+from blip2.cache import cache_folder
+from blip2.data.easyvqa import build_easy_vqa
+from blip2.data.folders import read_folder, read_jsonl
+from blip2.data.samples import Collection, Sample
+from blip2.data.shards import read_shards
+from blip2.errors import DataError
+
+NAMED = ("flickr8k:train", "flickr8k:dev", "easy-vqa:train", "easy-vqa:test", "skimage")
+# Colour photographs that ship inside scikit-image's wheel.
+_PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
+
+
+def open_collection(spec: str) -> Collection:
+    """Index a data set.
+
+    Args:
+        spec: `flickr8k:train|dev`, `easy-vqa:train|test`, `skimage`, shards (a file, glob, brace
+            range, or folder of .tar), a folder of images with sidecar texts, or a .jsonl file.
+
+    Raises:
+        DataError: not found, unknown, or without a single usable sample; says what to do.
+    """
+    collection = index(spec)
+    if not collection.samples:
+        if collection.bad:
+            first = collection.bad[0]
+            raise DataError(f"{spec}: every sample is bad, the first: {first.key}: {first.reason}")
+        raise DataError(f"{spec}: nothing in it: expected .tar shards, or images with a .txt beside each")
+    return collection
+
+
+def index(spec: str) -> Collection:
+    """As `open_collection`, but a data set may be empty or all bad (`blip2 data check` shows why)."""
+    name, _, split = spec.partition(":")
+    if name == "flickr8k" and split in ("train", "dev"):
+        return read_shards(spec, _named_shards("flickr8k", split))
+    if name == "easy-vqa" and split in ("train", "test"):
+        return read_shards(spec, sorted(build_easy_vqa(split, cache_folder() / "easy-vqa").glob(f"{split}-*.tar")))
+    if spec == "skimage":
+        return _skimage()
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        shards = sorted(path.glob("*.tar"))
+        return read_shards(spec, shards) if shards else read_folder(path)
+    if path.suffix == ".jsonl":
+        return read_jsonl(path)
+    if spec.endswith(".tar"):
+        return read_shards(spec, _expand(os.path.expanduser(spec)))
+    if path.exists():
+        raise DataError(f"{spec}: not a data set: give .tar shards, a .jsonl file, or a folder of images")
+    raise DataError(f"{spec}: no such file or folder, and not a named set ({', '.join(NAMED)})")
+
+
+def _expand(spec: str) -> list[Path]:
+    found: list[Path] = []
+    try:
+        patterns = list(braceexpand(spec))
+    except ValueError as error:
+        raise DataError(f"{spec}: not a brace pattern that can be expanded: {error}") from error
+    for pattern in patterns:
+        matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        if not matches or not Path(matches[0]).exists():
+            raise DataError(f"{pattern}: no such shard")
+        found += map(Path, matches)
+    return found
+
+
+def _named_shards(name: str, split: str) -> list[Path]:
+    repository = Path(__file__).resolve().parents[3]
+    places = [Path("..") / "shared", repository.parent / "shared", cache_folder()]
+    if os.environ.get("BLIP2_DATA"):
+        places.insert(0, Path(os.environ["BLIP2_DATA"]).expanduser())
+    for place in places:
+        shards = sorted((place / name).glob(f"{split}-*.tar"))
+        if shards:
+            return shards
+    looked = ", ".join(dict.fromkeys(str(place / name) for place in places))
+    raise DataError(
+        f"{name}:{split}: no shards {split}-*.tar found (looked in {looked}): put them there, or set BLIP2_DATA to the "
+        f"folder that holds {name}/"
+    )
+
+
+def _skimage() -> Collection:
+    found = importlib.util.find_spec("skimage")
+    if found is None or not found.submodule_search_locations:
+        raise DataError("skimage: scikit-image is not installed: pip install scikit-image")
+    folder = Path(found.submodule_search_locations[0]) / "data"
+    files = [folder / name for name in _PHOTOGRAPHS if (folder / name).is_file()]
+    return Collection("skimage", [Sample(file.stem, file.stem, (), str(file)) for file in files])

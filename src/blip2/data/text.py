@@ -1,0 +1,168 @@
+"""Token ids of the Q-Former's text and of the language model's prompts and captions.
+
+Shape letters: B texts, T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip2.errors import ConfigError
+
+# OPT has no token for the end of a caption of its own: the checkpoints were trained to end in a
+# new line (CHECKPOINTS: "captions end in \n, whose id ends generation").
+_ENDS = {"opt": "\n"}
+
+
+class QFormerTokenizer:
+    """Tokenizer of a BERT-type checkpoint, with [DEC] as one more word.
+
+    Args:
+        folder: what `AutoTokenizer.from_pretrained` takes.
+        max_text: longest text in tokens, [CLS] and [SEP] included; longer ones are cut.
+    """
+
+    def __init__(self, folder: str, max_text: int) -> None:
+        self._tokenizer = _load(folder)
+        self.max_text = max_text
+        self.dec_id: int = _model_vocab(folder, self._tokenizer)
+        self.vocab_size = self.dec_id + 1
+        self.cls_id: int = self._tokenizer.cls_token_id
+        self.sep_id: int = self._tokenizer.sep_token_id
+        self.pad_id: int = self._tokenizer.pad_token_id
+
+    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Right-padded ids [B, T] int64 and mask [B, T] bool, trimmed to the longest."""
+        rows = self._tokenizer(list(texts), truncation=True, max_length=self.max_text)["input_ids"]
+        return _pad(rows, self.pad_id)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids, without special tokens."""
+        return str(self._tokenizer.decode([i for i in ids if i != self.dec_id], skip_special_tokens=True)).strip()
+
+
+class LanguageTokenizer:
+    """Tokenizer of a language model.
+
+    Args:
+        folder: what `AutoTokenizer.from_pretrained` takes.
+        end: text whose token ends a caption; None takes the model's own ("\\n" for OPT).
+        max_text: longest caption in tokens, end token included; longer ones are cut.
+        encoder_decoder: which kind of model it is for.
+    """
+
+    def __init__(self, folder: str, *, end: str | None, max_text: int, encoder_decoder: bool) -> None:
+        self._tokenizer = _load(folder)
+        self.max_text, self.encoder_decoder = max_text, encoder_decoder
+        self._front = self._leading()
+        if end is None:
+            end = _ENDS.get(_model_type(folder))
+        self.end_id = self._end(end)
+        pad = self._tokenizer.pad_token_id
+        self.pad_id: int = self.end_id if pad is None else pad
+
+    def prompts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Left-padded prompts for generation: ids and mask [B, T] bool; T may be 0."""
+        rows = [self._prompt(text) for text in texts]
+        return _pad(rows, self.pad_id, left=True)
+
+    def targets(self, prompts: list[str], captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Prompt + caption + end token for a decoder-only model, right-padded.
+
+        Returns:
+            ids, mask and labels [B, T]; labels are True on the caption and its end token.
+        """
+        heads = [self._prompt(prompt) for prompt in prompts]
+        tails = [
+            [*self._plain(f" {caption.strip()}" if prompt else caption.strip())[: self.max_text - 1], self.end_id]
+            for prompt, caption in zip(prompts, captions, strict=True)
+        ]
+        ids, mask = _pad([h + t for h, t in zip(heads, tails, strict=True)], self.pad_id)
+        starts = torch.tensor([len(head) for head in heads])
+        labels = mask & (torch.arange(ids.shape[1])[None, :] >= starts[:, None])
+        return ids, mask, labels
+
+    def pairs(self, prefixes: list[str], suffixes: list[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For an encoder-decoder: ids and mask of the encoder's text, then of the decoder's.
+
+        Both end in the end token, as the model was trained.
+        """
+        encoder = [[*self._plain(text)[: self.max_text - 1], self.end_id] for text in prefixes]
+        decoder = [[*self._plain(text)[: self.max_text - 1], self.end_id] for text in suffixes]
+        return *_pad(encoder, self.pad_id), *_pad(decoder, self.pad_id)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids up to the end token, without special tokens."""
+        if self.end_id in ids:
+            ids = ids[: ids.index(self.end_id)]
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def _prompt(self, text: str) -> list[int]:
+        """Ids with the special tokens that the model was trained with (OPT's `</s>` in front)."""
+        if not self.encoder_decoder:
+            return self._front + self._plain(text)
+        ids: list[int] = self._tokenizer(text)["input_ids"]
+        return ids
+
+    def _leading(self) -> list[int]:
+        """The special tokens in front of a text; what comes behind would close the text to be continued."""
+        with_specials: list[int] = self._tokenizer("a")["input_ids"]
+        plain = self._plain("a")
+        return next(
+            (with_specials[:n] for n in range(len(with_specials)) if with_specials[n : n + len(plain)] == plain), []
+        )
+
+    def _end(self, text: str | None) -> int:
+        if text is not None:
+            ids = self._plain(text)
+            if not ids:
+                raise ConfigError(f"language.end is {text!r}: it must be a text that has a token")
+            return ids[-1]
+        end: int | None = self._tokenizer.eos_token_id
+        if end is None:
+            raise ConfigError(
+                "language.end is None, but the tokenizer has no end token: give the text that ends a caption"
+            )
+        return end
+
+    def _plain(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def _load(folder: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _config(folder: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError):
+        return None
+
+
+def _model_type(folder: str) -> str:
+    return str(getattr(_config(folder), "model_type", ""))
+
+
+def _model_vocab(folder: str, tokenizer: Any) -> int:
+    """Rows of the model's own word embedding: [DEC] comes after them."""
+    return int(getattr(_config(folder), "vocab_size", None) or len(tokenizer))
+
+
+def _pad(rows: list[list[int]], pad_id: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    length = max((len(row) for row in rows), default=0)
+    ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
+    mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        place = slice(length - len(row), length) if left else slice(0, len(row))
+        ids[number, place] = torch.tensor(row, dtype=torch.int64)
+        mask[number, place] = True
+    return ids, mask

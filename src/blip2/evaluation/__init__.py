@@ -1,0 +1,1 @@
+"""Metric functions on arrays and strings."""

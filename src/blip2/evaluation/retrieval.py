@@ -1,0 +1,85 @@
+"""Recall@k and median rank of image-text retrieval, from a table of scores; numpy only.
+
+Shapes: I images, T texts; an image has one text or several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+def retrieval_ranks(
+    scores_IT: npt.NDArray[Any], image_of_text_T: npt.ArrayLike
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rank of the first right answer for each image and for each text, 1 is best.
+
+    Ties count against us: a wrong candidate with the same score stands before the right one, so
+    a constant table ranks last instead of first. An image's other texts are right, never ahead.
+
+    Args:
+        scores_IT: score of every pair, higher is more alike; -inf marks a pair never considered.
+        image_of_text_T: row of the image that each text describes.
+
+    Returns:
+        ranks of images among T texts, shape (I,), and of texts among I images, shape (T,).
+
+    Raises:
+        ValueError: shapes disagree, an index is out of range, an image has no text, a score is NaN.
+    """
+    scores_IT = np.asarray(scores_IT)
+    owner_T = _checked(scores_IT, image_of_text_T)
+    own_IT = owner_T[None, :] == np.arange(len(scores_IT))[:, None]
+    best_I = np.where(own_IT, scores_IT, -np.inf).max(axis=1)
+    ahead_I = ((scores_IT >= best_I[:, None]) & ~own_IT).sum(axis=1)
+    right_T = scores_IT[owner_T, np.arange(len(owner_T))]
+    ahead_T = ((scores_IT >= right_T[None, :]) & ~own_IT).sum(axis=0)
+    return ahead_I + 1, ahead_T + 1
+
+
+def recall_at_k(
+    scores_IT: npt.NDArray[Any], image_of_text_T: npt.ArrayLike, ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, float]:
+    """Recall@k and median rank in both directions; recall in percent.
+
+    Image to text counts an image as found when any of its texts is among the k best. Ties are
+    counted pessimistically, see `retrieval_ranks`.
+
+    Args:
+        scores_IT: score of every pair, higher is more alike.
+        image_of_text_T: row of the image that each text describes.
+        ks: depths of the ranking.
+
+    Returns:
+        `i2t_r{k}` and `t2i_r{k}` for each k, `i2t_median_rank`, `t2i_median_rank`.
+
+    Raises:
+        ValueError: as `retrieval_ranks`, or a k below 1.
+    """
+    if not ks or min(ks) < 1:
+        raise ValueError(f"ks is {tuple(ks)}: it must hold one or more numbers of 1 or more")
+    image_rank_I, text_rank_T = retrieval_ranks(scores_IT, image_of_text_T)
+    result: dict[str, float] = {}
+    for direction, ranks in (("i2t", image_rank_I), ("t2i", text_rank_T)):
+        result |= {f"{direction}_r{k}": 100.0 * float((ranks <= k).mean()) for k in ks}
+    result["i2t_median_rank"] = float(np.median(image_rank_I))
+    result["t2i_median_rank"] = float(np.median(text_rank_T))
+    return result
+
+
+def _checked(scores_IT: npt.NDArray[Any], image_of_text_T: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """The texts' image indices as an array, after checking that they fit the scores."""
+    owner_T = np.asarray(image_of_text_T)
+    if scores_IT.ndim != 2 or owner_T.ndim != 1 or scores_IT.shape[1] != len(owner_T) or not scores_IT.size:
+        raise ValueError(f"scores of shape {scores_IT.shape} do not fit image_of_text of shape {owner_T.shape}")
+    if not np.issubdtype(owner_T.dtype, np.integer) or owner_T.min() < 0 or owner_T.max() >= len(scores_IT):
+        raise ValueError(f"image_of_text must hold whole numbers from 0 to {len(scores_IT) - 1}")
+    texts_I = np.bincount(owner_T, minlength=len(scores_IT))
+    if not texts_I.all():
+        raise ValueError(f"image {int(texts_I.argmin())} has no text: leave it out of the scores")
+    if np.isnan(scores_IT).any():
+        raise ValueError(f"{int(np.isnan(scores_IT).sum())} of the scores are NaN")
+    return owner_T.astype(np.int64)

@@ -1,0 +1,308 @@
+"""A trained bridge at work: captions, answers, embeddings, matches.
+
+    model = blip2.load("runs/s2")
+    model.caption(["dog.jpg"])                      # ["a dog runs through the grass"]
+    model.ask(["dog.jpg"], ["What animal is it?"])
+    model.similarity(["dog.jpg"], ["a dog", "a cat"])   # [1, 2], needs a stage-1 run
+
+Shape letters: B images, N texts, Q queries, T text tokens, P patches, C image-encoder channels,
+E contrastive width.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from blip2.configs import DecodingConfig, RunConfig
+from blip2.data.images import ImageSpec, decode_image, plain_view
+from blip2.data.samples import BadSampleError
+from blip2.data.text import LanguageTokenizer, QFormerTokenizer
+from blip2.errors import ConfigError, DataError
+from blip2.models import towers
+from blip2.models.build import build_stage1, build_stage2
+from blip2.models.decoding import generate, generate_with_qformer
+from blip2.models.qformer import ImageKV
+from blip2.models.stage1 import Stage1
+from blip2.models.stage2 import Stage2
+from blip2.models.vision_encoder import VisionEncoder, load_vision_encoder
+from blip2.weights import native, runs
+
+ImageLike = str | Path | bytes | Image.Image
+
+
+class Blip2:
+    """A loaded model; methods take one image or text, or a list, and work in batches.
+
+    Stage-2 runs caption and answer; embeddings and matches come from the stage-1 run that they
+    began from. A stage-1 run captions by itself, through its ITG head.
+
+    Args:
+        config: of the run.
+        stage1, stage2: the models at hand; a missing stage 1 is loaded from `config.init` when
+            first needed.
+        batch: images that go through the model together.
+        home: where the run was loaded from; runs that moved together find each other by name.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        stage1: Stage1 | None = None,
+        stage2: Stage2 | None = None,
+        batch: int = 16,
+        home: Path | None = None,
+    ) -> None:
+        self.config, self.batch, self.home = config, batch, home
+        self._stage1, self.stage2 = stage1, stage2
+        main = stage2 or stage1
+        if main is None or not isinstance(main.vision, VisionEncoder):
+            raise ConfigError("a model needs a stage and its image encoder")
+        self.vision = main.vision
+        self.device = main.ln_vision.weight.device
+
+    # -- text from images ---------------------------------------------------------------------
+
+    def caption(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        prompt: str | None = None,
+        decoding: DecodingConfig | None = None,
+        **options: Any,
+    ) -> list[Any]:
+        """Captions of B images.
+
+        Args:
+            prompt: text that the caption continues; None takes the run's.
+            decoding: how to generate; single options (`beams=1, max_tokens=20`) may be given
+                instead.
+
+        Returns:
+            B strings; with `num` above 1, B lists of `num` strings.
+        """
+        config = decoding or DecodingConfig(**options)
+        found = [text for chunk in self._chunks(images) for text in self.caption_features(chunk, prompt, config)]
+        return found if config.num > 1 else [texts[0] for texts in found]
+
+    def ask(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        questions: str | Sequence[str],
+        *,
+        decoding: DecodingConfig | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """Answers to one question per image (or one question about all).
+
+        Decoding defaults to the paper's for VQA: beam 5, length penalty -1, 1 to 10 tokens.
+        """
+        vqa = {"min_tokens": 1, "max_tokens": 10, "length_penalty": -1.0}
+        config = decoding or DecodingConfig(**{**vqa, **options})
+        pictures = _listed(images)
+        asked = [questions] * len(pictures) if isinstance(questions, str) else list(questions)
+        if len(asked) != len(pictures):
+            raise ConfigError(f"{len(asked)} questions for {len(pictures)} images: give one per image, or one in all")
+        prompts = [self.config.language.question.format(q.strip()) for q in asked]
+        answers: list[str] = []
+        for start, features in zip(range(0, len(pictures), self.batch), self._chunks(pictures), strict=True):
+            texts = self.generate(features, prompts[start : start + self.batch], config)
+            answers += [t[0] for t in texts]
+        return answers
+
+    def caption_features(self, features_BPC: Tensor, prompt: str | None, config: DecodingConfig) -> list[list[str]]:
+        """Captions from image features: B lists of `config.num` strings."""
+        if self.stage2 is None:
+            return [[text] for text in self._caption_with_qformer(features_BPC, config)]
+        prompt = self.config.language.prompt if prompt is None else prompt
+        return self.generate(features_BPC, [prompt] * len(features_BPC), config)
+
+    def generate(self, features_BPC: Tensor, prompts: list[str], config: DecodingConfig) -> list[list[str]]:
+        """What the language model writes after each prompt, seeing the image: B lists of strings."""
+        if self.stage2 is None:
+            raise ConfigError("this run is stage 1 and has no language model: questions need a stage-2 run")
+        tokenizer = self.language_tokenizer
+        with torch.no_grad():
+            soft = self.stage2.soft_prompts(features_BPC)
+            ids, mask = (x.to(self.device) for x in tokenizer.prompts(prompts))
+            out = generate(
+                self.stage2.language_model, soft, ids, mask, config, end_id=tokenizer.end_id, pad_id=tokenizer.pad_id
+            )
+        texts = [tokenizer.decode(row) for row in out.tolist()]
+        return [texts[n : n + config.num] for n in range(0, len(texts), config.num)]
+
+    def _caption_with_qformer(self, features_BPC: Tensor, config: DecodingConfig) -> list[str]:
+        tokenizer = self.text_tokenizer
+        with torch.no_grad():
+            kv = self.stage1.project_image(features_BPC)
+            rows = generate_with_qformer(
+                self.stage1.qformer,
+                kv,
+                dec_id=tokenizer.dec_id,
+                end_id=tokenizer.sep_id,
+                min_tokens=config.min_tokens,
+                max_tokens=config.max_tokens,
+            )
+        return [tokenizer.decode(row) for row in rows]
+
+    # -- embeddings and matches (stage 1) -------------------------------------------------------
+
+    def embed_images(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
+        """Unit-norm query embeddings [B, Q, E] (32 x 256 at the paper's sizes), float32 on the CPU."""
+        return torch.cat([self.embed_features(chunk) for chunk in self._chunks(images)])
+
+    def embed_texts(self, texts: str | Sequence[str]) -> Tensor:
+        """Unit-norm text embeddings [N, E], float32 on the CPU."""
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        size = 8 * self.batch
+        with torch.no_grad():
+            parts = [self.stage1.embed_texts(*self._tokens(listed[n : n + size])) for n in range(0, len(listed), size)]
+        return torch.cat(parts).float().cpu()
+
+    def embed_features(self, features_BPC: Tensor) -> Tensor:
+        """Query embeddings [B, Q, E] from image features."""
+        with torch.no_grad():
+            embedded, _ = self.stage1.embed_images(self.stage1.project_image(features_BPC))
+        return embedded.float().cpu()
+
+    def similarity(self, images: ImageLike | Sequence[ImageLike], texts: str | Sequence[str]) -> Tensor:
+        """ITC similarity [B, N] in [-1, 1]: the largest dot product over an image's queries."""
+        from blip2.ops.contrastive import query_text_similarity
+
+        return query_text_similarity(self.embed_images(images), self.embed_texts(texts))
+
+    def match(self, images: ImageLike | Sequence[ImageLike], texts: str | Sequence[str]) -> Tensor:
+        """ITM probability [B] that text i describes image i (one text may stand for all)."""
+        pictures = _listed(images)
+        listed = [texts] * len(pictures) if isinstance(texts, str) else list(texts)
+        if len(listed) != len(pictures):
+            raise ConfigError(f"{len(listed)} texts for {len(pictures)} images: give one per image, or one in all")
+        found = []
+        for start, features in zip(range(0, len(pictures), self.batch), self._chunks(pictures), strict=True):
+            found.append(self.match_features(self.image_kv(features), listed[start : start + self.batch]))
+        return torch.cat(found)
+
+    def image_kv(self, features_BPC: Tensor) -> ImageKV:
+        """An image's keys/values for many texts: project once, match often."""
+        with torch.no_grad():
+            return self.stage1.project_image(features_BPC)
+
+    def match_features(self, image_kv: ImageKV, texts: list[str]) -> Tensor:
+        """ITM probabilities [N]; text n is paired with image n mod B."""
+        with torch.no_grad():
+            logits = self.stage1.match_logits(*self._tokens(texts), image_kv)
+        return logits.float().softmax(dim=-1)[:, 1].cpu()
+
+    # -- parts ----------------------------------------------------------------------------------
+
+    @property
+    def stage1(self) -> Stage1:
+        """The stage-1 model; loaded from the run that stage 2 began from when it is first needed."""
+        if self._stage1 is None:
+            if not self.config.init:
+                raise ConfigError("this stage-2 run names no stage-1 run (init): embeddings and matches need one")
+            found = runs.open_run(self._beside(self.config.init))
+            stage1 = build_stage1(found.config, self.vision, start=False)
+            native.load_weights(stage1, found.weights)
+            self._stage1 = stage1.to(self.device).eval()
+        return self._stage1
+
+    def _beside(self, init: str) -> Path:
+        """The run that `init` names, or one of that name beside this run where both have moved."""
+        path = Path(init)
+        moved = self.home.parent / path.name if self.home is not None else path
+        return moved if not path.exists() and moved.exists() else path
+
+    @cached_property
+    def text_tokenizer(self) -> QFormerTokenizer:
+        """Tokenizer of the Q-Former's text branch."""
+        return QFormerTokenizer(towers.folder(self.config.qformer.init), self.config.qformer.max_text)
+
+    @cached_property
+    def language_tokenizer(self) -> LanguageTokenizer:
+        """Tokenizer of the language model."""
+        assert self.stage2 is not None
+        language = self.config.language
+        return LanguageTokenizer(
+            towers.folder(language.name),
+            end=language.end,
+            max_text=language.max_text,
+            encoder_decoder=self.stage2.language_model.encoder_decoder,
+        )
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        """Size, normalisation and resizing that the image encoder expects."""
+        vision = self.vision
+        return ImageSpec(vision.size, vision.mean, vision.std, self.config.vision.resize)
+
+    def features(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
+        """Features [B, P, C] of the frozen image encoder."""
+        return torch.cat(list(self._chunks(images)))
+
+    def _chunks(self, images: ImageLike | Sequence[ImageLike]) -> Iterator[Tensor]:
+        pictures = _listed(images)
+        for start in range(0, len(pictures), self.batch):
+            views = [plain_view(open_image(image), self.image_spec) for image in pictures[start : start + self.batch]]
+            with torch.no_grad():
+                yield self.vision(torch.stack(views).to(self.device))
+
+    def _tokens(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        ids, mask = self.text_tokenizer(texts)
+        return ids.to(self.device), mask.to(self.device)
+
+
+def load(run: str | Path, *, device: str = "auto") -> Blip2:
+    """Load a run folder (or a weights file of ours) for use.
+
+    Raises:
+        CheckpointError: no run there, or its weights do not fit its configuration.
+    """
+    found = runs.open_run(run)
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    vision = load_vision_encoder(found.config.vision)
+    if found.config.stage == "stage1":
+        stage1 = build_stage1(found.config, vision, start=False)
+        native.load_weights(stage1, found.weights)
+        return Blip2(found.config, stage1=stage1.to(name).eval(), home=Path(run))
+    stage2 = build_stage2(found.config, vision, start=False)
+    native.load_weights(stage2, found.weights)
+    return Blip2(found.config, stage2=stage2.to(name).eval(), home=Path(run))
+
+
+def open_image(image: ImageLike) -> Image.Image:
+    """An RGB picture from a path, bytes, or a Pillow image.
+
+    Raises:
+        DataError: names the file and what is wrong with it.
+    """
+    if isinstance(image, Image.Image):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return decode_image(buffer.getvalue())
+    if isinstance(image, bytes):
+        name, data = "image", image
+    else:
+        name = str(image)
+        try:
+            data = Path(image).read_bytes()
+        except OSError as error:
+            raise DataError(f"{name}: {error.strerror}") from error
+    try:
+        return decode_image(data)
+    except BadSampleError as error:
+        raise DataError(f"{name}: {error.reason}") from error
+
+
+def _listed(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
+    if isinstance(images, str | Path | bytes | Image.Image):
+        return [images]
+    return list(images)

@@ -1,0 +1,1 @@
+"""The Q-Former, the frozen towers and the two stages."""

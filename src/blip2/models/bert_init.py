@@ -1,0 +1,103 @@
+"""Start a Q-Former from any BERT-type checkpoint: sizes, weights, vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip2.errors import CheckpointError
+from blip2.models.qformer import QFormer
+
+# Parts of BERT that a Q-Former has no use for, and the only ones that may be left over.
+_UNUSED = ("pooler.", "embeddings.position_ids", "embeddings.token_type_embeddings.weight", "cls.seq_relationship.")
+
+
+def qformer_sizes(bert: Any) -> dict[str, Any]:
+    """Constructor arguments of `QFormer` that follow a transformers BERT config."""
+    return {
+        "width": bert.hidden_size,
+        "depth": bert.num_hidden_layers,
+        "heads": bert.num_attention_heads,
+        "inner": bert.intermediate_size,
+        "positions": bert.max_position_embeddings,
+        "eps": bert.layer_norm_eps,
+    }
+
+
+def load_bert(qformer: QFormer, state: dict[str, Tensor], source: str) -> list[str]:
+    """Copy a BERT checkpoint into a Q-Former, in place and strictly.
+
+    Self-attention and feed-forwards are copied, the query feed-forwards as a copy of the text's.
+    The constant first token type is folded into the positions, so that the text branch alone
+    computes what BERT does. New rows of the vocabulary ([DEC]), the cross-attention, the query
+    tokens and a missing prediction head keep their initialisation.
+
+    Args:
+        state: tensors of `BertModel` or `BertForMaskedLM`.
+        source: name for error messages.
+
+    Returns:
+        Names of the Q-Former's tensors that kept their initialisation.
+
+    Raises:
+        CheckpointError: a tensor of BERT is missing, has another shape, or has no place.
+    """
+    left = {key.removeprefix("bert."): value for key, value in state.items()}
+    own = dict(qformer.named_parameters())
+    filled = set()
+
+    def put(name: str, value: Tensor) -> None:
+        target = own[name]
+        rows = value.shape[0]
+        if target.shape[1:] != value.shape[1:] or rows > target.shape[0]:
+            raise CheckpointError(f"{source}: {name} is {tuple(value.shape)}, the Q-Former needs {tuple(target.shape)}")
+        with torch.no_grad():
+            target[:rows].copy_(value)
+        filled.add(name)
+
+    def take(key: str) -> Tensor:
+        if key not in left:
+            raise CheckpointError(f"{source}: {key} is missing, so it is not a BERT-type checkpoint")
+        return left.pop(key)
+
+    for name, key in _names(qformer):
+        value = take(key)
+        if name == "embeddings.position.weight" and "embeddings.token_type_embeddings.weight" in left:
+            value = value + left["embeddings.token_type_embeddings.weight"][0]
+        if name in own:  # without a text branch only the query side is there to fill
+            put(name, value)
+        if ".text_ff." in name:
+            put(name.replace(".text_ff.", ".query_ff."), value)
+    if qformer.head is not None and "cls.predictions.bias" in left:
+        put("head.dense.weight", take("cls.predictions.transform.dense.weight"))
+        put("head.dense.bias", take("cls.predictions.transform.dense.bias"))
+        put("head.norm.weight", take("cls.predictions.transform.LayerNorm.weight"))
+        put("head.norm.bias", take("cls.predictions.transform.LayerNorm.bias"))
+        put("head.bias", take("cls.predictions.bias"))
+    extra = [k for k in left if not k.startswith(_UNUSED) and not k.startswith("cls.predictions")]
+    if extra:
+        raise CheckpointError(f"{source}: {extra[0]} has no place in a Q-Former, so it is not a BERT-type checkpoint")
+    return sorted(set(own) - filled)
+
+
+def _names(qformer: QFormer) -> list[tuple[str, str]]:
+    """(Q-Former tensor, BERT tensor), for a Q-Former with its text branch."""
+    pairs = [("embedding_norm", "embeddings.LayerNorm")]
+    for n in range(qformer.depth):
+        ours, theirs = f"layers.{n}", f"encoder.layer.{n}"
+        pairs += [(f"{ours}.self_attention.{p}", f"{theirs}.attention.self.{p}") for p in ("query", "key", "value")]
+        pairs += [
+            (f"{ours}.self_attention.output", f"{theirs}.attention.output.dense"),
+            (f"{ours}.self_attention.norm", f"{theirs}.attention.output.LayerNorm"),
+            (f"{ours}.text_ff.up", f"{theirs}.intermediate.dense"),
+            (f"{ours}.text_ff.down", f"{theirs}.output.dense"),
+            (f"{ours}.text_ff.norm", f"{theirs}.output.LayerNorm"),
+        ]
+    named = [(f"{o}.{kind}", f"{t}.{kind}") for o, t in pairs for kind in ("weight", "bias")]
+    return [
+        ("embeddings.word.weight", "embeddings.word_embeddings.weight"),
+        ("embeddings.position.weight", "embeddings.position_embeddings.weight"),
+        *named,
+    ]

@@ -1,0 +1,95 @@
+"""From a run's configuration to its model: towers loaded and frozen, Q-Former initialised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip2.configs import QFormerConfig, RunConfig
+from blip2.errors import CheckpointError
+from blip2.models import hub, towers
+from blip2.models.bert_init import load_bert, qformer_sizes
+from blip2.models.language_model import LanguageModel, load_language_model
+from blip2.models.qformer import QFormer
+from blip2.models.stage1 import Stage1
+from blip2.models.stage2 import Stage2
+from blip2.models.vision_encoder import VisionEncoder, load_vision_encoder
+
+# [DEC] is appended to the vocabulary of the BERT-type checkpoint.
+EXTRA_TOKENS = 1
+
+
+def build_qformer(config: QFormerConfig, image_width: int, bert: Any, *, text: bool) -> QFormer:
+    """A freshly initialised Q-Former whose sizes follow a transformers BERT config."""
+    return QFormer(
+        **qformer_sizes(bert),
+        image_width=image_width,
+        queries=config.queries,
+        cross_every=config.cross_every,
+        vocab=bert.vocab_size + EXTRA_TOKENS if text else None,
+        dropout=config.dropout,
+        attention_dropout=config.attention_dropout,
+    )
+
+
+def load_qformer(config: QFormerConfig, image_width: int, *, text: bool, start: bool = True) -> QFormer:
+    """A Q-Former of the sizes of the BERT-type checkpoint `config.init`, by default started from it."""
+    bert = _bert_config(config.init)
+    qformer = build_qformer(config, image_width, bert, text=text)
+    if start:
+        load_bert(qformer, _bert_state(config.init), config.init)
+    return qformer
+
+
+def build_stage1(config: RunConfig, vision: VisionEncoder | None = None, *, start: bool = True) -> Stage1:
+    """Stage-1 model of a run.
+
+    Args:
+        vision: a loaded image encoder; None loads the one that the configuration names.
+        start: start the Q-Former from BERT; False where a checkpoint is loaded next.
+    """
+    vision = vision or load_vision_encoder(config.vision)
+    qformer = load_qformer(config.qformer, vision.width, text=True, start=start)
+    return Stage1(qformer, vision, embed_dim=config.qformer.embed_dim, temperature=config.loss.temperature)
+
+
+def build_stage2(
+    config: RunConfig,
+    vision: VisionEncoder | None = None,
+    language_model: LanguageModel | None = None,
+    *,
+    start: bool = True,
+) -> Stage2:
+    """Stage-2 model of a run; arguments as for `build_stage1`."""
+    vision = vision or load_vision_encoder(config.vision)
+    qformer = load_qformer(config.qformer, vision.width, text=False, start=start)
+    return Stage2(qformer, language_model or load_language_model(config.language), vision)
+
+
+def build(config: RunConfig, *, start: bool = True) -> Stage1 | Stage2:
+    """The model of a run's stage; initialisation is seeded by `train.seed`."""
+    torch.manual_seed(config.train.seed)
+    if config.stage == "stage1":
+        return build_stage1(config, start=start)
+    return build_stage2(config, start=start)
+
+
+def _bert_config(name: str) -> Any:
+    config = hub.load_config(towers.folder(name))
+    if config.model_type != "bert":
+        raise CheckpointError(f"{name}: a {config.model_type} checkpoint; the Q-Former starts from a BERT-type one")
+    return config
+
+
+def _bert_state(name: str) -> dict[str, Tensor]:
+    """Tensors of a BERT-type checkpoint, its prediction head included where it has one."""
+    from transformers import BertForMaskedLM
+
+    source = towers.folder(name)
+    with hub.readable(source):
+        model, info = BertForMaskedLM.from_pretrained(source, output_loading_info=True)
+    headless = any("cls.predictions.transform" in key for key in info["missing_keys"])
+    drop = "cls." if headless else "cls.predictions.decoder."
+    return {k: v for k, v in model.state_dict().items() if not k.startswith(drop)}

@@ -1,0 +1,79 @@
+"""Frozen is a fact: one function freezes, one assertion after a step proves it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from blip2.errors import RunError
+
+
+@dataclass(frozen=True)
+class ParameterRow:
+    """Parameter counts of one part of a model."""
+
+    name: str
+    trainable: int
+    frozen: int
+
+
+def freeze(module: nn.Module) -> None:
+    """Take a module out of training, in place: no gradients, eval mode."""
+    module.requires_grad_(False)
+    module.eval()
+
+
+def trainable_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """(name, parameter) of all that trains, each shared parameter once."""
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+
+
+def parameter_table(module: nn.Module, depth: int = 1) -> list[ParameterRow]:
+    """Parameter counts by part, in the order of the module.
+
+    Args:
+        depth: how many components of a parameter's dotted name make the part's name (1: the
+            direct children). A shared parameter counts once, for the first part that holds it.
+    """
+    counts: dict[str, list[int]] = {}
+    for name, p in module.named_parameters():
+        row = counts.setdefault(".".join(name.split(".")[:depth]), [0, 0])
+        row[0 if p.requires_grad else 1] += p.numel()
+    return [ParameterRow(name, trainable, frozen) for name, (trainable, frozen) in counts.items()]
+
+
+def assert_frozen(module: nn.Module, what: str = "frozen part") -> None:
+    """Prove that nothing in a module trains or has received a gradient.
+
+    Raises:
+        RunError: names `what` and the first parameter that requires or holds a gradient.
+    """
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            raise RunError(f"{what}: parameter {name} requires a gradient, but this part must stay frozen")
+        if p.grad is not None:
+            raise RunError(f"{what}: parameter {name} received a gradient, but this part must stay frozen")
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Checksum of all parameters, to prove "same weights after a step" (16 hex digits).
+
+    Adds up the raw bits of every parameter on its own device, so that it costs one pass and no
+    copy; any single changed bit changes it. On a sharded model it covers this process's shard.
+    """
+    digest = hashlib.sha256()
+    for name, p in module.named_parameters():
+        digest.update(f"{name} {tuple(p.shape)} {p.dtype} {_bit_sum(p)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bit_sum(parameter: nn.Parameter) -> int:
+    local: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    bits = local.detach().contiguous().view(_SAME_SIZE[local.element_size()])
+    return int(bits.sum(dtype=torch.int64))

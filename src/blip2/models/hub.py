@@ -1,0 +1,101 @@
+"""Load transformers models from a folder or the hub: quietly, strictly, with one-line errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blip2.errors import CheckpointError
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the progress bars, load reports and retries of transformers and huggingface_hub."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    level, hub_level = logging.get_verbosity(), hub_logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.ERROR)
+    hub_logging.set_verbosity(logging.ERROR)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def readable(source: str) -> Iterator[None]:
+    """Quiet, and turn what transformers raises for a bad source into one line that names it."""
+    try:
+        with quiet():
+            yield
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if Path(source).is_dir():
+            reason = str(error).strip().split("\n")[0]
+            raise CheckpointError(f"{source}: not a folder that transformers can load ({reason})") from error
+        raise CheckpointError(
+            f"{source}: no such folder, and it cannot be loaded as a hub id (unknown, or the hub is not reachable)"
+        ) from error
+
+
+def load_config(source: str) -> Any:
+    """The transformers config of a folder or hub id.
+
+    Raises:
+        CheckpointError: it does not exist, cannot be reached or is not understood.
+    """
+    from transformers import AutoConfig
+
+    with readable(source):
+        return AutoConfig.from_pretrained(source)
+
+
+def load_model(kind: Any, source: str, config: Any, dtype: torch.dtype, **options: Any) -> Any:
+    """A transformers model with every weight from the source.
+
+    Args:
+        kind: model class or Auto class.
+        options: passed to `from_pretrained`.
+
+    Raises:
+        CheckpointError: as `load_config`, or a weight of the model is missing or of another shape.
+    """
+    with readable(source):
+        model, report = kind.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True, **options)
+    for problem in ("missing_keys", "mismatched_keys"):
+        if report[problem]:
+            name = sorted(map(str, report[problem]))[0]
+            raise CheckpointError(
+                f"{source}: {len(report[problem])} weights of {type(model).__name__} are "
+                f"{problem.split('_')[0]}, the first is {name}"
+            )
+    return model
+
+
+def read_json(source: str, file: str) -> dict[str, Any] | None:
+    """A JSON file of a folder or hub id; None where it has none."""
+    from transformers.utils import cached_file
+
+    with readable(source):
+        path = cached_file(
+            source,
+            file,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if path is None:
+            return None
+        value: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        return value

@@ -1,0 +1,277 @@
+"""Any frozen language model of transformers, always through `inputs_embeds`.
+
+Shape letters: B rows, Q queries (soft prompts), T text tokens, S prompts and text together,
+H width of the input embeddings, V vocabulary, M target positions, L new tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from blip2.configs import LanguageConfig
+from blip2.errors import ConfigError
+from blip2.models import hub, towers
+from blip2.models.freezing import freeze
+
+Reduction = Literal["mean", "none"]
+
+# Decoder-only types whose logits are the output head of the last hidden state and nothing more.
+# Others (Cohere and Granite scale their logits, Gemma 2 caps them) go through their own forward.
+_PLAIN_HEADS = {
+    *("bloom", "falcon", "gemma", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama", "mistral", "olmo", "olmo2"),
+    *("opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm"),
+}
+_LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+class LanguageModel(nn.Module):
+    """Decoder-only or encoder-decoder language model that reads soft prompts in front of text.
+
+    While all its parameters are frozen it stays in eval mode whatever `.train()` says; gradients
+    flow through it to the soft prompts. Prompts may come in any dtype: they are cast to that of
+    its embeddings.
+
+    Args:
+        model: transformers `...ForCausalLM` or `...ForConditionalGeneration`.
+
+    Attributes:
+        hidden_size: width H of the input embeddings.
+        vocab_size: rows of the input embeddings.
+        encoder_decoder: which of the two losses it takes.
+        gradient_checkpointing: recompute every block in the backward pass instead of keeping its
+            activations; off by default. transformers' own works in train mode only, where a
+            frozen model would apply dropout.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        embeddings = model.get_input_embeddings()
+        self.hidden_size: int = embeddings.embedding_dim
+        self.vocab_size: int = embeddings.num_embeddings
+        self.encoder_decoder: bool = bool(model.config.is_encoder_decoder)
+        self.gradient_checkpointing = False
+        for block in _blocks(model):
+            block.forward = functools.partial(self._run_block, block.forward)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether none of its parameters trains."""
+        return not any(p.requires_grad for p in self.model.parameters())
+
+    def train(self, mode: bool = True) -> LanguageModel:
+        """As `nn.Module.train`, but frozen weights stay in eval mode."""
+        super().train(mode and not self.frozen)
+        return self
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """Input embeddings [B, T, H], scaled as the model does itself when given ids."""
+        out: Tensor = self.model.get_input_embeddings()(ids_BT)
+        return out
+
+    def decoder_loss(
+        self, prompt_BQH: Tensor, ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor, *, reduction: Reduction = "mean"
+    ) -> Tensor:
+        """Cross-entropy of the labelled tokens after the soft prompts, in float32; decoder-only.
+
+        The output head runs only where the next token is a label. The first token may be one: the
+        last soft prompt predicts it.
+
+        Args:
+            prompt_BQH: at least one soft prompt.
+            ids_BT: right-padded text.
+            mask_BT: 1 or True on real tokens.
+            labels_BT: bool, True on the tokens to predict.
+            reduction: `mean` over all targets, or `none`.
+
+        Returns:
+            Scalar; with `none` [M], in the order of `ids_BT[labels_BT]`.
+        """
+        embeds_BSH, mask_BS = self._join(prompt_BQH, ids_BT, mask_BT)
+        at_BS = torch.zeros_like(mask_BS, dtype=torch.bool)
+        at_BS[:, prompt_BQH.shape[1] - 1 : -1] = labels_BT
+        if self._head_is_plain():
+            output = self.model.base_model(inputs_embeds=embeds_BSH, attention_mask=mask_BS, use_cache=False)
+            logits_MV = self.model.get_output_embeddings()(output.last_hidden_state[at_BS])
+        else:
+            output = self.model(inputs_embeds=embeds_BSH, attention_mask=mask_BS, use_cache=False)
+            logits_MV = output.logits[at_BS]
+        return F.cross_entropy(logits_MV.float(), ids_BT[labels_BT], reduction=reduction)
+
+    def encoder_decoder_loss(
+        self,
+        prompt_BQH: Tensor,
+        enc_ids_BT: Tensor,
+        enc_mask_BT: Tensor,
+        dec_ids_BT: Tensor,
+        dec_mask_BT: Tensor,
+        *,
+        reduction: Reduction = "mean",
+    ) -> Tensor:
+        """Cross-entropy of the decoder's tokens, in float32; encoder-decoder.
+
+        Args:
+            prompt_BQH: soft prompts, in front of the encoder's text.
+            enc_ids_BT, enc_mask_BT: right-padded text of the encoder (T may be 0) and its mask.
+            dec_ids_BT, dec_mask_BT: right-padded tokens to predict, end token included, and their
+                mask; the start token is put in front here.
+            reduction: `mean` over all targets, or `none`.
+
+        Returns:
+            Scalar; with `none` [M], in the order of `dec_ids_BT[dec_mask_BT]`.
+        """
+        embeds_BSH, mask_BS = self._join(prompt_BQH, enc_ids_BT, enc_mask_BT)
+        start = torch.full_like(dec_ids_BT[:, :1], self.model.config.decoder_start_token_id)
+        logits_BTV = self.model(
+            inputs_embeds=embeds_BSH,
+            attention_mask=mask_BS,
+            decoder_input_ids=torch.cat([start, dec_ids_BT[:, :-1]], dim=1),
+            use_cache=False,
+        ).logits
+        targets = dec_mask_BT.bool()
+        return F.cross_entropy(logits_BTV[targets].float(), dec_ids_BT[targets], reduction=reduction)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompt_BQH: Tensor,
+        ids_BT: Tensor,
+        mask_BT: Tensor,
+        *,
+        end_id: int,
+        pad_id: int,
+        beams: int = 5,
+        num_return: int = 1,
+        min_tokens: int = 1,
+        max_tokens: int = 30,
+        length_penalty: float = 1.0,
+        sample: bool = False,
+        top_p: float = 0.9,
+        temperature: float = 1.0,
+        repetition_penalty: float = 1.0,
+    ) -> Tensor:
+        """New tokens after soft prompts and text, without gradient.
+
+        Args:
+            ids_BT, mask_BT: text (T may be 0) and its mask, padded on either side; the padding is
+                moved so that each row's soft prompts and text are adjacent.
+            end_id: token that ends a row; it is part of the result.
+            pad_id: fills the rest of a row.
+            beams: beams of beam search; ignored when sampling.
+            num_return: results per row, best first.
+            min_tokens, max_tokens: bounds of L, end token included.
+            length_penalty: beam scores are divided by length to this power.
+            sample: nucleus sampling from `top_p` at `temperature`, instead of beam search.
+            repetition_penalty: above 1 makes tokens already produced less likely.
+
+        Returns:
+            ids [B * num_return, L], the results of a row next to each other.
+
+        Raises:
+            ConfigError: more results asked than beams.
+        """
+        if not sample and num_return > beams:
+            raise ConfigError(f"{num_return} results asked of {beams} beams: beams must be as many or more")
+        embeds_BSH, mask_BS = self._join(prompt_BQH, ids_BT, mask_BT)
+        # decoders continue at the right end, encoders are trained with padding there
+        order_BS = torch.argsort(mask_BS, dim=1, stable=True, descending=self.encoder_decoder)
+        embeds_BSH = embeds_BSH.gather(1, order_BS[..., None].expand_as(embeds_BSH))
+        options: dict[str, Any] = {"do_sample": True, "top_p": top_p, "top_k": 0, "temperature": temperature}
+        if not sample:
+            options = {"do_sample": False, "num_beams": beams}
+            if beams > 1:
+                options["length_penalty"] = length_penalty
+        with hub.quiet():
+            out: Tensor = self.model.generate(
+                inputs_embeds=embeds_BSH,
+                attention_mask=mask_BS.gather(1, order_BS),
+                eos_token_id=end_id,
+                pad_token_id=pad_id,
+                num_return_sequences=num_return,
+                min_new_tokens=min_tokens,
+                max_new_tokens=max_tokens,
+                repetition_penalty=repetition_penalty,
+                **options,
+            )
+        return out[:, 1:] if self.encoder_decoder else out
+
+    def _join(self, prompt_BQH: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, S, H] of soft prompts and text, and their int64 mask [B, S]."""
+        if prompt_BQH.shape[-1] != self.hidden_size:
+            raise ConfigError(f"soft prompts are {prompt_BQH.shape[-1]} wide, the language model {self.hidden_size}")
+        text_BTH = self.embed(ids_BT)
+        ones_BQ = torch.ones(prompt_BQH.shape[:2], dtype=torch.int64, device=mask_BT.device)
+        embeds_BSH = torch.cat([prompt_BQH.to(text_BTH.dtype), text_BTH], dim=1)
+        return embeds_BSH, torch.cat([ones_BQ, mask_BT.to(torch.int64)], dim=1)
+
+    def _head_is_plain(self) -> bool:
+        config = self.model.config
+        scaled = any(getattr(config, name, None) not in (None, 1, 1.0) for name in _LOGIT_SETTINGS)
+        return config.model_type in _PLAIN_HEADS and not scaled
+
+    def _run_block(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return forward(*args, **kwargs)
+
+
+def load_language_model(config: LanguageConfig, dtype: torch.dtype | None = None) -> LanguageModel:
+    """Frozen language model of a tower's name, a folder or a hub id.
+
+    Args:
+        dtype: of the weights; None takes bfloat16 where the hardware multiplies it fast, else
+            float32.
+
+    Raises:
+        CheckpointError: the model cannot be found, reached or read completely.
+        ConfigError: a T5 in float16, in which its activations overflow.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    source = towers.folder(config.name)
+    whole = hub.load_config(source)
+    whole.update(towers.overrides(config.name))
+    if dtype == torch.float16 and "t5" in whole.model_type:
+        raise ConfigError(f"language.name is {config.name!r}: T5 overflows in float16, use bf16 or fp32")
+    kind = AutoModelForSeq2SeqLM if whole.is_encoder_decoder else AutoModelForCausalLM
+    model = LanguageModel(hub.load_model(kind, source, whole, dtype or fast_dtype()))
+    freeze(model)
+    return model
+
+
+def language_model_from_config(config: Any, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """Frozen language model with random weights; without memory inside `torch.device("meta")`."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    built = kind.from_config(config, dtype=dtype)
+    head, embeddings = built.get_output_embeddings(), built.get_input_embeddings()
+    # transformers ties every T5 that is not loaded; this setting marks those published with a head of their own
+    if getattr(config, "scale_decoder_outputs", True) is False and head.weight is embeddings.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    model = LanguageModel(built)
+    freeze(model)
+    return model
+
+
+def fast_dtype() -> torch.dtype:
+    """bfloat16 on a GPU or CPU that multiplies it in hardware, else float32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Transformer blocks: the members of the longest `nn.ModuleList`, of both when it is twice there."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    longest = max((len(m) for m in lists), default=0)
+    kinds = {type(m[0]) for m in lists if len(m) == longest}
+    return [block for m in lists if len(m) and type(m[0]) in kinds for block in m]

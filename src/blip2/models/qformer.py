@@ -1,0 +1,407 @@
+"""The Querying Transformer (arXiv 2301.12597, section 3.1) and its image keys/values.
+
+A BERT-type encoder in which queries and text share self-attention and have feed-forwards of their
+own, and the queries attend to the image in every second layer. An image is projected to keys and
+values once (`project_image`); every pass over it takes that `ImageKV`:
+
+    image_kv = qformer.project_image(features)                # [B, P, C] -> keys/values, once
+    queries, cache = qformer.encode_queries(image_kv)         # ITC, stage 2: queries alone
+    cls = qformer.encode_text(ids, mask)                      # ITC: text alone
+    queries = qformer.encode_pair(ids, mask, image_kv)        # ITM: all see all
+    hidden = qformer.decode_text(ids, mask, cache)            # ITG: causal, on the cached queries
+
+Text is held packed: the linear layers run on real tokens only, attention alone sees the padded
+shape. Shape letters: B images, N rows (pairs), Q queries, T text tokens, M real text tokens,
+P patches, C image-encoder channels, D Q-Former width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip2.ops.masks import bidirectional_mask, multimodal_causal_mask
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class ImageKV:
+    """Keys and values [B, heads, P, D / heads] of B images, one pair per cross-attention layer."""
+
+    layers: list[KeyValue]
+
+    def __len__(self) -> int:
+        return self.layers[0][0].shape[0]
+
+    def take(self, index_N: Tensor) -> ImageKV:
+        """The images at `index_N`, with repeats allowed; gradients flow back to each."""
+        return ImageKV([(keys[index_N], values[index_N]) for keys, values in self.layers])
+
+
+class Packing:
+    """Where the real tokens of a right-padded batch stand.
+
+    Args:
+        mask_NT: bool, True on real tokens. Columns that are padding in every row are dropped.
+    """
+
+    def __init__(self, mask_NT: Tensor) -> None:
+        mask_NT = mask_NT.bool()
+        length = max(int(mask_NT.sum(dim=1).max()), 1)
+        self.mask_NT = mask_NT[:, :length]
+        self.rows, self.length = mask_NT.shape[0], length
+        flat = self.mask_NT.reshape(-1).nonzero().squeeze(1)
+        self.flat_M = None if flat.numel() == self.mask_NT.numel() else flat
+
+    @property
+    def full(self) -> bool:
+        """True where nothing is padded."""
+        return self.flat_M is None
+
+    def pack(self, x_NT: Tensor) -> Tensor:
+        """[N, T, ...] -> [M, ...]: the real tokens."""
+        flat = x_NT[:, : self.length].flatten(0, 1)
+        return flat if self.flat_M is None else flat.index_select(0, self.flat_M)
+
+    def unpack(self, x_MD: Tensor) -> Tensor:
+        """[M, D] -> [N, T, D], zeros on padding."""
+        if self.flat_M is not None:
+            x_MD = x_MD.new_zeros(self.rows * self.length, x_MD.shape[-1]).index_copy(0, self.flat_M, x_MD)
+        return x_MD.view(self.rows, self.length, -1)
+
+    def first(self, x_MD: Tensor) -> Tensor:
+        """[M, D] -> [N, D]: the first token of each row ([CLS])."""
+        if self.flat_M is None:
+            return x_MD.view(self.rows, self.length, -1)[:, 0]
+        counts = self.mask_NT.sum(dim=1)
+        return x_MD[counts.cumsum(0) - counts]
+
+
+class Attention(nn.Module):
+    """Multi-head attention with BERT's residual and LayerNorm after it.
+
+    Args:
+        width: of the queries, the output and the residual stream.
+        source_width: of what keys and values are made from.
+    """
+
+    def __init__(
+        self, width: int, heads: int, source_width: int, *, eps: float, dropout: float, attention_dropout: float
+    ) -> None:
+        super().__init__()
+        self.heads, self.attention_dropout = heads, attention_dropout
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(source_width, width)
+        self.value = nn.Linear(source_width, width)
+        self.output = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def split(self, x_NLD: Tensor) -> Tensor:
+        """[N, L, D] -> [N, heads, L, D / heads]."""
+        return x_NLD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Scaled dot-product attention of split heads -> [N, L, D]."""
+        dropout = self.attention_dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout).transpose(1, 2).flatten(2)
+
+    def finish(self, residual: Tensor, context: Tensor) -> Tensor:
+        """Output projection, dropout, residual, LayerNorm."""
+        return self.norm(residual + self.dropout(self.output(context)))
+
+
+class FeedForward(nn.Module):
+    """BERT's feed-forward with exact GELU, residual and LayerNorm after it."""
+
+    def __init__(self, width: int, inner: int, *, eps: float, dropout: float) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
+
+
+class QFormerLayer(nn.Module):
+    """Shared self-attention, cross-attention of the queries, one feed-forward per stream."""
+
+    def __init__(self, attention: Attention, cross: Attention | None, query_ff: FeedForward, text_ff: nn.Module | None):
+        super().__init__()
+        self.self_attention = attention
+        self.cross_attention = cross
+        self.query_ff = query_ff
+        self.text_ff = text_ff
+
+    def queries(self, x_NQD: Tensor, image: KeyValue | None) -> tuple[Tensor, KeyValue]:
+        """Queries alone; also returns their self-attention keys and values, for ITG."""
+        attention = self.self_attention
+        key, value = attention.split(attention.key(x_NQD)), attention.split(attention.value(x_NQD))
+        context = attention.attend(attention.split(attention.query(x_NQD)), key, value)
+        return self._query_rest(attention.finish(x_NQD, context), image), (key, value)
+
+    def text(
+        self, x_MD: Tensor, packing: Packing, mask: Tensor | None, before: KeyValue | None = None, first: bool = False
+    ) -> Tensor:
+        """Text alone, or on the keys/values of queries that stand `before` it.
+
+        Args:
+            mask: bool, broadcastable to [N, 1, T, T or Q+T]; None where all see all.
+            first: return [N, D], only each row's first token.
+        """
+        attention = self.self_attention
+        assert self.text_ff is not None
+        key = attention.split(packing.unpack(attention.key(x_MD)))
+        value = attention.split(packing.unpack(attention.value(x_MD)))
+        if before is not None:
+            key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
+        residual = packing.first(x_MD) if first else x_MD
+        query = attention.query(residual)
+        query = query.unsqueeze(1) if first else packing.unpack(query)
+        context = attention.attend(attention.split(query), key, value, mask)
+        x = attention.finish(residual, context.squeeze(1) if first else packing.pack(context))
+        out: Tensor = self.text_ff(x)
+        return out
+
+    def pair(
+        self,
+        x_NQD: Tensor,
+        x_MD: Tensor,
+        packing: Packing,
+        mask: Tensor | None,
+        image: KeyValue | None,
+        last: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and text, all see all; in the `last` layer text only gives keys and values."""
+        attention, queries = self.self_attention, x_NQD.shape[1]
+        key = torch.cat([attention.key(x_NQD), packing.unpack(attention.key(x_MD))], dim=1)
+        value = torch.cat([attention.value(x_NQD), packing.unpack(attention.value(x_MD))], dim=1)
+        query = attention.query(x_NQD)
+        if not last:
+            query = torch.cat([query, packing.unpack(attention.query(x_MD))], dim=1)
+        context = attention.attend(attention.split(query), attention.split(key), attention.split(value), mask)
+        x_NQD = self._query_rest(attention.finish(x_NQD, context[:, :queries]), image)
+        if not last:
+            assert self.text_ff is not None
+            x_MD = self.text_ff(attention.finish(x_MD, packing.pack(context[:, queries:])))
+        return x_NQD, x_MD
+
+    def _query_rest(self, x_NQD: Tensor, image: KeyValue | None) -> Tensor:
+        if self.cross_attention is not None:
+            assert image is not None
+            x_NQD = self._cross(x_NQD, *image)
+        out: Tensor = self.query_ff(x_NQD)
+        return out
+
+    def _cross(self, x_NQD: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Cross-attention of N = R x B rows to B images: row n looks at image n mod B.
+
+        Rows of one image are laid side by side as more queries of it, so that its keys and
+        values are read in place and never copied.
+        """
+        cross = self.cross_attention
+        assert cross is not None
+        images, (N, Q, D) = key.shape[0], x_NQD.shape
+        query = cross.query(x_NQD)
+        if images != N:
+            query = query.view(N // images, images, Q, D).transpose(0, 1).reshape(images, -1, D)
+        context = cross.attend(cross.split(query), key, value)
+        if images != N:
+            context = context.view(images, N // images, Q, D).transpose(0, 1).reshape(N, Q, D)
+        return cross.finish(x_NQD, context)
+
+
+class TextEmbeddings(nn.Module):
+    """Word and position embeddings of the text branch (no token types)."""
+
+    def __init__(self, vocab: int, width: int, positions: int) -> None:
+        super().__init__()
+        self.word = nn.Embedding(vocab, width)
+        self.position = nn.Embedding(positions, width)
+
+    def forward(self, ids_NT: Tensor, packing: Packing) -> Tensor:
+        """[N, T] ids -> [M, D], not yet normalised; positions start at 0 beside queries too."""
+        if packing.length > self.position.num_embeddings:
+            raise ValueError(f"text of {packing.length} tokens, but only {self.position.num_embeddings} positions")
+        places = torch.arange(packing.length, device=ids_NT.device).expand(packing.rows, -1)
+        embedded: Tensor = self.word(packing.pack(ids_NT)) + self.position(packing.pack(places))
+        return embedded
+
+
+class LanguageHead(nn.Module):
+    """BERT's prediction head; its output matrix is the word embedding."""
+
+    def __init__(self, width: int, vocab: int, eps: float) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.bias = nn.Parameter(torch.zeros(vocab))
+
+    def forward(self, x_MD: Tensor, words: nn.Embedding) -> Tensor:
+        return F.linear(self.norm(F.gelu(self.dense(x_MD))), words.weight, self.bias)
+
+
+class QFormer(nn.Module):
+    """The Querying Transformer.
+
+    Args:
+        width, depth, heads, inner: of the BERT-type encoder (768, 12, 12, 3072 in the paper).
+        image_width: channels C of the image features.
+        queries: learned query tokens, drawn from N(0, 0.02).
+        cross_every: cross-attention in layers 0, N, 2N, ...
+        vocab: entries of the text vocabulary, [DEC] included; None builds no text branch
+            (stage 2 needs none).
+        positions: longest text.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        inner: int = 3072,
+        image_width: int = 1408,
+        queries: int = 32,
+        cross_every: int = 2,
+        vocab: int | None = 30523,
+        positions: int = 512,
+        eps: float = 1e-12,
+        dropout: float = 0.1,
+        attention_dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not divisible by {heads} heads")
+        self.width, self.depth, self.image_width, self.num_queries = width, depth, image_width, queries
+        drop = {"eps": eps, "dropout": dropout}
+
+        def layer(number: int) -> QFormerLayer:
+            cross = None
+            if number % cross_every == 0:
+                cross = Attention(width, heads, image_width, attention_dropout=attention_dropout, **drop)
+            return QFormerLayer(
+                Attention(width, heads, width, attention_dropout=attention_dropout, **drop),
+                cross,
+                FeedForward(width, inner, **drop),
+                FeedForward(width, inner, **drop) if vocab is not None else None,
+            )
+
+        self.query_tokens = nn.Parameter(torch.empty(queries, width))
+        self.embeddings = TextEmbeddings(vocab, width, positions) if vocab is not None else None
+        self.embedding_norm = nn.LayerNorm(width, eps=eps)
+        self.embedding_dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(layer(number) for number in range(depth))
+        self.head = LanguageHead(width, vocab, eps) if vocab is not None else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """BERT's initialisation: N(0, 0.02) weights, zero biases."""
+        nn.init.normal_(self.query_tokens, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def project_image(self, features_BPC: Tensor) -> ImageKV:
+        """Keys and values of every cross-attention layer, once per image.
+
+        Args:
+            features_BPC: normalised image features (after `ln_vision`).
+        """
+        if features_BPC.shape[-1] != self.image_width:
+            raise ValueError(
+                f"image features are {features_BPC.shape[-1]} wide, the Q-Former was built for {self.image_width}: "
+                "use the image encoder it was trained with"
+            )
+        crosses = [layer.cross_attention for layer in self._layers() if layer.cross_attention is not None]
+        return ImageKV([(c.split(c.key(features_BPC)), c.split(c.value(features_BPC))) for c in crosses])
+
+    def encode_queries(self, image_kv: ImageKV) -> tuple[Tensor, list[KeyValue]]:
+        """Queries alone look at B images.
+
+        Returns:
+            [B, Q, D], and the queries' self-attention keys/values per layer for `decode_text`.
+        """
+        x_BQD = self._query_embeddings(len(image_kv))
+        cache = []
+        for layer, image in zip(self._layers(), self._images(image_kv), strict=True):
+            x_BQD, key_value = layer.queries(x_BQD, image)
+            cache.append(key_value)
+        return x_BQD, cache
+
+    def encode_text(self, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
+        """Text alone; returns [N, D], the output at each row's first token ([CLS])."""
+        packing = Packing(mask_NT)
+        x_MD = self._text_embeddings(ids_NT, packing)
+        mask = None if packing.full else packing.mask_NT[:, None, None, :]
+        for layer in self._layers()[:-1]:
+            x_MD = layer.text(x_MD, packing, mask)
+        out: Tensor = self._layers()[-1].text(x_MD, packing, mask, first=True)
+        return out
+
+    def encode_pair(self, ids_NT: Tensor, mask_NT: Tensor, image_kv: ImageKV) -> Tensor:
+        """Queries and text together, all see all (ITM, VQA).
+
+        Args:
+            ids_NT, mask_NT: N texts, right-padded; N is a multiple of the B images.
+            image_kv: B images; row n is paired with image n mod B, without a copy of its keys.
+
+        Returns:
+            [N, Q, D] query outputs.
+        """
+        N, images = ids_NT.shape[0], len(image_kv)
+        if N % images:
+            raise ValueError(f"{N} texts for {images} images: row n is paired with image n mod {images}")
+        packing = Packing(mask_NT)
+        x_NQD, x_MD = self._query_embeddings(N), self._text_embeddings(ids_NT, packing)
+        mask = None if packing.full else bidirectional_mask(self.num_queries, packing.mask_NT)[:, :, :1]
+        for number, (layer, image) in enumerate(zip(self._layers(), self._images(image_kv), strict=True)):
+            x_NQD, x_MD = layer.pair(x_NQD, x_MD, packing, mask, image, last=number == self.depth - 1)
+        return x_NQD
+
+    def decode_text(self, ids_BT: Tensor, mask_BT: Tensor, cache: list[KeyValue], at_BT: Tensor) -> Tensor:
+        """Causal text on the cached queries (ITG).
+
+        Args:
+            ids_BT, mask_BT: right-padded text that starts with [DEC].
+            cache: from `encode_queries` over the same B images.
+            at_BT: bool, the positions whose next token is predicted; all must be real tokens.
+
+        Returns:
+            Logits [number of True in at_BT, V], in row-major order.
+        """
+        assert self.head is not None
+        assert self.embeddings is not None
+        packing = Packing(mask_BT)
+        x_MD = self._text_embeddings(ids_BT, packing)
+        mask = multimodal_causal_mask(self.num_queries, packing.mask_NT)[:, :, self.num_queries :]
+        for layer, before in zip(self._layers(), cache, strict=True):
+            x_MD = layer.text(x_MD, packing, mask, before=before)
+        logits: Tensor = self.head(x_MD[packing.pack(at_BT)], self.embeddings.word)
+        return logits
+
+    def _layers(self) -> list[QFormerLayer]:
+        return [layer for layer in self.layers if isinstance(layer, QFormerLayer)]
+
+    def _images(self, image_kv: ImageKV) -> list[KeyValue | None]:
+        pairs = iter(image_kv.layers)
+        return [next(pairs) if layer.cross_attention is not None else None for layer in self._layers()]
+
+    def _query_embeddings(self, rows: int) -> Tensor:
+        x_QD = self.embedding_norm(self.query_tokens)
+        out: Tensor = self.embedding_dropout(x_QD.expand(rows, -1, -1))
+        return out
+
+    def _text_embeddings(self, ids_NT: Tensor, packing: Packing) -> Tensor:
+        if self.embeddings is None:
+            raise ValueError("this Q-Former was built without its text branch (vocab=None)")
+        out: Tensor = self.embedding_dropout(self.embedding_norm(self.embeddings(ids_NT, packing)))
+        return out

@@ -1,0 +1,64 @@
+"""Stage 1: a frozen image encoder, the Q-Former and the heads of ITC and ITM.
+
+Shape letters: B images, N pairs, Q queries, T text tokens, P patches, C image-encoder channels,
+D Q-Former width, E contrastive width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip2.models.qformer import ImageKV, KeyValue, QFormer
+from blip2.ops.losses import mean_over_queries
+
+
+class Stage1(nn.Module):
+    """Representation learning model (arXiv 2301.12597, section 3.2).
+
+    Args:
+        qformer: with its text branch.
+        vision: frozen image encoder; None where features come from a cache.
+        embed_dim: contrastive width E.
+        temperature: start of the learned temperature, which divides similarities.
+    """
+
+    def __init__(
+        self, qformer: QFormer, vision: nn.Module | None = None, *, embed_dim: int = 256, temperature: float = 0.07
+    ) -> None:
+        super().__init__()
+        if qformer.embeddings is None:
+            raise ValueError("stage 1 needs a Q-Former with its text branch")
+        self.vision = vision
+        self.ln_vision = nn.LayerNorm(qformer.image_width, eps=1e-5)
+        self.qformer = qformer
+        self.vision_proj = nn.Linear(qformer.width, embed_dim)
+        self.text_proj = nn.Linear(qformer.width, embed_dim)
+        self.itm_head = nn.Linear(qformer.width, 2)
+        # One axis of length one: FSDP2 cannot shard a scalar.
+        self.temp = nn.Parameter(torch.tensor([temperature]))
+
+    def features(self, pixels_B3SS: Tensor) -> Tensor:
+        """Image features [B, P, C] of the frozen encoder."""
+        if self.vision is None:
+            raise ValueError("this model was built without its image encoder: give features instead of pixels")
+        out: Tensor = self.vision(pixels_B3SS)
+        return out
+
+    def project_image(self, features_BPC: Tensor) -> ImageKV:
+        """Normalise and project image features once for every later pass."""
+        return self.qformer.project_image(self.ln_vision(features_BPC.to(self.ln_vision.weight.dtype)))
+
+    def embed_images(self, image_kv: ImageKV) -> tuple[Tensor, list[KeyValue]]:
+        """Unit-norm query embeddings [B, Q, E], and the query cache that ITG decodes on."""
+        queries_BQD, cache = self.qformer.encode_queries(image_kv)
+        return F.normalize(self.vision_proj(queries_BQD).float(), dim=-1), cache
+
+    def embed_texts(self, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
+        """Unit-norm text embeddings [N, E]."""
+        return F.normalize(self.text_proj(self.qformer.encode_text(ids_NT, mask_NT)).float(), dim=-1)
+
+    def match_logits(self, ids_NT: Tensor, mask_NT: Tensor, image_kv: ImageKV) -> Tensor:
+        """ITM logits [N, 2], class 1 a match; text n is paired with image n mod B."""
+        return mean_over_queries(self.itm_head(self.qformer.encode_pair(ids_NT, mask_NT, image_kv)))

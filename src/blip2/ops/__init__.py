@@ -1,0 +1,1 @@
+"""Pure tensor code of the objectives and of distributed training; torch only."""

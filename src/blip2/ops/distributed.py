@@ -1,0 +1,97 @@
+"""Gathers over processes; every function is the identity outside a process group.
+
+Shape letters: B rows of this process, G rows of all processes (G = B x world).
+"""
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_fn
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes; 1 outside a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Index of this process; 0 outside a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def row_offset(rows: int) -> int:
+    """Index in the gathered batch of this process's first row, when every process has `rows` rows."""
+    return rank() * rows
+
+
+def gather_with_grad(x_B: Tensor) -> Tensor:
+    """Concatenate `x` of all processes along the first axis; gradients flow back to every process.
+
+    The backward sums what each process's loss asks of a row, so that averaging gradients over
+    processes (DDP) gives the gradient of the mean of the losses: the same as one process would.
+    """
+    if world_size() == 1:
+        return x_B
+    return torch.cat(dist_fn.all_gather(x_B.contiguous()), dim=0)
+
+
+@torch.no_grad()
+def gather(x_B: Tensor) -> Tensor:
+    """Concatenate `x` of all processes along the first axis, without gradient."""
+    if world_size() == 1:
+        return x_B
+    parts = [torch.empty_like(x_B) for _ in range(world_size())]
+    dist.all_gather(parts, x_B.contiguous())
+    return torch.cat(parts, dim=0)
+
+
+def gather_texts(ids_BT: Tensor, mask_BT: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
+    """Gather token ids and masks whose lengths differ between processes; padded to the longest."""
+    if world_size() == 1:
+        return ids_BT, mask_BT
+    length = torch.tensor(ids_BT.shape[1], device=ids_BT.device)
+    dist.all_reduce(length, op=dist.ReduceOp.MAX)
+    missing = int(length) - ids_BT.shape[1]
+    ids = torch.nn.functional.pad(ids_BT, (0, missing), value=pad_id)
+    mask = torch.nn.functional.pad(mask_BT.to(torch.uint8), (0, missing))
+    return gather(ids), gather(mask).bool()
+
+
+@torch.no_grad()
+def fetch_rows(x_B: Tensor, wanted_N: Tensor) -> Tensor:
+    """Rows of the gathered batch by global index, sending only what is asked for.
+
+    Args:
+        x_B: [B, ...] rows held by this process; every process holds as many.
+        wanted_N: [N] int64 global indices that this process wants.
+
+    Returns:
+        [N, ...] without gradient. Each process sends at most one copy of a row per request:
+        N rows travel where a full gather would send G.
+    """
+    if world_size() == 1:
+        return x_B[wanted_N]
+    rows, world, here = x_B.shape[0], world_size(), rank()
+    owner_N = wanted_N // rows
+    order = torch.argsort(owner_N, stable=True)
+    asked = torch.bincount(owner_N, minlength=world)
+    asked_of_me = torch.empty_like(asked)
+    dist.all_to_all_single(asked_of_me, asked)
+    ask, give = asked.tolist(), asked_of_me.tolist()
+    indices = torch.empty(sum(give), dtype=torch.int64, device=wanted_N.device)
+    dist.all_to_all_single(indices, wanted_N[order].contiguous(), give, ask)
+    out = x_B[indices - here * rows].contiguous()
+    got = torch.empty(sum(ask), *x_B.shape[1:], dtype=x_B.dtype, device=x_B.device)
+    dist.all_to_all_single(got, out, ask, give)
+    result = torch.empty_like(got)
+    result[order] = got
+    return result
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """Average a tensor of numbers over processes (for logging)."""
+    if world_size() == 1:
+        return values
+    values = values.detach().clone()
+    dist.all_reduce(values)
+    return values / world_size()

@@ -1,0 +1,69 @@
+"""The objectives as pure functions on already-gathered tensors (arXiv 2301.12597, section 3.2).
+
+Nothing here knows of ranks, models or tokenizers. Shape letters: B rows of this process, G rows
+of all processes, Q queries, M target positions, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def itc_loss(
+    image_to_text_BG: Tensor, text_to_image_BG: Tensor, targets_BG: Tensor, *, label_smoothing: float = 0.1
+) -> Tensor:
+    """Image-text contrastive loss: symmetric cross-entropy against soft targets.
+
+    Args:
+        image_to_text_BG, text_to_image_BG: similarities divided by the temperature.
+        targets_BG: rows that sum to one (`blip2.ops.contrastive.itc_targets`).
+        label_smoothing: share of the mass spread evenly over all columns.
+
+    Returns:
+        Scalar, the mean of both directions.
+    """
+    forward = F.cross_entropy(image_to_text_BG.float(), targets_BG, label_smoothing=label_smoothing)
+    backward = F.cross_entropy(text_to_image_BG.float(), targets_BG, label_smoothing=label_smoothing)
+    return (forward + backward) / 2
+
+
+def itm_loss(logits_N2: Tensor, match_N: Tensor) -> Tensor:
+    """Image-text matching loss: two-class cross-entropy, class 1 is a match.
+
+    Args:
+        logits_N2: one row per pair, already averaged over the queries.
+        match_N: bool or int64, which pairs belong together.
+    """
+    return F.cross_entropy(logits_N2.float(), match_N.long())
+
+
+def itg_loss(logits_MV: Tensor, targets_M: Tensor, *, label_smoothing: float = 0.1) -> Tensor:
+    """Image-grounded text generation loss: mean cross-entropy over the target tokens only."""
+    return F.cross_entropy(logits_MV.float(), targets_M, label_smoothing=label_smoothing)
+
+
+def language_modeling_loss(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
+    """Stage-2 language-modelling loss: mean cross-entropy over the target tokens only."""
+    return F.cross_entropy(logits_MV.float(), targets_M)
+
+
+def mean_over_queries(logits_NQ2: Tensor) -> Tensor:
+    """ITM logits [N, 2] of a pair: the mean over its queries."""
+    return logits_NQ2.mean(dim=1)
+
+
+def next_token_positions(mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Which positions predict, and which are predicted, in right-padded text.
+
+    Args:
+        mask_BT: bool, True on real tokens.
+
+    Returns:
+        Two bool masks [B, T] with as many True each: position i of the first predicts the token
+        at i + 1, marked in the second.
+    """
+    predicted = mask_BT.bool().clone()
+    predicted[:, 0] = False
+    predicting = torch.zeros_like(predicted)
+    predicting[:, :-1] = predicted[:, 1:]
+    return predicting, predicted

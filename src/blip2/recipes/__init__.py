@@ -1,0 +1,33 @@
+"""Named runs: functions that return a whole configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from blip2.configs import RunConfig
+from blip2.errors import ConfigError
+from blip2.recipes import paper, tiny
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    "tiny/stage1": tiny.stage1,
+    "tiny/stage2": tiny.stage2,
+    "tiny/demo-stage1": tiny.demo_stage1,
+    "tiny/demo-stage2": tiny.demo_stage2,
+    "vitg-opt2.7b/stage1": paper.vitg_opt_stage1,
+    "vitg-opt2.7b/stage2": paper.vitg_opt_stage2,
+    "vitg-flant5xl/stage1": paper.vitg_t5_stage1,
+    "vitg-flant5xl/stage2": paper.vitg_t5_stage2,
+    "vitl-opt2.7b/stage1": paper.vitl_opt_stage1,
+    "vitl-opt2.7b/stage2": paper.vitl_opt_stage2,
+}
+
+
+def recipe(name: str) -> RunConfig:
+    """The configuration of a named recipe.
+
+    Raises:
+        ConfigError: unknown name; lists the known ones.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"no recipe or configuration file {name!r}; recipes: {', '.join(RECIPES)}")
+    return RECIPES[name]()

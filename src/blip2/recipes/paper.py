@@ -1,0 +1,81 @@
+"""Recipes at the paper's sizes, with its hyper-parameters (arXiv 2301.12597, appendix, table 7).
+
+They want a cluster and a hub (or local folders) for the towers; `blip2 estimate NAME` shows what
+they are made of without either. One node of eight cards:
+
+    torchrun --nproc-per-node 8 -m blip2 train vitg-opt2.7b/stage1 --data 'shards/{00000..12345}.tar'
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from blip2.configs import (
+    DataConfig,
+    EvalConfig,
+    LanguageConfig,
+    OptimConfig,
+    QFormerConfig,
+    RunConfig,
+    TrainConfig,
+    VisionConfig,
+)
+
+VIT_G = VisionConfig(name="vitg", layer=-1)  # its 39 blocks end at the second-last of EVA's 40
+VIT_L = VisionConfig(name="vitl", layer=-2)
+OPT = LanguageConfig(name="opt-2.7b", prompt="a photo of", end="\n")
+FLAN_T5 = LanguageConfig(name="flan-t5-xl", prompt="a photo of", question="Question: {} Short answer:")
+
+
+def _stage1(name: str, vision: VisionConfig, language: LanguageConfig, batch: int) -> RunConfig:
+    return RunConfig(
+        recipe=name,
+        stage="stage1",
+        vision=vision,
+        qformer=QFormerConfig(init="bert-base", attention_dropout=0.1),
+        language=language,
+        data=DataConfig(train="shards/train-*.tar", dev="shards/dev-*.tar"),
+        optim=OptimConfig(lr=1e-4, min_lr=1e-5, warmup=2000),
+        train=TrainConfig(steps=250_000, batch=batch, eval_every=5000, save_every=1000),
+        eval=EvalConfig(images=1000, beams=5, min_tokens=8, max_tokens=30),
+    )
+
+
+def _stage2(name: str, first: RunConfig, batch: int) -> RunConfig:
+    return replace(
+        first,
+        recipe=name,
+        stage="stage2",
+        optim=replace(first.optim, min_lr=5e-5),
+        train=replace(first.train, steps=80_000, batch=batch),
+    )
+
+
+def vitg_opt_stage1() -> RunConfig:
+    """ViT-g stage 1: 250k steps of 1,680 pairs; under six days on 16 A100-40G (section 4)."""
+    return _stage1("vitg-opt2.7b/stage1", VIT_G, OPT, 1680)
+
+
+def vitg_opt_stage2() -> RunConfig:
+    """ViT-g to OPT-2.7B: 80k steps of 1,920 pairs; under three days on 16 A100-40G."""
+    return _stage2("vitg-opt2.7b/stage2", vitg_opt_stage1(), 1920)
+
+
+def vitg_t5_stage1() -> RunConfig:
+    """ViT-g stage 1, the same as for OPT: one stage 1 serves both."""
+    return _stage1("vitg-flant5xl/stage1", VIT_G, FLAN_T5, 1680)
+
+
+def vitg_t5_stage2() -> RunConfig:
+    """ViT-g to FlanT5-XL: 80k steps of 1,520 pairs; under three days on 16 A100-40G."""
+    return _stage2("vitg-flant5xl/stage2", vitg_t5_stage1(), 1520)
+
+
+def vitl_opt_stage1() -> RunConfig:
+    """CLIP ViT-L/14 stage 1: 250k steps of 2,320 pairs."""
+    return _stage1("vitl-opt2.7b/stage1", VIT_L, OPT, 2320)
+
+
+def vitl_opt_stage2() -> RunConfig:
+    """CLIP ViT-L/14 to OPT-2.7B: 80k steps of 1,920 pairs."""
+    return _stage2("vitl-opt2.7b/stage2", vitl_opt_stage1(), 1920)

@@ -1,0 +1,1 @@
+"""Objectives, optimizer, checkpoints and the one training loop."""

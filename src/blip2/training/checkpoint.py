@@ -1,0 +1,151 @@
+"""Checkpoints of a run: `checkpoints/step-000100/` with weights, optimizer state and the step.
+
+Data order, augmentation, dropout and negatives are functions of (seed, step), so the step alone is
+the position in all of them. A checkpoint is written beside and renamed: one that exists is whole.
+Tensors are safetensors, the rest JSON; nothing is pickled. Under FSDP2 every process joins in the
+gathering, the first one writes, and the result is the same file, whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from blip2.errors import CheckpointError
+from blip2.ops import distributed
+from blip2.weights import native, runs
+
+MODEL, OPTIMIZER, STATE = runs.WEIGHTS, "optimizer.safetensors", "state.json"
+
+
+def newest(run: Path) -> Path | None:
+    """The newest whole checkpoint, or None."""
+    found = runs.checkpoints(run)
+    return found[-1][1] if found else None
+
+
+def save(
+    run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], keep: int
+) -> Path:
+    """Write the checkpoint of a run after `step` steps, and drop all but the newest `keep`.
+
+    Raises:
+        CheckpointError: full disk, read-only folder; earlier checkpoints are untouched.
+    """
+    target = run / "checkpoints" / f"step-{step:06d}"
+    weights = {name: _full(value) for name, value in native.trained_state(model).items()}
+    moments = {name: _full(value) for name, value in _moments(model, optimizer).items()}
+    if distributed.rank() == 0:
+        _write(target, step, weights, moments, config)
+        _prune(run, keep)
+    return target
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Restore weights and optimizer state in place; returns the number of steps done.
+
+    Raises:
+        CheckpointError: a file is damaged or of another model.
+    """
+    step = int(_read_state(folder)["step"])
+    state = native.read(folder / MODEL)
+    own = native.trained_state(model)
+    if not any(isinstance(value, DTensor) for value in own.values()):
+        native.load_weights(model, folder / MODEL, state)
+    else:
+        _copy(own, state, folder / MODEL)
+    _restore_moments(model, optimizer, native.read(folder / OPTIMIZER), folder / OPTIMIZER)
+    return step
+
+
+def _write(
+    target: Path, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor], config: dict[str, Any]
+) -> None:
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        native.write_beside(temporary / MODEL, weights, {"format": "blip2", "config": json.dumps(config)})
+        native.write_beside(temporary / OPTIMIZER, moments)
+        (temporary / STATE).write_text(json.dumps({"step": step}))
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        _sync_folder(target.parent)
+    except (OSError, CheckpointError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        last = newest(target.parents[1])
+        intact = f"; {last.name} is intact" if last else ""
+        cause = getattr(error, "strerror", None) or str(error).rsplit(": ", 1)[-1]
+        raise CheckpointError(f"{target}: cannot write the checkpoint: {cause}{intact}") from error
+
+
+def _prune(run: Path, keep: int) -> None:
+    for _, path in runs.checkpoints(run)[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in (run / "checkpoints").glob(".step-*.tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / STATE}: cannot be read: {error}") from error
+    return state
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state as flat tensors: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`."""
+    named = _trained(model)
+    return {f"{key}.{name}": value for name, p in named.items() for key, value in optimizer.state.get(p, {}).items()}
+
+
+def _restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, flat: dict[str, Tensor], source: Path) -> None:
+    named = _trained(model)
+    for key, value in flat.items():
+        kind, name = key.split(".", 1)
+        if name not in named:
+            raise CheckpointError(f"{source}: {key} is of a tensor that does not train in this model")
+        parameter = named[name]
+        if kind == "step":
+            optimizer.state[parameter][kind] = value.to(parameter.device)
+        else:
+            optimizer.state[parameter][kind] = _as(value, parameter).to(parameter.dtype)
+
+
+def _copy(own: dict[str, Tensor], state: dict[str, Tensor], source: Path) -> None:
+    wrong = next((n for n in own if n not in state or state[n].shape != own[n].shape), None)
+    if wrong is not None or len(own) != len(state):
+        raise CheckpointError(f"{source}: {wrong or 'an extra tensor'} does not fit this model")
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(_as(state[name], value))
+
+
+def _full(value: Tensor) -> Tensor:
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+
+
+def _as(value: Tensor, like: Tensor) -> Tensor:
+    value = value.to(like.device)
+    return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

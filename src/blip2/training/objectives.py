@@ -1,0 +1,186 @@
+"""Objectives: modules that map a batch to a dict of named losses; the trainer adds them up.
+
+An objective holds the model, so that wrapping it (DDP, FSDP2) wraps the whole step.
+Shape letters: B pairs of this process, G pairs of all processes, Q queries, E contrastive width.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from blip2.configs import LanguageConfig, LossConfig
+from blip2.data.dataset import Batch
+from blip2.data.text import LanguageTokenizer, QFormerTokenizer
+from blip2.models.qformer import ImageKV, KeyValue
+from blip2.models.stage1 import Stage1
+from blip2.models.stage2 import Stage2
+from blip2.ops import contrastive, distributed, losses
+
+Losses = dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """What the trainer asks of an objective; `nn.Module`s below implement it."""
+
+    def __call__(self, batch: Batch, step: int) -> Losses: ...
+
+
+def _features(model: Stage1 | Stage2, batch: Batch) -> Tensor:
+    if batch.features is not None:
+        return batch.features
+    if batch.pixels is None:
+        raise ValueError("a batch needs pixels or features")
+    return model.features(batch.pixels)
+
+
+def _mean_of_all(loss: Tensor, count: int) -> Tensor:
+    """Scale a mean over `count` local terms so that averaging over processes is the global mean."""
+    if distributed.world_size() == 1:
+        return loss
+    counts = distributed.mean_over_processes(torch.tensor(float(count), device=loss.device))
+    return loss * (count / counts)
+
+
+class Stage1Objective(nn.Module):
+    """ITC + ITM + ITG over pairs (arXiv 2301.12597, section 3.2).
+
+    Args:
+        seed: of the negatives; the draw of step N is a pure function of (seed, N), the same for
+            any number of processes.
+    """
+
+    def __init__(self, model: Stage1, tokenizer: QFormerTokenizer, config: LossConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.config, self.seed = model, tokenizer, config, seed
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        """Weighted losses `itc`, `itm`, `itg`; a weight of 0 leaves one out."""
+        device = self.model.temp.device
+        ids, mask = (x.to(device) for x in self.tokenizer(batch.captions))
+        features = _features(self.model, batch)
+        image_kv = self.model.project_image(features)
+        images_BQE, cache = self.model.embed_images(image_kv)
+        out: Losses = {}
+        if self.config.itc or self.config.itm:
+            texts_BE = self.model.embed_texts(ids, mask)
+            image_ids_G = distributed.gather(batch.image_ids)
+            i2t_BG, t2i_BG = self._similarities(images_BQE, texts_BE)
+        if self.config.itc:
+            targets = contrastive.itc_targets(batch.image_ids, image_ids_G)
+            out["itc"] = self.config.itc * losses.itc_loss(
+                i2t_BG, t2i_BG, targets, label_smoothing=self.config.itc_smoothing
+            )
+        if self.config.itm:
+            negatives = self._negatives(i2t_BG, t2i_BG, batch.image_ids, image_ids_G, step)
+            out["itm"] = self.config.itm * self._itm(ids, mask, features, image_kv, *negatives)
+        if self.config.itg:
+            out["itg"] = self.config.itg * self._itg(ids, mask, cache)
+        return out
+
+    def _similarities(self, images_BQE: Tensor, texts_BE: Tensor) -> tuple[Tensor, Tensor]:
+        """Image-to-text and text-to-image similarities [B, G] over the temperature."""
+        if self.config.itc_one_sided:
+            all_images, all_texts = distributed.gather(images_BQE), distributed.gather(texts_BE)
+        else:
+            all_images, all_texts = distributed.gather_with_grad(images_BQE), distributed.gather_with_grad(texts_BE)
+        i2t = contrastive.query_text_similarity(images_BQE, all_texts)
+        t2i = contrastive.text_query_similarity(texts_BE, all_images)
+        return i2t / self.model.temp, t2i / self.model.temp
+
+    def _negatives(
+        self, i2t_BG: Tensor, t2i_BG: Tensor, ids_B: Tensor, ids_G: Tensor, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """Global indices of one hard negative text per image, and one image per text."""
+        uniform_2G = torch.from_numpy(np.random.default_rng([self.seed, step]).random((2, len(ids_G))))
+        start = distributed.row_offset(len(ids_B))
+        mine = uniform_2G[:, start : start + len(ids_B)].to(ids_B.device)
+        texts = contrastive.sample_hard_negatives(i2t_BG.detach(), ids_B, ids_G, mine[0])
+        images = contrastive.sample_hard_negatives(t2i_BG.detach(), ids_B, ids_G, mine[1])
+        return texts, images
+
+    def _itm(
+        self, ids: Tensor, mask: Tensor, features: Tensor, image_kv: ImageKV, texts_B: Tensor, images_B: Tensor
+    ) -> Tensor:
+        """One positive and two hard negatives per pair, in two passes.
+
+        The first pairs the local images with their own and with a negative text, side by side on
+        the same keys/values; the second pairs the texts with negative images. Only the chosen
+        images travel between processes.
+        """
+        B = len(ids)
+        logits = [self.model.match_logits(ids, mask, image_kv)]
+        if int(texts_B.min()) >= 0:
+            all_ids, all_masks = distributed.gather_texts(ids, mask, self.tokenizer.pad_id)
+            negative_ids, negative_masks = all_ids[texts_B], all_masks[texts_B]
+            if distributed.world_size() == 1:
+                negative_kv = image_kv.take(images_B)
+            else:
+                negative_kv = self.model.project_image(distributed.fetch_rows(features, images_B))
+            logits = [
+                self.model.match_logits(_stack(ids, negative_ids), _stack(mask, negative_masks), image_kv),
+                self.model.match_logits(ids, mask, negative_kv),
+            ]
+        rows = torch.cat(logits)
+        match = torch.arange(len(rows), device=rows.device) < B
+        return _mean_of_all(losses.itm_loss(rows, match), len(rows))
+
+    def _itg(self, ids: Tensor, mask: Tensor, cache: list[KeyValue]) -> Tensor:
+        """Next-token loss of the text on the query cache; [CLS] is replaced by [DEC]."""
+        inputs = ids.clone()
+        inputs[:, 0] = self.tokenizer.dec_id
+        at, predicted = losses.next_token_positions(mask)
+        logits = self.model.qformer.decode_text(inputs, mask, cache, at)
+        targets = ids[predicted]
+        loss = losses.itg_loss(logits, targets, label_smoothing=self.config.itg_smoothing)
+        return _mean_of_all(loss, len(targets))
+
+
+def _stack(first_BT: Tensor, second_BT: Tensor) -> Tensor:
+    """Two batches of right-padded rows, one under the other."""
+    width = max(first_BT.shape[1], second_BT.shape[1])
+    pads = [torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in (first_BT, second_BT)]
+    return torch.cat(pads)
+
+
+class Stage2Objective(nn.Module):
+    """Language modelling of the caption given the soft prompts (section 3.3).
+
+    Decoder-only: prompt + caption, loss on the caption and its end token. Encoder-decoder: the
+    caption is split at a random word into a prefix for the encoder and a suffix for the decoder;
+    the split of a pair is a pure function of (seed, step, key).
+    """
+
+    def __init__(self, model: Stage2, tokenizer: LanguageTokenizer, config: LanguageConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.config, self.seed = model, tokenizer, config, seed
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        """The loss `lm`."""
+        prompts_BQH = self.model.soft_prompts(_features(self.model, batch))
+        if self.model.language_model.encoder_decoder:
+            return {"lm": self._encoder_decoder(prompts_BQH, batch, step)}
+        ids, mask, labels = self.tokenizer.targets([self.config.prompt] * len(batch), batch.captions)
+        ids, mask, labels = (x.to(prompts_BQH.device) for x in (ids, mask, labels))
+        loss = self.model.language_model.decoder_loss(prompts_BQH, ids, mask, labels)
+        return {"lm": _mean_of_all(loss, int(labels.sum()))}
+
+    def _encoder_decoder(self, prompts_BQH: Tensor, batch: Batch, step: int) -> Tensor:
+        prefixes, suffixes = zip(
+            *(split_caption(c, k, self.seed, step) for c, k in zip(batch.captions, batch.keys, strict=True)),
+            strict=True,
+        )
+        parts = self.tokenizer.pairs([f"{self.config.prompt} {p}".strip() for p in prefixes], list(suffixes))
+        enc_ids, enc_mask, dec_ids, dec_mask = (x.to(prompts_BQH.device) for x in parts)
+        loss = self.model.language_model.encoder_decoder_loss(prompts_BQH, enc_ids, enc_mask, dec_ids, dec_mask)
+        return _mean_of_all(loss, int(dec_mask.sum()))
+
+
+def split_caption(caption: str, key: str, seed: int, step: int) -> tuple[str, str]:
+    """Split a caption at a random word into (prefix, suffix); the suffix is never empty."""
+    words = caption.split()
+    draw = np.random.default_rng([seed, step, *key.encode()]).integers(0, max(len(words), 1))
+    return " ".join(words[:draw]), " ".join(words[draw:])

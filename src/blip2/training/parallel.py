@@ -1,0 +1,112 @@
+"""Devices, precision and processes: plain torch, no launcher needed for one process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from blip2.configs import RunConfig
+from blip2.errors import ConfigError
+from blip2.ops import distributed
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is this process's CUDA device where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"train.device is {name!r}, but torch sees no CUDA device here: use cpu or auto")
+    if name == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(name)
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 multiplies faster than fp32: CUDA, or a CPU with AVX512-BF16 or AMX.
+
+    Elsewhere bf16 is emulated: on an AVX2-only CPU a bf16 matrix product took 6 times as long.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if device.type != "cpu":
+        return False
+    checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return any(check() for check in checks if check is not None)
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[None]:
+    """bf16 autocast for `bf16`, and for `auto` where it is fast; else fp32."""
+    if precision == "bf16" or (precision == "auto" and fast_bf16(device)):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join torchrun's processes (gloo on CPU, NCCL on CUDA); nothing in a plain `python` run."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def wrap(objective: nn.Module, parallel: str, device: torch.device, unused: bool) -> nn.Module:
+    """Wrap an objective for the processes there are; itself in one process.
+
+    FSDP2 shards every block of the frozen towers by itself, and all that trains as one group.
+    """
+    if distributed.world_size() == 1:
+        return objective
+    if parallel == "ddp":
+        ids = [device.index] if device.type == "cuda" else None
+        return DistributedDataParallel(
+            objective, device_ids=ids, broadcast_buffers=False, find_unused_parameters=unused
+        )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (distributed.world_size(),))
+    for block in _frozen_blocks(objective):
+        fully_shard(block, mesh=mesh)
+    fully_shard(objective, mesh=mesh)
+    return objective
+
+
+@contextlib.contextmanager
+def unsharded(module: nn.Module) -> Iterator[None]:
+    """Gather FSDP2's root parameters for calls that do not go through its forward (evaluation)."""
+    unshard, reshard = getattr(module, "unshard", None), getattr(module, "reshard", None)
+    if unshard is None or reshard is None:
+        yield
+        return
+    unshard()
+    try:
+        yield
+    finally:
+        reshard()
+
+
+def unused_parameters(config: RunConfig) -> bool:
+    """Whether some trained parameters get no gradient: a stage-1 loss is left out."""
+    return config.stage == "stage1" and not (config.loss.itc and config.loss.itm and config.loss.itg)
+
+
+def _frozen_blocks(objective: nn.Module) -> list[nn.Module]:
+    """Blocks of the frozen towers: the members of every module list under them."""
+    model = objective.model
+    assert isinstance(model, nn.Module)
+    towers = [t for name in ("vision", "language_model") if isinstance(t := getattr(model, name, None), nn.Module)]
+    lists = [m for tower in towers for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    return [block for blocks in lists for block in blocks]

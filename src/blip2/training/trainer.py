@@ -1,0 +1,245 @@
+"""The one training loop. It knows no loss: an objective maps a batch to named losses.
+
+Plain `python` trains in one process; under `torchrun` the same code runs DDP, or FSDP2 when asked.
+Every random thing of step N (data, augmentation, dropout, negatives) is seeded by (seed, N), which
+is what makes a resumed run repeat, step for step, one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blip2.configs import RunConfig, to_dict
+from blip2.data.dataset import Batch
+from blip2.data.samples import BadSample
+from blip2.errors import RunError
+from blip2.models.freezing import assert_frozen, weights_digest
+from blip2.ops import distributed
+from blip2.training import checkpoint
+from blip2.training.metrics import RunLog
+from blip2.training.optim import build_optimizer, learning_rate
+from blip2.training.parallel import autocast, unsharded, unused_parameters, wrap
+
+Evaluate = Callable[[int], dict[str, Any]]
+
+
+@dataclass
+class Outcome:
+    """How a run ended.
+
+    Args:
+        step: steps done in all.
+        seconds: spent in this process's call.
+        interrupted: the signal that stopped it (SIGINT, SIGTERM), or None.
+        skipped: bad samples met on the way.
+    """
+
+    step: int
+    seconds: float
+    interrupted: int | None = None
+    skipped: list[BadSample] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains an objective over batches into a run folder, from its newest checkpoint on.
+
+    Args:
+        objective: module with `.model`; called as `objective(batch, step)`.
+        batches: gives the endless stream of this process's batches from a step on.
+        frozen: parts that must not change: no gradient, same weights at the end.
+        evaluate: called with the number of steps done; returns numbers for the `dev` line.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        batches: Callable[[int], Iterator[Batch]],
+        config: RunConfig,
+        folder: Path,
+        *,
+        device: torch.device,
+        frozen: list[nn.Module] | None = None,
+        evaluate: Evaluate | None = None,
+    ) -> None:
+        self.config, self.folder, self.device = config, folder, device
+        self.objective, self.model = objective, objective.model
+        self.batches, self.evaluate, self.frozen = batches, evaluate, frozen or []
+        self.wrapped = wrap(objective, config.train.parallel, device, unused_parameters(config))
+        self.optimizer = build_optimizer(
+            ((n, p) for n, p in self.model.named_parameters() if p.requires_grad),  # type: ignore[union-attr]
+            config.optim,
+        )
+        self.step = 0
+        self._signal: int | None = None
+
+    def resume(self) -> int:
+        """Go on from the newest whole checkpoint, if there is one; returns the steps done."""
+        last = checkpoint.newest(self.folder)
+        if last is not None:
+            self.step = checkpoint.load(last, self._model, self.optimizer)
+        return self.step
+
+    def run(self) -> Outcome:
+        """Train to the configured number of steps.
+
+        Raises:
+            RunError: non-finite loss (with the batch's keys), unwritable run folder.
+            CheckpointError: a checkpoint cannot be written; earlier ones are intact.
+        """
+        began, skipped = time.monotonic(), []
+        digests = [weights_digest(module) for module in self.frozen]
+        log = RunLog(self.folder, self.step, self.config.train.steps) if distributed.rank() == 0 else None
+        try:
+            with self._signals():
+                if self.step == 0:
+                    self._evaluate(log)
+                source = self.batches(self.step)
+                while self.step < self.config.train.steps and self._signal is None:
+                    skipped += self._one_step(source, log)
+                    self._after_step(log)
+        except OSError as error:
+            where = error.filename or self.folder
+            raise RunError(f"{where}: {error.strerror or error}; {self._intact()}") from error
+        finally:
+            if log is not None:
+                log.close()
+        if digests != [weights_digest(module) for module in self.frozen]:
+            raise RunError("a frozen part changed during training")
+        return Outcome(self.step, time.monotonic() - began, self._signal, skipped)
+
+    @property
+    def _model(self) -> nn.Module:
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
+    def _one_step(self, source: Iterator[Batch], log: RunLog | None) -> list[BadSample]:
+        train, began = self.config.train, time.monotonic()
+        batch = next(source)
+        waited = time.monotonic() - began
+        rate = learning_rate(self.step, train.steps, self.config.optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(_seed(train.seed, self.step, distributed.rank()))
+        self.objective.train()
+        losses = self._backward(batch)
+        norm = self._clip()
+        if not math.isfinite(norm):
+            raise RunError(f"step {self.step + 1}: the gradient is not finite ({norm}); {self._advice(batch)}")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.step == 0:
+            for module in self.frozen:
+                assert_frozen(module)
+        self.step += 1
+        seconds = time.monotonic() - began
+        if log is not None:
+            self._log_step(log, losses, rate, norm, seconds, waited)
+        return batch.skipped
+
+    def _backward(self, batch: Batch) -> dict[str, float]:
+        """Losses of one step over its micro-batches, averaged over processes; gradients are left."""
+        parts = self.config.train.accumulate
+        total: dict[str, Tensor] = {}
+        for number, micro in enumerate(batch.split(parts) if parts > 1 else [batch]):
+            micro = micro.to(self.device)
+            last = number == parts - 1
+            with contextlib.nullcontext() if last else self._no_sync():
+                with autocast(self.device, self.config.train.precision):
+                    losses = self.wrapped(micro, self.step * parts + number)
+                loss = torch.stack(list(losses.values())).sum()
+                (loss / parts).backward()
+            for name, value in losses.items():
+                total[name] = total.get(name, torch.zeros((), device=self.device)) + value.detach() / parts
+        names = list(total)
+        means = distributed.mean_over_processes(torch.stack([*total.values(), torch.tensor(self._stop())]).float())
+        values = dict(zip(names, means.tolist(), strict=False))
+        if means[-1] > 0 and self._signal is None:
+            self._signal = signal.SIGTERM  # another process was told to stop
+        if not all(math.isfinite(v) for v in values.values()):
+            named = ", ".join(f"{k} {v}" for k, v in values.items())
+            raise RunError(f"step {self.step + 1}: the loss is not finite ({named}); {self._advice(batch)}")
+        return {"loss": sum(values.values()), **values}
+
+    def _clip(self) -> float:
+        limit = self.config.optim.clip
+        parameters = [p for p in self._model.parameters() if p.requires_grad]
+        norm = nn.utils.clip_grad_norm_(parameters, limit if limit is not None else math.inf)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def _after_step(self, log: RunLog | None) -> None:
+        train, last = self.config.train, self.step == self.config.train.steps
+        stopping = self._signal is not None
+        if last or (self.step % train.eval_every == 0 and not stopping):
+            self._evaluate(log)
+        if last or stopping or self.step % train.save_every == 0:
+            checkpoint.save(self.folder, self.step, self._model, self.optimizer, to_dict(self.config), train.keep)
+
+    def _evaluate(self, log: RunLog | None) -> None:
+        if self.evaluate is None:
+            return
+        self.objective.eval()
+        with torch.no_grad(), unsharded(self.wrapped), autocast(self.device, self.config.train.precision):
+            numbers = self.evaluate(self.step)
+        if log is not None and numbers:
+            log.write("dev", self.step, numbers)
+            shown = "  ".join(f"{k} {v:.2f}" for k, v in numbers.items() if isinstance(v, float))
+            log.say(f"dev at step {self.step}: {shown}")
+
+    def _log_step(
+        self, log: RunLog, losses: dict[str, float], rate: float, norm: float, seconds: float, waited: float
+    ) -> None:
+        speed = {"pairs_per_s": self.config.train.batch / seconds, "data_wait": waited / seconds}
+        log.write("train", self.step, {**losses, "lr": rate, "grad_norm": norm, **speed, "time": seconds})
+        log.progress(self.step, {**losses, **speed})
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
+        no_sync = getattr(self.wrapped, "no_sync", None)
+        return no_sync() if no_sync is not None else contextlib.nullcontext()
+
+    def _advice(self, batch: Batch) -> str:
+        return f"batch: {', '.join(batch.keys)}; lower optim.lr, or look at these samples; {self._intact()}"
+
+    def _intact(self) -> str:
+        last = checkpoint.newest(self.folder)
+        return f"{last.name} is intact" if last else "no checkpoint had been written yet"
+
+    def _stop(self) -> float:
+        return 0.0 if self._signal is None else 1.0
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the step, save, and stop; a second one stops at once."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self._signal is not None:
+                raise KeyboardInterrupt
+            self._signal = number
+
+        kinds = (signal.SIGINT, signal.SIGTERM)
+        try:
+            before = [signal.signal(kind, handle) for kind in kinds]
+        except ValueError:  # not the main thread: the caller handles signals
+            yield
+            return
+        try:
+            yield
+        finally:
+            for kind, old in zip(kinds, before, strict=True):
+                signal.signal(kind, old)
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    """One 63-bit seed per (seed, step, process)."""
+    mixed = (seed * 1_000_003 + step) * 1_000_033 + rank
+    return mixed % (1 << 63)

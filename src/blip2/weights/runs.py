@@ -1,0 +1,92 @@
+"""Run folders: where a run keeps its configuration and its newest weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from blip2.configs import RunConfig, from_dict, to_dict
+from blip2.errors import CheckpointError, ConfigError
+from blip2.weights import native
+
+CONFIG = "config.yaml"
+WEIGHTS = "model.safetensors"
+_STEP = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that can be loaded: its configuration and its newest whole weights."""
+
+    config: RunConfig
+    weights: Path
+
+
+def open_run(path: str | Path) -> Run:
+    """Find a run's weights: a run folder, one of its checkpoints, or a weights file of ours.
+
+    Raises:
+        CheckpointError: nothing there, no whole checkpoint yet, or a file of another kind.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such run folder or weights file")
+    weights = path if path.is_file() else _newest_weights(path)
+    try:
+        config = json.loads(native.read_metadata(weights)["config"])
+    except (KeyError, ValueError):
+        raise CheckpointError(f"{weights}: not a blip2 weights file (no configuration in its header)") from None
+    return Run(from_dict(RunConfig, config, str(weights)), weights)
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Write `config.yaml` beside and rename."""
+    beside = folder / f".{CONFIG}.tmp"
+    beside.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), "utf-8")
+    beside.replace(folder / CONFIG)
+
+
+def read_config(path: str | Path) -> RunConfig:
+    """Read a `config.yaml` (or the one of a run folder).
+
+    Raises:
+        ConfigError: not there, not YAML, or a setting that is unknown or refused.
+    """
+    path = Path(path)
+    path = path / CONFIG if path.is_dir() else path
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: not a run configuration")
+    try:
+        config: RunConfig = from_dict(RunConfig, values, str(path))
+    except TypeError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return config
+
+
+def checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every whole checkpoint of a run, oldest first.
+
+    A checkpoint is renamed into place when it is complete, so one with this name is whole.
+    """
+    inside = run / "checkpoints"
+    found = [(int(m[1]), p) for p in (inside.iterdir() if inside.is_dir() else ()) if (m := _STEP.fullmatch(p.name))]
+    return sorted((step, path) for step, path in found if (path / WEIGHTS).is_file())
+
+
+def _newest_weights(folder: Path) -> Path:
+    if (folder / WEIGHTS).is_file():
+        return folder / WEIGHTS
+    whole = checkpoints(folder)
+    if not whole:
+        raise CheckpointError(f"{folder}: no whole checkpoint in it (looked in {folder / 'checkpoints'})")
+    return whole[-1][1] / WEIGHTS

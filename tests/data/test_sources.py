@@ -1,0 +1,103 @@
+"""Names, patterns and paths of data sets, and what is said where they are wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from blip2.data.images import decode_image
+from blip2.data.sources import open_collection
+from blip2.errors import DataError
+
+
+def test_paths_globs_braces_and_folders(shards: Path) -> None:
+    for spec, count in (
+        (shards, 13),
+        (shards / "part-00001.tar", 6),
+        (shards / "part-*.tar", 13),
+        (shards / "part-{00000..00001}.tar", 13),
+        (shards / "part-{00001,00000}.tar", 13),
+    ):
+        assert len(open_collection(str(spec)).samples) == count
+    assert open_collection(str(shards / "part-{00001,00000}.tar")).samples[0].key == "key007"
+
+
+def test_named_set_in_blip2_data_and_cache(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(shards, tmp_path / "data" / "flickr8k")
+    shard = tmp_path / "data" / "flickr8k" / "part-00000.tar"
+    shard.rename(shard.with_name("dev-00000.tar"))
+    monkeypatch.setenv("BLIP2_DATA", str(tmp_path / "data"))
+    found = open_collection("flickr8k:dev")
+    assert found.name == "flickr8k:dev"
+    assert [Path(sample.path).parent for sample in found.samples] == [tmp_path / "data" / "flickr8k"] * 7
+
+
+def test_named_set_that_is_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLIP2_DATA", str(tmp_path / "here"))
+    monkeypatch.setenv("BLIP2_CACHE", str(tmp_path / "there"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("blip2.data.sources.__file__", str(tmp_path / "a/b/c/d/sources.py"))
+    with pytest.raises(DataError) as error:
+        open_collection("flickr8k:train")
+    message = str(error.value)
+    for part in ("flickr8k:train", "here/flickr8k", "there/flickr8k", "shared/flickr8k", "BLIP2_DATA"):
+        assert part in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("flickr9k:train", "flickr9k:train: no such file or folder, and not a named set"),
+        ("flickr8k:test", "flickr8k:test: no such file or folder, and not a named set"),
+        ("gone-*.tar", "gone-\\*.tar: no such shard"),
+        ("gone-{0..1}.tar", "gone-0.tar: no such shard"),
+        ("open-{0.tar", "not a brace pattern|no such shard"),
+        ("gone.jsonl", "gone.jsonl: cannot be read"),
+        ("empty", "empty: nothing in it: expected .tar shards, or images"),
+        ("silent", "silent: every sample is bad, the first: a: no text"),
+        ("notes.txt", "notes.txt: not a data set"),
+    ],
+)
+def test_wrong_specs(
+    spec: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jpeg: Callable[..., bytes]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "silent").mkdir()
+    (tmp_path / "silent" / "a.jpg").write_bytes(jpeg())
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(DataError, match=message) as error:
+        open_collection(spec)
+    assert "\n" not in str(error.value)
+
+
+def test_jsonl_and_image_folder(tmp_path: Path, jpeg: Callable[..., bytes]) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    (tmp_path / "a.txt").write_text("a cat")
+    (tmp_path / "set.jsonl").write_text(json.dumps({"image": "a.jpg", "caption": "a dog"}))
+    assert open_collection(str(tmp_path)).samples[0].captions == ("a cat",)
+    assert open_collection(str(tmp_path / "set.jsonl")).samples[0].captions == ("a dog",)
+
+
+def test_skimage_photographs_are_in_colour() -> None:
+    pytest.importorskip("skimage")
+    found = open_collection("skimage")
+    assert {"astronaut", "chelsea", "coffee"} <= {sample.key for sample in found.samples}
+    for sample in found.samples:
+        picture = decode_image(sample.read())
+        red, green, blue = picture.resize((8, 8)).split()
+        assert min(picture.size) >= 200
+        assert red.tobytes() != green.tobytes() or green.tobytes() != blue.tobytes()
+
+
+def test_flickr8k(flickr8k: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLIP2_DATA", str(flickr8k.parent))
+    dev = open_collection("flickr8k:dev")
+    assert len(dev.samples) == 1000
+    assert not dev.bad
+    assert len({sample.image_id for sample in dev.samples}) == 1000

@@ -1,0 +1,55 @@
+"""Towers by name: sizes known offline, counted on the meta device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from blip2.models import towers
+from blip2.models.language_model import language_model_from_config
+from blip2.models.vision_encoder import vision_encoder_from_config
+
+MILLIONS = {
+    "dinov2-s": 22.1,
+    "vitl": 303.2,
+    "vitg": 986.0,
+    "minilm-l6": 22.7,
+    "bert-base": 109.5,
+    "smollm2-135m": 134.5,
+    "opt-2.7b": 2651.6,
+    "opt-6.7b": 6658.5,
+    "flan-t5-xl": 2849.8,
+    "flan-t5-xxl": 11135.3,
+}
+
+
+@pytest.mark.parametrize("name", towers.TOWERS)
+def test_parameter_counts_of_the_published_models(name: str) -> None:
+    tower = towers.TOWERS[name]
+    with torch.device("meta"):
+        model: nn.Module
+        if tower.kind == "vision":
+            model = vision_encoder_from_config(tower.config())
+        elif tower.kind == "language":
+            model = language_model_from_config(tower.config())
+        else:
+            from transformers import BertModel
+
+            model = BertModel(tower.config())
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(MILLIONS[name], abs=0.1)
+
+
+def test_folder_of_a_name_a_hub_id_and_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setitem(towers.TOWERS, "minilm-l6", towers.Tower("bert", lambda: tmp_path, lambda: None))
+    assert towers.folder("minilm-l6") == str(tmp_path)
+    assert towers.folder("opt-2.7b") == "facebook/opt-2.7b"
+    assert towers.folder("some/folder") == "some/folder"
+
+
+def test_flan_t5_runs_with_the_exact_gelu() -> None:
+    assert towers.overrides("flan-t5-xl") == {"dense_act_fn": "gelu"}
+    assert towers.TOWERS["flan-t5-xl"].config().dense_act_fn == "gelu"
+    assert towers.overrides("opt-2.7b") == {} == towers.overrides("a/folder")

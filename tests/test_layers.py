@@ -1,0 +1,123 @@
+"""The layers of the package: a file imports its own layer and the ones above it, never one below."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "src" / "blip2"
+BASE = ("configs", "errors", "cache")
+LAYERS = (BASE, "ops", "models", "weights", "data", "inference", "training", "evaluation", "recipes", "apps")
+# `__main__` starts the command line, so it stands with the applications.
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in ((layer,) if isinstance(layer, str) else layer)}
+RANK["__main__"] = RANK["apps"]
+
+FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
+# The public face loads everything lazily, from any layer.
+LAYERED = [f for f in FILES if f != "__init__.py"]
+
+
+def imports(source: str, file: str) -> Iterator[tuple[str, int]]:
+    """Full dotted names that a file imports, functions' own imports included, with their lines.
+
+    `from a import b` gives `a.b`: b may be a module. Relative imports are made absolute.
+    """
+    for node in ast.walk(ast.parse(source, filename=file)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = ["blip2", *Path(file).parent.parts]
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def layer_of(file: str) -> str:
+    return Path(file).parts[0].removesuffix(".py")
+
+
+def upward(source: str, file: str) -> list[str]:
+    """One line for each import in `file` of a layer below its own."""
+    rank = RANK[layer_of(file)]
+    wrong = []
+    for name, line in imports(source, file):
+        parts = name.split(".")
+        if parts[0] != "blip2":
+            continue
+        # `from blip2 import load` is the public face, which reaches every layer: for applications only.
+        target = RANK.get(parts[1], RANK["apps"]) if len(parts) > 1 else RANK["apps"]
+        if target > rank and name != "blip2.__version__":
+            wrong.append(f"src/blip2/{file}:{line} imports {name}")
+    return wrong
+
+
+def foreign(file: str) -> set[str]:
+    """Top-level names of the packages outside blip2 that a file imports."""
+    source = (PACKAGE / file).read_text(encoding="utf-8")
+    return {name.split(".")[0] for name, _ in imports(source, file)} - {"blip2"}
+
+
+@pytest.mark.parametrize("file", LAYERED)
+def test_no_upward_import(file: str) -> None:
+    assert layer_of(file) in RANK, f"src/blip2/{file} belongs to no layer: put it in one, or add the layer here"
+    assert upward((PACKAGE / file).read_text(encoding="utf-8"), file) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "found"),
+    [
+        ("ops/masks.py", "from blip2.models.qformer import QFormer", 1),
+        ("ops/masks.py", "def f():\n    import blip2.training.trainer", 1),
+        ("data/shards.py", "from blip2 import ops", 0),
+        ("models/qformer.py", "from ..data import shards", 1),
+        ("models/qformer.py", "from . import freezing\nfrom ..ops import masks", 0),
+        ("training/trainer.py", "from blip2.evaluation import retrieval", 1),
+        ("data/shards.py", "from blip2 import load", 1),
+        ("apps/cli.py", "import blip2", 0),
+        ("training/trainer.py", "from blip2 import __version__", 0),
+        ("configs.py", "from blip2.errors import ConfigError", 0),
+    ],
+)
+def test_the_check_sees_upward_imports(file: str, source: str, found: int) -> None:
+    assert len(upward(source, file)) == found
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if layer_of(f) == "ops"])
+def test_ops_need_only_torch(file: str) -> None:
+    assert foreign(file) - sys.stdlib_module_names <= {"torch"}
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if layer_of(f) in BASE])
+def test_configs_errors_and_cache_need_only_the_standard_library(file: str) -> None:
+    assert foreign(file) <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_torchvision_is_never_imported(file: str) -> None:
+    assert "torchvision" not in foreign(file)
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if layer_of(f) == "evaluation"])
+def test_evaluation_takes_numpy_and_strings(file: str) -> None:
+    assert not foreign(file) & {"torch", "transformers"}
+
+
+@pytest.mark.parametrize(
+    ("layer", "other"), [("training", "evaluation"), ("data", "models"), ("data", "weights"), ("models", "data")]
+)
+def test_layers_that_stay_strangers(layer: str, other: str) -> None:
+    for file in (f for f in FILES if layer_of(f) == layer):
+        source = (PACKAGE / file).read_text(encoding="utf-8")
+        assert [name for name, _ in imports(source, file) if name.startswith(f"blip2.{other}")] == [], file
+
+
+@pytest.mark.parametrize("module", ["blip2.evaluation.captioning", "blip2.evaluation.retrieval", "blip2.apps.report"])
+def test_importing_it_brings_no_torch(module: str) -> None:
+    code = f"import sys, {module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
