@@ -19,7 +19,7 @@ from blip2.errors import DataError
 
 # What each colour word looks like, to tell that a caption speaks of this image.
 LOOKS = {"red": (255, 0, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0), "black": (0, 0, 0), "gray": (128, 128, 128)}
-LOOKS |= {"green": (0, 128, 0), "teal": (0, 128, 128), "brown": (165, 42, 42)}
+LOOKS |= {"green": (0, 255, 0), "teal": (0, 128, 128), "brown": (165, 42, 42)}
 
 
 @pytest.mark.parametrize(

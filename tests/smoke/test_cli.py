@@ -66,7 +66,9 @@ def stage2(pictures: Path, stage1: Path) -> Path:
     run = ("train", "tiny/stage2", "--init", stage1, "--data", pictures, "--data.dev", pictures, "--out", out)
     done = blip2(*run, "--steps", "3", *SMALL)
     assert done.returncode == 0, done.stderr
-    assert "left out (text branch, " in done.stderr
+    left_out = next(line for line in done.stderr.splitlines() if " left out (" in line)
+    assert "text branch" in left_out
+    assert "start fresh (language_proj)" in left_out
     return out
 
 

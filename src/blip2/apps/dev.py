@@ -49,9 +49,9 @@ class DevEvaluator:
         self.by_key = {sample.key: sample for sample in collection.samples}
         self.last_samples: list[dict[str, Any]] = []
 
-    def __call__(self, step: int) -> dict[str, float]:
-        """Dev numbers: mean losses, ITC recall (stage 1); writes the sample captions."""
-        numbers: dict[str, float] = {}
+    def __call__(self, step: int) -> dict[str, Any]:
+        """Dev numbers: mean losses, ITC recall (stage 1); writes the sample captions, and shows two."""
+        numbers: dict[str, Any] = {}
         losses: list[dict[str, float]] = []
         images: list[Tensor] = []
         owners: list[int] = []
@@ -80,6 +80,7 @@ class DevEvaluator:
             scores = query_text_similarity(torch.cat(images), self.model.embed_texts(texts))
             numbers |= recall_at_k(scores.numpy(), np.array(owners))
         self._write(step, shown)
+        numbers["captions"] = [f"{entry['key']}: {entry['caption']}" for entry in shown[:2]]
         return numbers
 
     def _batches(self) -> Iterator[Batch]:

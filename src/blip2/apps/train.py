@@ -73,13 +73,16 @@ def run_folder(config: RunConfig) -> Path:
 
 def _train(config: RunConfig, device: torch.device) -> int:
     folder = run_folder(config)
-    resumed = _claim(folder, config)
+    if distributed.rank() == 0:
+        _claim(folder, config)
+    distributed.barrier()
+    resumed = runs.checkpoints(folder)
     data = open_collection(config.data.train).limited(config.data.limit)
     dev = None
     if config.data.dev and config.eval.images:
         dev = open_collection(config.data.dev).limited(config.data.dev_limit).limited(config.eval.images)
     model = build(config)
-    loaded = _initialise(model, config) if resumed is None else []
+    loaded = [] if resumed else _initialise(model, config)
     model.to(device)
     vision = model.vision
     assert isinstance(vision, VisionEncoder)
@@ -99,21 +102,18 @@ def _train(config: RunConfig, device: torch.device) -> int:
     return 0 if outcome.interrupted is None else 128 + outcome.interrupted
 
 
-def _claim(folder: Path, config: RunConfig) -> Path | None:
-    """Make the run folder, or check that the one there is of the same run; returns what to resume."""
+def _claim(folder: Path, config: RunConfig) -> None:
+    """Make the run folder, or check that the one there is of the same run."""
     known = folder / runs.CONFIG
     if known.exists():
         _same_run(folder, runs.read_config(known), config)
     elif folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder}: not empty and not a run folder: choose another --out")
-    if distributed.rank() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            runs.write_config(folder, config)
-        except OSError as error:
-            raise RunError(f"{folder}: cannot be written: {error.strerror}") from error
-    found = runs.checkpoints(folder)
-    return found[-1][1] if found else None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        runs.write_config(folder, config)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written: {error.strerror}") from error
 
 
 def _same_run(folder: Path, before: RunConfig, now: RunConfig) -> None:
@@ -157,7 +157,7 @@ def _same_towers(before: RunConfig, now: RunConfig) -> None:
 def _caches(
     config: RunConfig, data: Collection, dev: Collection | None, vision: VisionEncoder, device: torch.device
 ) -> tuple[FeatureCache | None, FeatureCache | None]:
-    """Feature caches of train and dev; the first process builds, the others wait and open."""
+    """Feature caches of train and dev; one process builds, the others wait at its lock and open."""
     if not config.data.cache_features:
         return None, None
 
@@ -165,25 +165,17 @@ def _caches(
         with torch.no_grad():
             return vision(pixels.to(device))
 
-    views = config.data.cache_views
-
-    def make() -> tuple[FeatureCache | None, FeatureCache | None]:
-        made = partial(
-            FeatureCache.open_or_build,
-            cache_folder() / "features",
-            spec=_spec(config, vision),
-            encoder_id=vision.id,
-            encode=encode,
-            crop_min=config.data.crop_min,
-            seed=config.train.seed,
-        )
-        return made(data, views=views), made(dev, views=1) if dev is not None else None
-
-    if distributed.rank() == 0:
-        caches = make()
-    if distributed.world_size() > 1:
-        torch.distributed.barrier()
-    return caches if distributed.rank() == 0 else make()
+    made = partial(
+        FeatureCache.open_or_build,
+        cache_folder() / "features",
+        spec=_spec(config, vision),
+        encoder_id=vision.id,
+        encode=encode,
+        crop_min=config.data.crop_min,
+        seed=config.train.seed,
+        rank=distributed.rank(),
+    )
+    return made(data, views=config.data.cache_views), made(dev, views=1) if dev is not None else None
 
 
 def _spec(config: RunConfig, vision: VisionEncoder) -> Any:

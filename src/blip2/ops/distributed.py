@@ -19,6 +19,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def row_offset(rows: int) -> int:
     """Index in the gathered batch of this process's first row, when every process has `rows` rows."""
     return rank() * rows
@@ -39,7 +45,7 @@ def gather_with_grad(x_B: Tensor) -> Tensor:
 def gather(x_B: Tensor) -> Tensor:
     """Concatenate `x` of all processes along the first axis, without gradient."""
     if world_size() == 1:
-        return x_B
+        return x_B.detach()
     parts = [torch.empty_like(x_B) for _ in range(world_size())]
     dist.all_gather(parts, x_B.contiguous())
     return torch.cat(parts, dim=0)

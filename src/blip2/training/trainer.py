@@ -58,7 +58,8 @@ class Trainer:
         objective: module with `.model`; called as `objective(batch, step)`.
         batches: gives the endless stream of this process's batches from a step on.
         frozen: parts that must not change: no gradient, same weights at the end.
-        evaluate: called with the number of steps done; returns numbers for the `dev` line.
+        evaluate: called with the number of steps done; returns numbers for the `dev` line, and
+            under `captions` lines to show.
     """
 
     def __init__(
@@ -191,10 +192,13 @@ class Trainer:
         self.objective.eval()
         with torch.no_grad(), unsharded(self.wrapped), autocast(self.device, self.config.train.precision):
             numbers = self.evaluate(self.step)
+        captions = numbers.pop("captions", [])
         if log is not None and numbers:
             log.write("dev", self.step, numbers)
             shown = "  ".join(f"{k} {v:.2f}" for k, v in numbers.items() if isinstance(v, float))
             log.say(f"dev at step {self.step}: {shown}")
+            for caption in captions:
+                log.say(f"  {caption}")
 
     def _log_step(
         self, log: RunLog, losses: dict[str, float], rate: float, norm: float, seconds: float, waited: float
