@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (2 for anything the user can mend)."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "train":
+    if rest and options.command not in ("train", "estimate"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(options.run(options, rest))
@@ -69,7 +69,9 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     train.add_argument("recipe", nargs="?", help="recipe, config.yaml or run folder")
     train.add_argument("-h", "--help", action="store_true", help="with a recipe: list all its settings")
     train.set_defaults(run=_train, parser=train)
-    estimate = commands.add_parser("estimate", help="parameters and memory of a recipe, without loading any weights")
+    estimate = commands.add_parser(
+        "estimate", help="parameters and memory of a recipe, without any weights; takes --SETTING VALUE too"
+    )
     estimate.add_argument("recipe", help="recipe, config.yaml or run folder")
     estimate.add_argument("--json", action="store_true", help="one JSON object on stdout")
     estimate.set_defaults(run=_estimate)
@@ -138,9 +140,9 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _estimate(options: argparse.Namespace, rest: list[str]) -> int:
     from blip2.apps.estimate import estimate
-    from blip2.apps.overrides import base_config
+    from blip2.apps.overrides import base_config, with_overrides
 
-    print(estimate(base_config(options.recipe), as_json=options.json))
+    print(estimate(with_overrides(base_config(options.recipe), rest), as_json=options.json))
     return 0
 
 

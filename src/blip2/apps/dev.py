@@ -48,6 +48,7 @@ class DevEvaluator:
         self.collection, self.features = collection, features
         self.by_key = {sample.key: sample for sample in collection.samples}
         self.last_samples: list[dict[str, Any]] = []
+        self.first = distributed.rank() == 0  # every process measures, the first one writes
 
     def __call__(self, step: int) -> dict[str, Any]:
         """Dev numbers: mean losses, ITC recall (stage 1); writes the sample captions, and shows two."""
@@ -111,7 +112,7 @@ class DevEvaluator:
 
     def _write(self, step: int, shown: list[dict[str, Any]]) -> None:
         self.last_samples = shown
-        if distributed.rank() != 0 or not shown:
+        if not self.first or not shown:
             return
         folder = self.folder / "samples"
         (folder / "thumbs").mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """`blip2 estimate`: parameters and memory of a run, counted without weights, hub or accelerator.
 
 The whole model is built on the meta device, and what training keeps for the backward pass is
-counted there tensor by tensor, at every batch size by itself. Meta tensors know neither autocast
+counted there tensor by tensor. Meta tensors know neither autocast
 nor fused kernels: `DeviceKernels` keeps what those keep.
 
 Shape letters: B batch, T text tokens, P patches, C image-encoder channels.
@@ -109,9 +109,9 @@ def measure(config: RunConfig, *, accelerator: bool | None = None) -> dict[str, 
         accelerator = large if config.train.device == "auto" else config.train.device != "cpu"
     machine = Machine.of(config, accelerator)
     weights = trained * sum(TRAINED_BYTES.values()) + frozen * machine.frozen.itemsize
-    memory = []
+    activations, memory = activation_curve(model, config, machine), []
     for batch in sorted({*BATCHES, config.train.batch // config.train.accumulate}):
-        kept = activation_bytes(model, config, batch, machine)
+        kept = activations(batch)
         sizes = {"weights_gb": weights, "activations_gb": kept, "total_gb": weights + kept}
         memory.append({"batch": batch, **{name: round(size / 1e9, 3) for name, size in sizes.items()}})
     return {
@@ -177,6 +177,17 @@ def activation_bytes(
     return saved_bytes(model, forward)
 
 
+def activation_curve(model: Stage1 | Stage2, config: RunConfig, machine: Machine) -> Callable[[int], int]:
+    """`activation_bytes` as a function of the batch size, from three counts.
+
+    Exact from 2 on: the tensors grow linearly with the batch, but for the similarities of ITC,
+    which grow with its square.
+    """
+    at_2, at_3, at_4 = (activation_bytes(model, config, batch, machine) for batch in (2, 3, 4))
+    slope, bend = at_3 - at_2, at_4 - 2 * at_3 + at_2
+    return lambda batch: at_2 + (batch - 2) * slope + (batch - 2) * (batch - 3) // 2 * bend
+
+
 def saved_bytes(module: nn.Module, forward: Callable[[], Any]) -> int:
     """Bytes that `forward` keeps for the backward pass, on any device.
 
@@ -199,7 +210,7 @@ def _stage1_losses(
     model: Stage1, loss: LossConfig, features_BPC: Tensor, ids_BT: Tensor, mask_BT: Tensor
 ) -> list[Tensor]:
     """What `Stage1Objective` computes in one process, with no value read from a meta tensor."""
-    B, out = len(ids_BT), []
+    out = []
     image_kv = model.project_image(features_BPC)
     images_BQE, cache = model.embed_images(image_kv)
     if loss.itc or loss.itm:
@@ -210,11 +221,8 @@ def _stage1_losses(
         targets_BB = contrastive.itc_targets(ids_BT[:, 0], ids_BT[:, 0])
         out.append(losses.itc_loss(i2t_BB, t2i_BB, targets_BB, label_smoothing=loss.itc_smoothing))
     if loss.itm:
-        logits = [model.match_logits(ids_BT, mask_BT, image_kv)]
-        if B > 1:
-            both = model.match_logits(ids_BT.repeat(2, 1), mask_BT.repeat(2, 1), image_kv)
-            logits = [both, model.match_logits(ids_BT, mask_BT, image_kv.take(ids_BT[:, 0]))]
-        rows = torch.cat(logits)
+        both = model.match_logits(ids_BT.repeat(2, 1), mask_BT.repeat(2, 1), image_kv)
+        rows = torch.cat([both, model.match_logits(ids_BT, mask_BT, image_kv.take(ids_BT[:, 0]))])
         out.append(losses.itm_loss(rows, ids_BT.new_zeros(len(rows))))
     if loss.itg:
         at, predicted = losses.next_token_positions(mask_BT)

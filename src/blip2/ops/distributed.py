@@ -3,20 +3,40 @@
 Shape letters: B rows of this process, G rows of all processes (G = B x world).
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_fn
 from torch import Tensor
 
+_ALONE = False
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within it this process counts as the only one: for work that every process does by itself."""
+    global _ALONE
+    before, _ALONE = _ALONE, True
+    try:
+        yield
+    finally:
+        _ALONE = before
+
 
 def world_size() -> int:
     """Number of processes; 1 outside a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if _in_group() else 1
 
 
 def rank() -> int:
     """Index of this process; 0 outside a process group."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if _in_group() else 0
+
+
+def _in_group() -> bool:
+    return dist.is_available() and dist.is_initialized() and not _ALONE
 
 
 def barrier() -> None:

@@ -83,6 +83,7 @@ class Trainer:
         )
         self.step = 0
         self._signal: int | None = None
+        self._stopping = False
 
     def resume(self) -> int:
         """Go on from the newest whole checkpoint, if there is one; returns the steps done."""
@@ -106,7 +107,7 @@ class Trainer:
                 if self.step == 0:
                     self._evaluate(log)
                 source = self.batches(self.step)
-                while self.step < self.config.train.steps and self._signal is None:
+                while self.step < self.config.train.steps and not self._stopping:
                     skipped += self._one_step(source, log)
                     self._after_step(log)
         except OSError as error:
@@ -117,7 +118,8 @@ class Trainer:
                 log.close()
         if digests != [weights_digest(module) for module in self.frozen]:
             raise RunError("a frozen part changed during training")
-        return Outcome(self.step, time.monotonic() - began, self._signal, skipped)
+        told = (self._signal or signal.SIGTERM) if self._stopping else None
+        return Outcome(self.step, time.monotonic() - began, told, skipped)
 
     @property
     def _model(self) -> nn.Module:
@@ -163,10 +165,10 @@ class Trainer:
             for name, value in losses.items():
                 total[name] = total.get(name, torch.zeros((), device=self.device)) + value.detach() / parts
         names = list(total)
-        means = distributed.mean_over_processes(torch.stack([*total.values(), torch.tensor(self._stop())]).float())
-        values = dict(zip(names, means.tolist(), strict=False))
-        if means[-1] > 0 and self._signal is None:
-            self._signal = signal.SIGTERM  # another process was told to stop
+        told = torch.tensor(0.0 if self._signal is None else 1.0, device=self.device)
+        means = distributed.mean_over_processes(torch.stack([*total.values(), told]).float()).tolist()
+        values = dict(zip(names, means, strict=False))
+        self._stopping = means[-1] > 0  # decided together: any process that was told stops all
         if not all(math.isfinite(v) for v in values.values()):
             named = ", ".join(f"{k} {v}" for k, v in values.items())
             raise RunError(f"step {self.step + 1}: the loss is not finite ({named}); {self._advice(batch)}")
@@ -180,17 +182,19 @@ class Trainer:
 
     def _after_step(self, log: RunLog | None) -> None:
         train, last = self.config.train, self.step == self.config.train.steps
-        stopping = self._signal is not None
-        if last or (self.step % train.eval_every == 0 and not stopping):
+        if distributed.world_size() == 1:
+            self._stopping = self._signal is not None
+        if last or (self.step % train.eval_every == 0 and not self._stopping):
             self._evaluate(log)
-        if last or stopping or self.step % train.save_every == 0:
+        if last or self._stopping or self.step % train.save_every == 0:
             checkpoint.save(self.folder, self.step, self._model, self.optimizer, to_dict(self.config), train.keep)
 
     def _evaluate(self, log: RunLog | None) -> None:
         if self.evaluate is None:
             return
         self.objective.eval()
-        with torch.no_grad(), unsharded(self.wrapped), autocast(self.device, self.config.train.precision):
+        precision = autocast(self.device, self.config.train.precision)
+        with torch.no_grad(), unsharded(self.wrapped), distributed.alone(), precision:
             numbers = self.evaluate(self.step)
         captions = numbers.pop("captions", [])
         if log is not None and numbers:
@@ -217,9 +221,6 @@ class Trainer:
     def _intact(self) -> str:
         last = checkpoint.newest(self.folder)
         return f"{last.name} is intact" if last else "no checkpoint had been written yet"
-
-    def _stop(self) -> float:
-        return 0.0 if self._signal is None else 1.0
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
