@@ -12,6 +12,8 @@ from blip2.models.qformer import QFormer
 
 # Parts of BERT that a Q-Former has no use for, and the only ones that may be left over.
 _UNUSED = ("pooler.", "embeddings.position_ids", "embeddings.token_type_embeddings.weight", "cls.seq_relationship.")
+# Tensors with a row per word: the Q-Former's may have more ([DEC]).
+_BY_VOCABULARY = ("embeddings.word.weight", "head.bias")
 
 
 def qformer_sizes(bert: Any) -> dict[str, Any]:
@@ -51,7 +53,8 @@ def load_bert(qformer: QFormer, state: dict[str, Tensor], source: str) -> list[s
     def put(name: str, value: Tensor) -> None:
         target = own[name]
         rows = value.shape[0]
-        if target.shape[1:] != value.shape[1:] or rows > target.shape[0]:
+        fits = rows <= target.shape[0] if name in _BY_VOCABULARY else rows == target.shape[0]
+        if target.shape[1:] != value.shape[1:] or not fits:
             raise CheckpointError(f"{source}: {name} is {tuple(value.shape)}, the Q-Former needs {tuple(target.shape)}")
         with torch.no_grad():
             target[:rows].copy_(value)

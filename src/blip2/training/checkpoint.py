@@ -54,7 +54,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> in
     Raises:
         CheckpointError: a file is damaged or of another model.
     """
-    step = int(_read_state(folder)["step"])
+    step = _read_step(folder)
     state = native.read(folder / MODEL)
     own = native.trained_state(model)
     if not any(isinstance(value, DTensor) for value in own.values()):
@@ -94,12 +94,13 @@ def _prune(run: Path, keep: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
+def _read_step(folder: Path) -> int:
     try:
-        state: dict[str, Any] = json.loads((folder / STATE).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / STATE}: cannot be read: {error}") from error
-    return state
+        return int(json.loads((folder / STATE).read_text())["step"])
+    except OSError as error:
+        raise CheckpointError(f"{folder / STATE}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / STATE}: damaged, it does not say the step") from error
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

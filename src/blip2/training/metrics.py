@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -50,15 +51,18 @@ class RunLog:
         self._line.say(text)
 
     def close(self) -> None:
+        """Close everything; what a full disk could not take is given up (`write` has said so)."""
         self._line.close()
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for output in (self._file, self._board):
+            if output is not None:
+                with contextlib.suppress(OSError):
+                    output.close()
 
     def _drop_lines_after(self, step: int) -> None:
         if not self.path.exists():
             return
-        kept = [line for line in self.path.read_text("utf-8").splitlines() if _step_of(line) <= step]
+        lines = self.path.read_text("utf-8").splitlines() if step else []
+        kept = [line for line in lines if _step_of(line) <= step]
         beside = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         beside.write_text("".join(f"{line}\n" for line in kept), "utf-8")
         beside.replace(self.path)

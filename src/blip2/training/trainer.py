@@ -101,8 +101,10 @@ class Trainer:
         """
         began, skipped = time.monotonic(), []
         digests = [weights_digest(module) for module in self.frozen]
-        log = RunLog(self.folder, self.step, self.config.train.steps) if distributed.rank() == 0 else None
+        log = None
         try:
+            if distributed.rank() == 0:
+                log = RunLog(self.folder, self.step, self.config.train.steps)
             with self._signals():
                 if self.step == 0:
                     self._evaluate(log)

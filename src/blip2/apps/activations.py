@@ -1,0 +1,240 @@
+"""What training keeps for the backward pass, counted tensor by tensor on the meta device.
+
+Meta tensors have shapes but no memory, so a model of any size is counted in a second. They know
+neither autocast nor fused kernels: `DeviceKernels` makes them keep what those keep.
+
+Shape letters: B batch, T text tokens, P patches, C image-encoder channels, Q queries, H
+language-model width, M target positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+
+from blip2.configs import LossConfig, RunConfig
+from blip2.models.stage1 import Stage1
+from blip2.models.stage2 import Stage2
+from blip2.models.vision_encoder import VisionEncoder
+from blip2.ops import contrastive, losses
+from blip2.training.parallel import fast_bf16
+
+# A caption with its special tokens; natural ones average 12 of them, the longest of a batch has more.
+TEXT_TOKENS = 16
+# "a photo of": in front of the caption in stage 2, and not predicted.
+PROMPT_TOKENS = 3
+
+_MATMULS = {F.linear, torch.matmul, torch.bmm, torch.baddbmm, torch.addmm, torch.einsum}
+_MATMULS |= {torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.bmm}
+_FLOAT32 = {F.layer_norm, F.softmax, F.log_softmax, torch.softmax, torch.Tensor.softmax}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is estimated for.
+
+    Args:
+        accelerator: a GPU or the like, else a CPU.
+        autocast: the trained part runs under bf16 autocast.
+        frozen: dtype of the frozen models' weights.
+    """
+
+    accelerator: bool
+    autocast: bool
+    frozen: torch.dtype
+
+    @classmethod
+    def of(cls, config: RunConfig, accelerator: bool) -> Machine:
+        """As the trainer chooses on an accelerator, or on this computer's CPU."""
+        fast = accelerator or fast_bf16(torch.device("cpu"))
+        precision = config.train.precision
+        return cls(
+            accelerator,
+            autocast=precision == "bf16" or (precision == "auto" and fast),
+            frozen=torch.bfloat16 if fast else torch.float32,
+        )
+
+
+def saved_bytes(module: nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes that the graph of `forward`'s result keeps for the backward pass, on any device.
+
+    Counts distinct storages; the module's own parameters and buffers are left out.
+    """
+    kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> _Kept:
+        box = _Kept(tensor)
+        kept.add(box)
+        return box
+
+    with saved_tensors_hooks(pack, lambda box: box.tensor):
+        result = forward()
+    own = {t.untyped_storage()._cdata for t in chain(module.parameters(), module.buffers())}
+    storages = {storage._cdata: storage for storage in (box.tensor.untyped_storage() for box in kept)}
+    del result  # what kept the graph, and so the boxes, alive until here
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
+
+
+class _Kept:
+    """A saved tensor; lives as long as the graph that needs it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def activation_bytes(
+    model: Stage1 | Stage2, config: RunConfig, batch: int, machine: Machine, *, text_tokens: int = TEXT_TOKENS
+) -> int:
+    """Bytes that one micro-batch keeps for its backward pass, on a model of the meta device.
+
+    Args:
+        text_tokens: real tokens of every text.
+    """
+    vision = model.vision
+    assert isinstance(vision, VisionEncoder)
+    if isinstance(model, Stage2):
+        model.language_model.to(machine.frozen)
+    features_BPC = torch.empty(batch, vision.tokens, vision.width, device="meta", dtype=machine.frozen)
+    ids_BT = torch.empty(batch, text_tokens, device="meta", dtype=torch.int64)
+    # Lengths are read from the mask: it alone has values.
+    mask_BT = torch.ones(batch, text_tokens, dtype=torch.bool)
+
+    def forward() -> list[Tensor]:
+        with DeviceKernels(machine):
+            if isinstance(model, Stage2):
+                return [_stage2_loss(model, features_BPC, ids_BT, mask_BT)]
+            return _stage1_losses(model, config.loss, features_BPC, ids_BT, mask_BT)
+
+    return saved_bytes(model, forward)
+
+
+def activation_curve(model: Stage1 | Stage2, config: RunConfig, machine: Machine) -> Callable[[int], int]:
+    """`activation_bytes` as a function of the batch size, from three counts.
+
+    Tensors grow linearly with the batch, but for ITC's similarities, which grow with its square.
+    A batch of one has no negatives in truth, so that it keeps a little less.
+    """
+    at_2, at_3, at_4 = (activation_bytes(model, config, batch, machine) for batch in (2, 3, 4))
+    slope, bend = at_3 - at_2, at_4 - 2 * at_3 + at_2
+    return lambda batch: at_2 + (batch - 2) * slope + (batch - 2) * (batch - 3) // 2 * bend
+
+
+def _stage1_losses(
+    model: Stage1, loss: LossConfig, features_BPC: Tensor, ids_BT: Tensor, mask_BT: Tensor
+) -> list[Tensor]:
+    """What `Stage1Objective` keeps in one process, without reading a value of a meta tensor."""
+    out = []
+    image_kv = model.project_image(features_BPC)
+    images_BQE, cache = model.embed_images(image_kv)
+    if loss.itc or loss.itm:
+        texts_BE = model.embed_texts(ids_BT, mask_BT)
+        i2t_BB = contrastive.query_text_similarity(images_BQE, texts_BE) / model.temp
+        t2i_BB = contrastive.text_query_similarity(texts_BE, images_BQE) / model.temp
+    if loss.itc:
+        targets_BB = contrastive.itc_targets(ids_BT[:, 0], ids_BT[:, 0])
+        out.append(losses.itc_loss(i2t_BB, t2i_BB, targets_BB, label_smoothing=loss.itc_smoothing))
+    if loss.itm:
+        own = model.match_logits(ids_BT.repeat(2, 1), mask_BT.repeat(2, 1), image_kv)
+        rows = torch.cat([own, model.match_logits(ids_BT, mask_BT, image_kv.take(ids_BT[:, 0]))])
+        out.append(losses.itm_loss(rows, ids_BT.new_zeros(len(rows))))
+    if loss.itg:
+        at_BT, predicted_BT = losses.next_token_positions(mask_BT)
+        logits_MV = model.qformer.decode_text(ids_BT, mask_BT, cache, at_BT)
+        out.append(losses.itg_loss(logits_MV, ids_BT[predicted_BT], label_smoothing=loss.itg_smoothing))
+    return out
+
+
+def _stage2_loss(model: Stage2, features_BPC: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """What `Stage2Objective` computes; an encoder-decoder gets the whole text on both sides."""
+    prompts_BQH = model.soft_prompts(features_BPC)
+    if model.language_model.encoder_decoder:
+        return model.language_model.encoder_decoder_loss(prompts_BQH, ids_BT, mask_BT, ids_BT, mask_BT)
+    labels_BT = mask_BT.clone()
+    labels_BT[:, :PROMPT_TOKENS] = False
+    return model.language_model.decoder_loss(prompts_BQH, ids_BT, mask_BT, labels_BT)
+
+
+class DeviceKernels(TorchFunctionMode):
+    """Makes meta tensors keep for the backward pass what a machine's kernels keep.
+
+    - Fused attention keeps its inputs, its output and one number a row, never the matrix of
+      weights that its decomposition on meta keeps. A CPU has no fused attention with dropout.
+    - An accelerator's dropout keeps a mask of one byte, a CPU's one of the input's dtype.
+    - Autocast: matrix products in bf16, on bf16 copies (kept) of float32 weights; on an
+      accelerator layer norm and softmax in float32.
+    - A meta tensor asked for its truth says no. Models ask whether no text is padded, in order to
+      leave their masks out; captions differ in length.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__()
+        self.machine = machine
+        self._copies: dict[Tensor, Tensor] = {}  # bf16 copies of float32 weights, one of each
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.__bool__ and args[0].is_meta:
+            return False
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
+        if func is F.dropout and self.machine.accelerator:
+            return self._dropout(*args, **kwargs)
+        if self.machine.autocast and func in _MATMULS:
+            args, kwargs = self._cast((args, kwargs), torch.bfloat16)
+        elif self.machine.autocast and self.machine.accelerator and func in _FLOAT32:
+            args, kwargs = self._cast((args, kwargs), torch.float32)
+        return func(*args, **kwargs)
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        **options: Any,
+    ) -> Tensor:
+        if self.machine.autocast:
+            query, key, value = self._cast((query, key, value), torch.bfloat16)
+        mask = attn_mask.to(query.device) if attn_mask is not None else None
+        if dropout_p and not self.machine.accelerator:
+            return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, **options)
+        out: Tensor = _FusedAttention.apply(query, key, value, mask.to(query.dtype) if mask is not None else None)
+        return out
+
+    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return torch.native_dropout(input, p, training)[0] if training and p else input
+
+    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
+        """A value, or nested tuples, lists and dicts of them, with every float32 or bf16 tensor in `dtype`."""
+        if isinstance(value, tuple | list):
+            return type(value)(self._cast(v, dtype) for v in value)
+        if isinstance(value, dict):
+            return {k: self._cast(v, dtype) for k, v in value.items()}
+        if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.bfloat16):
+            return value
+        if value.is_leaf and value.requires_grad and value.dtype != dtype:
+            if value not in self._copies:
+                self._copies[value] = value.to(dtype)
+            return self._copies[value]
+        return value.to(dtype)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """The output's shape and layout, and what the kernel keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        rows, heads, length, _ = query.shape
+        out = query.new_empty(rows, length, heads, value.shape[-1]).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, mask, out, query.new_empty(rows, heads, length, dtype=torch.float32))
+        return out

@@ -1,0 +1,248 @@
+"""Our weights files: strict loading, and what the hand-over from stage 1 to stage 2 may leave out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from blip2.errors import CheckpointError
+from blip2.models.freezing import freeze
+from blip2.models.language_model import language_model_from_config
+from blip2.models.qformer import QFormer
+from blip2.models.stage1 import Stage1
+from blip2.models.stage2 import Stage2
+from blip2.weights import native
+
+LLAMA = LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+
+
+def qformer(*, text: bool, queries: int = 3, image_width: int = 6) -> QFormer:
+    sizes = {"width": 8, "depth": 2, "heads": 2, "inner": 12, "positions": 9}
+    return QFormer(**sizes, image_width=image_width, queries=queries, vocab=13 if text else None)
+
+
+def stage1(queries: int = 3, image_width: int = 6) -> Stage1:
+    vision = nn.Linear(2, 2)
+    freeze(vision)
+    return Stage1(qformer(text=True, queries=queries, image_width=image_width), vision, embed_dim=4)
+
+
+def stage2(queries: int = 3, image_width: int = 6) -> Stage2:
+    vision = nn.Linear(2, 2)
+    freeze(vision)
+    return Stage2(
+        qformer(text=False, queries=queries, image_width=image_width), language_model_from_config(LLAMA), vision
+    )
+
+
+def changed(path: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """A copy of a weights file with its tensors changed."""
+    state = native.read(path)
+    change(state)
+    save_file(state, path.with_name("changed.safetensors"))
+    return path.with_name("changed.safetensors")
+
+
+@pytest.fixture
+def first(tmp_path: Path) -> tuple[Stage1, Path]:
+    """A stage 1 and its file."""
+    model, path = stage1(), tmp_path / "stage1.safetensors"
+    native.save_weights(path, model, {"recipe": "tiny/stage1"})
+    return model, path
+
+
+def test_what_trains_is_saved_and_frozen_towers_are_not(first: tuple[Stage1, Path]) -> None:
+    model, path = first
+    saved = native.read(path)
+    assert set(saved) == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert "vision_proj.weight" in saved
+    assert not any(name.startswith("vision.") for name in saved)
+    assert all(torch.equal(saved[name], value) for name, value in native.trained_state(model).items())
+
+
+def test_the_configuration_is_in_the_header(first: tuple[Stage1, Path]) -> None:
+    metadata = native.read_metadata(first[1])
+    assert metadata["format"] == "blip2"
+    assert json.loads(metadata["config"]) == {"recipe": "tiny/stage1"}
+
+
+def test_a_file_without_metadata_has_none(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "bare.safetensors")
+    assert native.read_metadata(tmp_path / "bare.safetensors") == {}
+
+
+def test_round_trip_is_exact_and_leaves_frozen_towers_alone(first: tuple[Stage1, Path]) -> None:
+    model, path = first
+    other = stage1()
+    vision = other.vision.weight.clone()
+    report = native.load_weights(other, path)
+    assert all(torch.equal(a, b) for a, b in zip(model.qformer.parameters(), other.qformer.parameters(), strict=True))
+    assert torch.equal(model.temp, other.temp)
+    assert torch.equal(other.vision.weight, vision)
+    assert (report.left_out, report.fresh) == ((), ())
+    assert report.line() == f"{report.loaded} tensors from {path}"
+    assert report.loaded == len(native.read(path))
+
+
+def test_parameters_keep_their_identity_and_train_on(first: tuple[Stage1, Path]) -> None:
+    other = stage1()
+    before = other.temp
+    native.load_weights(other, first[1])
+    assert other.temp is before
+    assert other.temp.requires_grad
+
+
+@pytest.mark.parametrize("name", ["temp", "qformer.query_tokens", "qformer.layers.1.text_ff.up.bias"])
+def test_a_missing_tensor_is_named(first: tuple[Stage1, Path], name: str) -> None:
+    path = changed(first[1], lambda state: state.pop(name))
+    with pytest.raises(CheckpointError, match=rf"changed.safetensors: {name} is missing: the checkpoint is of another"):
+        native.load_weights(stage1(), path)
+
+
+@pytest.mark.parametrize("name", ["language_proj.weight", "qformer.layers.7.query_ff.up.bias", "ema.temp"])
+def test_an_extra_tensor_is_named(first: tuple[Stage1, Path], name: str) -> None:
+    path = changed(first[1], lambda state: state.update({name: torch.zeros(1)}))
+    with pytest.raises(CheckpointError, match=rf"changed.safetensors: {name} has no place in this model"):
+        native.load_weights(stage1(), path)
+
+
+def test_a_wrong_shape_names_both_sides_and_changes_nothing(first: tuple[Stage1, Path]) -> None:
+    other = stage1(queries=5)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        native.load_weights(other, first[1])
+    assert "qformer.query_tokens is (3, 8) in the checkpoint and (5, 8) in the model: use the same" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_hand_over_takes_the_query_side(first: tuple[Stage1, Path]) -> None:
+    one, path = first
+    two = stage2()
+    fresh, language = two.language_proj.weight.clone(), two.language_model.embed(torch.arange(20)).clone()
+    report = native.hand_over(two, path)
+    state = one.state_dict()
+    for name, value in native.trained_state(two).items():
+        if not name.startswith("language_proj."):
+            assert torch.equal(value, state[name]), name
+    assert torch.equal(two.language_proj.weight, fresh)
+    assert torch.equal(two.language_model.embed(torch.arange(20)), language)
+    assert set(report.fresh) == {"language_proj.weight", "language_proj.bias"}
+
+
+def test_hand_over_leaves_out_what_is_stage_1s_alone(first: tuple[Stage1, Path]) -> None:
+    """The list, worked out by hand for two layers."""
+    report = native.hand_over(stage2(), first[1])
+    parts = {".".join(name.split(".")[:4] if "text_ff" in name else name.split(".")[:2]) for name in report.left_out}
+    assert parts == {
+        "temp",
+        "vision_proj.weight",
+        "vision_proj.bias",
+        "text_proj.weight",
+        "text_proj.bias",
+        "itm_head.weight",
+        "itm_head.bias",
+        "qformer.embeddings",
+        "qformer.head",
+        "qformer.layers.0.text_ff",
+        "qformer.layers.1.text_ff",
+    }
+    assert report.line() == (
+        f"{report.loaded} tensors from {first[1]}; {len(report.left_out)} left out "
+        "(temp, text branch, vision_proj, text_proj, itm_head); 2 start fresh (language_proj)"
+    )
+
+
+def test_the_two_stages_give_the_same_query_outputs(first: tuple[Stage1, Path]) -> None:
+    one, path = first
+    two = stage2().eval()
+    one.eval()
+    native.hand_over(two, path)
+    kv = one.project_image(torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(two.qformer.encode_queries(kv)[0], one.qformer.encode_queries(kv)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("qformer.query_tokens", "qformer.query_tokens is missing"),
+        ("ln_vision.bias", "ln_vision.bias is missing"),
+        ("qformer.embedding_norm.weight", "qformer.embedding_norm.weight is missing"),
+        ("qformer.layers.0.query_ff.up.weight", "qformer.layers.0.query_ff.up.weight is missing"),
+        ("temp", r"not a stage-1 checkpoint \(no ITC temperature\)"),
+    ],
+)
+def test_hand_over_wants_the_rest(first: tuple[Stage1, Path], name: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        native.hand_over(stage2(), changed(first[1], lambda state: state.pop(name)))
+
+
+@pytest.mark.parametrize(
+    "name", ["momentum.temp", "qformer.layers.2.query_ff.up.weight", "vision.layer.weight", "qformer.extra", "tempered"]
+)
+def test_hand_over_leaves_nothing_else_out(first: tuple[Stage1, Path], name: str) -> None:
+    path = changed(first[1], lambda state: state.update({name: torch.zeros(1)}))
+    with pytest.raises(CheckpointError, match=rf"{name} has no place in this model"):
+        native.hand_over(stage2(), path)
+
+
+def test_hand_over_refuses_another_encoder(first: tuple[Stage1, Path]) -> None:
+    with pytest.raises(CheckpointError, match=r"is \(6,\) in the checkpoint and \(7,\) in the model"):
+        native.hand_over(stage2(image_width=7), first[1])
+
+
+def test_stage_2_is_no_start_for_stage_2s_hand_over(tmp_path: Path) -> None:
+    native.save_weights(tmp_path / "s2.safetensors", stage2(), {})
+    with pytest.raises(CheckpointError, match="s2.safetensors: not a stage-1 checkpoint"):
+        native.hand_over(stage2(), tmp_path / "s2.safetensors")
+    assert native.load_weights(stage2(), tmp_path / "s2.safetensors").fresh == ()
+
+
+@pytest.mark.parametrize("read", [native.read, native.read_metadata])
+@pytest.mark.parametrize("content", [b"", b"\x80\x04\x95 a pickle", b"\xff" * 100, None])
+def test_a_file_of_another_kind_is_one_line(
+    tmp_path: Path, read: Callable[[Path], object], content: bytes | None
+) -> None:
+    path = tmp_path / "x.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}: cannot be read as safetensors: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_file_is_one_line(first: tuple[Stage1, Path]) -> None:
+    path = first[1]
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+        native.load_weights(stage1(), path)
+
+
+def test_writing_replaces_or_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.safetensors"
+    native.write_beside(path, {"x": torch.ones(2)})
+    native.write_beside(path, {"x": torch.ones(3).expand(2, 3)})  # what is not contiguous is written as it reads
+    assert torch.equal(native.read(path)["x"], torch.ones(2, 3))
+
+    def full(tensors: object, target: Path, metadata: object) -> None:
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(native, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"x.safetensors: cannot be written: No space left on device$"):
+        native.write_beside(path, {"x": torch.zeros(1)})
+    assert torch.equal(native.read(path)["x"], torch.ones(2, 3))
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"gone/x.safetensors: cannot be written: .*No such file or directory"):
+        native.write_beside(tmp_path / "gone" / "x.safetensors", {"x": torch.zeros(1)})
