@@ -55,12 +55,12 @@ def stage2() -> RunConfig:
 
 
 def demo_stage1() -> RunConfig:
-    """The first of `make demo`: a taste of stage 1 on 1,200 images."""
+    """The first of `make demo`: a taste of stage 1 on 960 images."""
     base = stage1()
     return replace(
         base,
         recipe="tiny/demo-stage1",
-        data=replace(base.data, limit=1200, dev_limit=64),
+        data=replace(base.data, limit=960, dev_limit=64),
         optim=replace(base.optim, warmup=10),
         train=TrainConfig(steps=60, batch=32, eval_every=30, save_every=20),
         eval=EvalConfig(images=64, samples=6),
@@ -73,8 +73,8 @@ def demo_stage2() -> RunConfig:
     return replace(
         base,
         recipe="tiny/demo-stage2",
-        data=replace(base.data, limit=1200, dev_limit=64),
+        data=replace(base.data, limit=960, dev_limit=64),
         optim=replace(base.optim, lr=5e-4, warmup=10),
-        train=TrainConfig(steps=60, batch=32, eval_every=30, save_every=20),
+        train=TrainConfig(steps=50, batch=32, eval_every=25, save_every=20),
         eval=EvalConfig(images=64, samples=6),
     )
