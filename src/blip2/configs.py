@@ -7,9 +7,11 @@ name (`--optim.lr 2e-4`), and the resolved one is written to `config.yaml` in th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from types import UnionType
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from blip2.errors import ConfigError
 
@@ -235,6 +237,7 @@ class TrainConfig:
         _require(
             self.batch % self.accumulate == 0, "train.batch", self.batch, f"a multiple of accumulate={self.accumulate}"
         )
+        _require(self.seed >= 0, "train.seed", self.seed, "0 or more")
         _require(self.precision in PRECISIONS, "train.precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         _require(self.parallel in PARALLEL, "train.parallel", self.parallel, f"one of {', '.join(PARALLEL)}")
 
@@ -334,36 +337,42 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: type[Any], values: dict[str, Any], where: str = "config") -> Any:
-    """Build config class `kind` from a nested dict, refusing unknown keys by name.
+    """Build config class `kind` from a nested dict, as YAML or JSON give it.
 
     Raises:
-        ConfigError: for an unknown key or a value that the class refuses; `where` names the file.
+        ConfigError: an unknown key, a value of another type, or one that the class refuses; `where`
+            names the file.
     """
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - set(known))
+    hints = get_type_hints(kind)
+    unknown = sorted(set(map(str, values)) - set(hints))
     if unknown:
-        raise ConfigError(f"{where}: unknown setting {unknown[0]!r}; known: {', '.join(known)}")
-    built = {}
-    for name, value in values.items():
-        nested = _NESTED.get(name) if kind is RunConfig else None
-        if nested is not None and isinstance(value, dict):
-            value = from_dict(nested, value, f"{where}: {name}")
-        elif name == "betas" and isinstance(value, list):
-            value = tuple(value)
-        built[name] = value
-    return kind(**built)
+        raise ConfigError(f"{where}: unknown setting {unknown[0]!r}; known: {', '.join(hints)}")
+    return kind(**{name: _read(hints[name], value, f"{where}: {name}") for name, value in values.items()})
 
 
-_NESTED: dict[str, type[Any]] = {
-    "vision": VisionConfig,
-    "qformer": QFormerConfig,
-    "language": LanguageConfig,
-    "data": DataConfig,
-    "loss": LossConfig,
-    "optim": OptimConfig,
-    "train": TrainConfig,
-    "eval": EvalConfig,
-}
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def _read(hint: Any, value: Any, where: str) -> Any:
+    """A plain value as the type of its setting; YAML reads 3e-4 as a text, which is a number here."""
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, dict):
+            return from_dict(cast(type, hint), value, where)
+        raise ConfigError(f"{where} is {value!r}: it must be a group of settings")
+    if isinstance(hint, UnionType):
+        if value is None:
+            return None
+        hint = get_args(hint)[0]
+    if get_origin(hint) is tuple:
+        if isinstance(value, list | tuple) and len(value) == len(get_args(hint)):
+            return tuple(_read(part, x, where) for part, x in zip(get_args(hint), value, strict=True))
+        raise ConfigError(f"{where} is {value!r}: it must be a list of {len(get_args(hint))} numbers")
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    elif type(value) is hint:
+        return value
+    raise ConfigError(f"{where} is {value!r}: it must be {_WORDS[hint]}")
 
 
 def _plain(value: Any) -> Any:

@@ -88,7 +88,8 @@ class _Kept:
     """A saved tensor; lives as long as the graph that needs it."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        # A saved output holds the graph that holds this box, which would then never be freed.
+        self.tensor = tensor.detach()
 
 
 def activation_bytes(

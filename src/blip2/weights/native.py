@@ -126,8 +126,8 @@ def _load(
     own = trained_state(model)
     unexpected = [n for n in state if n not in own]
     missing = [n for n in own if n not in state]
-    dropped = [n for n in unexpected if left_out and (n.startswith(left_out) or TEXT_FEED_FORWARD in n)]
-    started = [n for n in missing if fresh and n.startswith(fresh)]
+    dropped = [n for n in unexpected if left_out and (_listed(n, left_out) or TEXT_FEED_FORWARD in n)]
+    started = [n for n in missing if _listed(n, fresh)]
     if len(missing) > len(started):
         name = next(n for n in missing if n not in started)
         raise CheckpointError(f"{path}: {name} is missing: the checkpoint is of another model or stage")
@@ -145,6 +145,11 @@ def _load(
             if name in state:
                 value.copy_(state[name])
     return LoadReport(str(path), len(own) - len(started), tuple(dropped), tuple(started))
+
+
+def _listed(name: str, allowed: tuple[str, ...]) -> bool:
+    """Whether a list names this tensor, or (with a dot at the end) the part it is of."""
+    return any(name.startswith(entry) if entry.endswith(".") else name == entry for entry in allowed)
 
 
 def _prefixes(names: tuple[str, ...]) -> str:

@@ -66,10 +66,7 @@ def read_config(path: str | Path) -> RunConfig:
         raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: not a run configuration")
-    try:
-        config: RunConfig = from_dict(RunConfig, values, str(path))
-    except TypeError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    config: RunConfig = from_dict(RunConfig, values, str(path))
     return config
 
 
