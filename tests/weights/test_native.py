@@ -156,7 +156,7 @@ def test_hand_over_leaves_out_what_is_stage_1s_alone(first: tuple[Stage1, Path])
     }
     assert report.line() == (
         f"{report.loaded} tensors from {first[1]}; {len(report.left_out)} left out "
-        "(temp, text branch, vision_proj, text_proj, itm_head); 2 start fresh (language_proj)"
+        "(itm_head, text branch, temp, text_proj, vision_proj); 2 start fresh (language_proj)"
     )
 
 

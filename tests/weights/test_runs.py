@@ -74,7 +74,7 @@ def test_a_configuration_survives_yaml(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("optim: {lr: -1}", "optim.lr is -1: it must be positive"),
+        ("optim: {lr: -1}", "optim.lr is -1.0: it must be positive"),
         ("optim: {speed: 1}", "config.yaml: optim: unknown setting 'speed'; known: lr, min_lr"),
         ("stage: stage3", "stage is 'stage3': it must be one of stage1, stage2"),
         ("speed: 1", "config.yaml: unknown setting 'speed'"),
