@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2.models.qformer import Packing, QFormer
+from blip2.models.qformer import QFormer
+from blip2.models.qformer_layers import Packing
 from blip2.models.stage1 import Stage1
 from blip2.ops.losses import next_token_positions
 from blip2.ops.masks import bidirectional_mask, multimodal_causal_mask, unimodal_mask

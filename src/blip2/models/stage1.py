@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2.models.qformer import ImageKV, KeyValue, QFormer
+from blip2.models.qformer import ImageKV, QFormer
+from blip2.models.qformer_layers import KeyValue
 from blip2.ops.losses import mean_over_queries
 
 

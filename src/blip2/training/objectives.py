@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from blip2.configs import LanguageConfig, LossConfig
 from blip2.data.dataset import Batch
 from blip2.data.text import LanguageTokenizer, QFormerTokenizer
-from blip2.models.qformer import ImageKV, KeyValue
+from blip2.models.qformer import ImageKV
+from blip2.models.qformer_layers import KeyValue
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.ops import contrastive, distributed, losses
