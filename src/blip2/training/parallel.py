@@ -87,15 +87,18 @@ def wrap(objective: nn.Module, parallel: str, device: torch.device, unused: bool
 @contextlib.contextmanager
 def unsharded(module: nn.Module) -> Iterator[None]:
     """Gather FSDP2's root parameters for calls that do not go through its forward (evaluation)."""
-    unshard, reshard = getattr(module, "unshard", None), getattr(module, "reshard", None)
-    if unshard is None or reshard is None:
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(module, FSDPModule):
         yield
         return
-    unshard()
+    # Else a block of a tower that runs before the first training step takes itself for the root.
+    module._get_fsdp_state()._lazy_init()
+    module.unshard()
     try:
         yield
     finally:
-        reshard()
+        module.reshard()
 
 
 def unused_parameters(config: RunConfig) -> bool:
@@ -104,9 +107,14 @@ def unused_parameters(config: RunConfig) -> bool:
 
 
 def _frozen_blocks(objective: nn.Module) -> list[nn.Module]:
-    """Blocks of the frozen towers: the members of every module list under them."""
+    """Blocks of the frozen towers."""
     model = objective.model
     assert isinstance(model, nn.Module)
     towers = [t for name in ("vision", "language_model") if isinstance(t := getattr(model, name, None), nn.Module)]
-    lists = [m for tower in towers for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
-    return [block for blocks in lists for block in blocks]
+    return [block for tower in towers for block in _blocks(tower)]
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Members of the outermost module lists; T5 keeps the parts of a block in a list as well."""
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList) and len(child) > 1 else _blocks(child)
