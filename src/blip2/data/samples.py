@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import BinaryIO
 
 from blip2.errors import DataError
+
+_TAIL = 256  # bytes of an image that tell it from a changed one
 
 
 class BadSampleError(Exception):
@@ -84,12 +88,28 @@ class Collection:
         return self if count is None else Collection(self.name, self.samples[:count], self.bad)
 
     def fingerprint(self) -> str:
-        """Changes when a file, a key or the order does: a cache key for what is made from the images."""
+        """Changes when an image, a key or the order does: a cache key for what is made from the images.
+
+        Of every image the size and the last bytes count (those of a JPEG depend on all that stands
+        before them); paths and times do not, so a copy of a data set has the same fingerprint.
+        """
         digest = hashlib.sha256()
-        for path in dict.fromkeys(sample.path for sample in self.samples):
-            stat = os.stat(path) if Path(path).exists() else None
-            line = f"{Path(path).name}|{stat and stat.st_size}|{stat and stat.st_mtime_ns}\n"
-            digest.update(line.encode("utf-8", "surrogateescape"))
-        for sample in self.samples:
-            digest.update(f"{sample.key}|{sample.offset}|{sample.size}\n".encode())
+        for path, samples in itertools.groupby(self.samples, key=lambda sample: sample.path):
+            with contextlib.ExitStack() as stack:
+                handle = None
+                with contextlib.suppress(OSError):
+                    handle = stack.enter_context(open(path, "rb"))
+                for sample in samples:
+                    digest.update(f"{sample.key}|{sample.size}|".encode("utf-8", "surrogateescape"))
+                    digest.update(_tail(handle, sample) if handle else b"gone")
         return digest.hexdigest()[:16]
+
+
+def _tail(handle: BinaryIO, sample: Sample) -> bytes:
+    """The last bytes of an image; its length too where it is a whole file."""
+    if sample.size < 0:
+        length = handle.seek(0, os.SEEK_END)
+        handle.seek(max(length - _TAIL, 0))
+        return b"%d|%s" % (length, handle.read(_TAIL))
+    handle.seek(sample.offset + max(sample.size - _TAIL, 0))
+    return handle.read(min(_TAIL, sample.size))

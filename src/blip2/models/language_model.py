@@ -19,6 +19,7 @@ from blip2.configs import LanguageConfig
 from blip2.errors import ConfigError
 from blip2.models import hub, towers
 from blip2.models.freezing import freeze
+from blip2.ops.lengths import length_groups
 
 Reduction = Literal["mean", "none"]
 
@@ -28,6 +29,7 @@ _PLAIN_HEADS = {
     *("bloom", "falcon", "gemma", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama", "mistral", "olmo", "olmo2"),
     *("opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm"),
 }
+_GROUP_OVERHEAD = 32  # tokens of a CPU's time that one more group of rows costs
 _LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
@@ -48,6 +50,9 @@ class LanguageModel(nn.Module):
         gradient_checkpointing: recompute every block in the backward pass instead of keeping its
             activations; off by default. transformers' own works in train mode only, where a
             frozen model would apply dropout.
+        split_lengths: on a CPU, `decoder_loss` runs rows of similar length together instead of
+            padding all to the longest; on by default, off under FSDP2, whose processes must run
+            the model equally often.
     """
 
     def __init__(self, model: Any) -> None:
@@ -58,6 +63,7 @@ class LanguageModel(nn.Module):
         self.vocab_size: int = embeddings.num_embeddings
         self.encoder_decoder: bool = bool(model.config.is_encoder_decoder)
         self.gradient_checkpointing = False
+        self.split_lengths = True
         for block in _blocks(model):
             block.forward = functools.partial(self._run_block, block.forward)
 
@@ -94,16 +100,15 @@ class LanguageModel(nn.Module):
         Returns:
             Scalar; with `none` [M], in the order of `ids_BT[labels_BT]`.
         """
-        embeds_BSH, mask_BS = self._join(prompt_BQH, ids_BT, mask_BT)
-        at_BS = torch.zeros_like(mask_BS, dtype=torch.bool)
-        at_BS[:, prompt_BQH.shape[1] - 1 : -1] = labels_BT
-        if self._head_is_plain():
-            output = self.model.base_model(inputs_embeds=embeds_BSH, attention_mask=mask_BS, use_cache=False)
-            logits_MV = self.model.get_output_embeddings()(output.last_hidden_state[at_BS])
+        groups = self._length_groups(prompt_BQH.shape[1], mask_BT)
+        if len(groups) == 1:
+            loss_M = self._target_losses(prompt_BQH, ids_BT, mask_BT, labels_BT)
         else:
-            output = self.model(inputs_embeds=embeds_BSH, attention_mask=mask_BS, use_cache=False)
-            logits_MV = output.logits[at_BS]
-        return F.cross_entropy(logits_MV.float(), ids_BT[labels_BT], reduction=reduction)
+            parts = [(g, int(mask_BT[g].sum(1).max())) for g in groups]
+            losses = [self._target_losses(prompt_BQH[g], *(x[g, :n] for x in (ids_BT, mask_BT, labels_BT))) for g, n in parts]
+            rows_M = torch.cat([g.repeat_interleave(labels_BT[g].sum(1)) for g in groups])
+            loss_M = torch.cat(losses)[torch.argsort(rows_M, stable=True)]
+        return loss_M.mean() if reduction == "mean" else loss_M
 
     def encoder_decoder_loss(
         self,
@@ -201,6 +206,26 @@ class LanguageModel(nn.Module):
                 **options,
             )
         return out[:, 1:] if self.encoder_decoder else out
+
+    def _target_losses(self, prompt_BQH: Tensor, ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        """Cross-entropy [M] of the labelled tokens, in the order of `ids_BT[labels_BT]`."""
+        embeds_BSH, mask_BS = self._join(prompt_BQH, ids_BT, mask_BT)
+        at_BS = torch.zeros_like(mask_BS, dtype=torch.bool)
+        at_BS[:, prompt_BQH.shape[1] - 1 : -1] = labels_BT
+        if self._head_is_plain():
+            output = self.model.base_model(inputs_embeds=embeds_BSH, attention_mask=mask_BS, use_cache=False)
+            logits_MV = self.model.get_output_embeddings()(output.last_hidden_state[at_BS])
+        else:
+            output = self.model(inputs_embeds=embeds_BSH, attention_mask=mask_BS, use_cache=False)
+            logits_MV = output.logits[at_BS]
+        return F.cross_entropy(logits_MV.float(), ids_BT[labels_BT], reduction="none")
+
+    def _length_groups(self, prompts: int, mask_BT: Tensor) -> list[Tensor]:
+        """Rows to run together: on a CPU, groups of similar length, for padding costs as much as text there."""
+        if not self.split_lengths or mask_BT.device.type != "cpu":
+            return [torch.arange(len(mask_BT), device=mask_BT.device)]
+        lengths = (prompts + mask_BT.sum(1)).tolist()
+        return [torch.tensor(group) for group in length_groups(lengths, overhead=_GROUP_OVERHEAD)]
 
     def _join(self, prompt_BQH: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings [B, S, H] of soft prompts and text, and their int64 mask [B, S]."""

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from blip2.configs import RunConfig
 from blip2.errors import ConfigError
+from blip2.models.language_model import LanguageModel
 from blip2.ops import distributed
 
 
@@ -81,6 +82,9 @@ def wrap(objective: nn.Module, parallel: str, device: torch.device, unused: bool
     for block in _frozen_blocks(objective):
         fully_shard(block, mesh=mesh)
     fully_shard(objective, mesh=mesh)
+    for module in objective.modules():
+        if isinstance(module, LanguageModel):
+            module.split_lengths = False
     return objective
 
 
