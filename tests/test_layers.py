@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "blip2"
-BASE = ("configs", "errors", "cache")
+BASE = ("configs", "plain", "errors", "cache")
 LAYERS = (BASE, "ops", "models", "weights", "data", "inference", "training", "evaluation", "recipes", "apps")
 # `__main__` starts the command line, so it stands with the applications.
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in ((layer,) if isinstance(layer, str) else layer)}

@@ -7,18 +7,18 @@ name (`--optim.lr 2e-4`), and the resolved one is written to `config.yaml` in th
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 from dataclasses import dataclass, field
-from types import UnionType
-from typing import Any, cast, get_args, get_origin, get_type_hints
+from typing import Any
 
 from blip2.errors import ConfigError
+from blip2.plain import from_dict as from_dict
+from blip2.plain import to_dict as to_dict
 
 STAGES = ("stage1", "stage2")
 PRECISIONS = ("auto", "fp32", "bf16")
 PARALLEL = ("ddp", "fsdp2")
 RESIZES = ("squash", "crop")
+QUANTIZE = ("int8", "nf4")
 
 
 def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
@@ -96,6 +96,8 @@ class LanguageConfig:
         question: template of a question; `{}` is replaced.
         end: text that ends a caption; None takes the model's own end token ("\\n" for OPT).
         max_text: longest caption in tokens, end token included.
+        quantize: keep the weights of its linear layers in `int8` (a byte each) or `nf4` (4.5 bits);
+            None keeps them in bf16 or fp32.
     """
 
     name: str = "smollm2-135m"
@@ -103,11 +105,40 @@ class LanguageConfig:
     question: str = "Question: {} Answer:"
     end: str | None = None
     max_text: int = 32
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "language.name", self.name, "a model name or folder")
         _require("{}" in self.question, "language.question", self.question, "a template with {}")
         _require(self.max_text >= 2, "language.max_text", self.max_text, "2 or more")
+        kinds = (None, *QUANTIZE)
+        _require(self.quantize in kinds, "language.quantize", self.quantize, f"one of {', '.join(QUANTIZE)}, or null")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA adapters (arXiv 2106.09685) on the frozen language model of stage 2.
+
+    Args:
+        rank: of the two matrices beside each adapted layer; 0 adds none.
+        alpha: their product counts alpha / rank.
+        dropout: on the input of the adapters, while training.
+        targets: names of the adapted layers, separated by commas (`q_proj,v_proj`), or `all-linear`;
+            None takes the attention projections that peft names for the type of language model (all
+            linear layers where it names none).
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 0, "lora.rank", self.rank, "0 or more")
+        _require(self.alpha > 0, "lora.alpha", self.alpha, "positive")
+        _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
+        given = self.targets is None or all(name.strip() for name in self.targets.split(","))
+        _require(given, "lora.targets", self.targets, "names of layers, separated by commas, or all-linear")
 
 
 @dataclass(frozen=True)
@@ -321,6 +352,7 @@ class RunConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -329,55 +361,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require(self.stage in STAGES, "stage", self.stage, f"one of {', '.join(STAGES)}")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain dict of a config, ready for YAML or JSON (tuples become lists)."""
-    return _plain(dataclasses.asdict(config))
-
-
-def from_dict(kind: type[Any], values: dict[str, Any], where: str = "config") -> Any:
-    """Build config class `kind` from a nested dict, as YAML or JSON give it.
-
-    Raises:
-        ConfigError: an unknown key, a value of another type, or one that the class refuses; `where`
-            names the file.
-    """
-    hints = get_type_hints(kind)
-    unknown = sorted(set(map(str, values)) - set(hints))
-    if unknown:
-        raise ConfigError(f"{where}: unknown setting {unknown[0]!r}; known: {', '.join(hints)}")
-    return kind(**{name: _read(hints[name], value, f"{where}: {name}") for name, value in values.items()})
-
-
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-
-
-def _read(hint: Any, value: Any, where: str) -> Any:
-    """A plain value as the type of its setting; YAML reads 3e-4 as a text, which is a number here."""
-    if dataclasses.is_dataclass(hint):
-        if isinstance(value, dict):
-            return from_dict(cast(type, hint), value, where)
-        raise ConfigError(f"{where} is {value!r}: it must be a group of settings")
-    if isinstance(hint, UnionType):
-        if value is None:
-            return None
-        hint = get_args(hint)[0]
-    if get_origin(hint) is tuple:
-        if isinstance(value, list | tuple) and len(value) == len(get_args(hint)):
-            return tuple(_read(part, x, where) for part, x in zip(get_args(hint), value, strict=True))
-        raise ConfigError(f"{where} is {value!r}: it must be a list of {len(get_args(hint))} numbers")
-    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
-            return float(value)
-    elif type(value) is hint:
-        return value
-    raise ConfigError(f"{where} is {value!r}: it must be {_WORDS[hint]}")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(v) for v in value]
-    return value
+        quantize = self.language.quantize
+        if self.stage == "stage1":
+            _require(self.lora.rank == 0, "lora.rank", self.lora.rank, "0 in stage 1, which has no language model")
+            _require(quantize is None, "language.quantize", quantize, "null in stage 1, which has no language model")
+        sharded = self.train.parallel == "fsdp2"
+        _require(not (sharded and quantize), "language.quantize", quantize, "null with train.parallel fsdp2; use ddp")

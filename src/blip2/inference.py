@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,8 @@ class Blip2:
             if not self.config.init:
                 raise ConfigError("this stage-2 run names no stage-1 run (init): embeddings and matches need one")
             found = runs.open_run(self._beside(self.config.init))
+            while found.config.stage == "stage2" and found.config.init:  # this run went on from a stage 2
+                found = runs.open_run(self._beside(found.config.init))
             stage1 = build_stage1(found.config, self.vision, start=False)
             native.load_weights(stage1, found.weights)
             self._stage1 = stage1.to(self.device).eval()
@@ -260,22 +263,31 @@ class Blip2:
         return ids.to(self.device), mask.to(self.device)
 
 
-def load(run: str | Path, *, device: str = "auto") -> Blip2:
+def load(run: str | Path, *, device: str = "auto", quantize: str | None = None) -> Blip2:
     """Load a run folder (or a weights file of ours) for use.
+
+    Args:
+        quantize: `int8` or `nf4` for the language model, `none` for neither; None takes what the
+            run was trained with.
 
     Raises:
         CheckpointError: no run there, or its weights do not fit its configuration.
+        ConfigError: a stage-1 run is to be quantized, or no library here does it.
     """
     found = runs.open_run(run)
+    config = found.config
+    if quantize is not None:
+        kind = None if quantize == "none" else quantize
+        config = replace(config, language=replace(config.language, quantize=kind))
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    vision = load_vision_encoder(found.config.vision)
-    if found.config.stage == "stage1":
-        stage1 = build_stage1(found.config, vision, start=False)
+    vision = load_vision_encoder(config.vision)
+    if config.stage == "stage1":
+        stage1 = build_stage1(config, vision, start=False)
         native.load_weights(stage1, found.weights)
-        return Blip2(found.config, stage1=stage1.to(name).eval(), home=Path(run))
-    stage2 = build_stage2(found.config, vision, start=False)
+        return Blip2(config, stage1=stage1.to(name).eval(), home=Path(run))
+    stage2 = build_stage2(config, vision, start=False, device=name)
     native.load_weights(stage2, found.weights)
-    return Blip2(found.config, stage2=stage2.to(name).eval(), home=Path(run))
+    return Blip2(config, stage2=stage2.to(name).eval(), home=Path(run))
 
 
 def open_image(image: ImageLike) -> Image.Image:

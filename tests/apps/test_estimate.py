@@ -13,7 +13,7 @@ import transformers
 
 from blip2.apps import estimate as app
 from blip2.apps.cli import main
-from blip2.configs import LanguageConfig, QFormerConfig, RunConfig, TrainConfig, VisionConfig
+from blip2.configs import LanguageConfig, LoraConfig, QFormerConfig, RunConfig, TrainConfig, VisionConfig
 from blip2.errors import ConfigError
 from blip2.models.freezing import parameter_table
 from blip2.recipes import recipe
@@ -79,6 +79,81 @@ def test_numbers_add_up(tmp_path: Path, stage: str) -> None:
     assert activations[-1] == pytest.approx(2 * activations[-2], rel=0.2)
 
 
+def test_adapters_train(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    config = run_of_folders(tmp_path, "stage2")
+    plain, lora = (app.measure(c, accelerator=True) for c in (config, replace(config, lora=LoraConfig(rank=4))))
+    rows = [{row["part"]: row for row in numbers["parameters"]}["language_model"] for numbers in (plain, lora)]
+    more = 2 * 2 * 4 * (48 + 48)  # query and value of two blocks, two matrices of rank 4
+    assert (rows[0]["trained"], rows[1]["trained"]) == (0, more)
+    assert rows[0]["frozen"] == rows[1]["frozen"]
+    assert lora["trained"] == plain["trained"] + more
+    wider = [b["activations_gb"] - a["activations_gb"] for a, b in zip(plain["memory"], lora["memory"], strict=True)]
+    assert wider[-1] > 0
+
+
+@pytest.mark.parametrize(("kind", "per_weight"), [("int8", 1.0), ("nf4", 0.5625)])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_quantized_weights_count_what_they_take(tmp_path: Path, kind: str, per_weight: float, rank: int) -> None:
+    """Large enough to be seen in numbers rounded to MB; the scales of int8 are too small for that."""
+    if rank:
+        pytest.importorskip("peft", reason="peft is not installed")
+    base = run_of_folders(tmp_path, "stage2")
+    sizes = {"hidden_size": 1600, "intermediate_size": 3200, "num_hidden_layers": 4, "num_attention_heads": 8}
+    transformers.LlamaConfig(vocab_size=150, **sizes).save_pretrained(tmp_path / "language")
+    base = replace(base, lora=LoraConfig(rank=rank, targets="all-linear"))
+    packed = 4 * (4 * 1600 * 1600 + 3 * 1600 * 3200)
+    plain = app.measure(base, accelerator=True)
+    numbers = app.measure(replace(base, language=replace(base.language, quantize=kind)), accelerator=True)
+    assert numbers["assumptions"]["quantized"]["parameters"] == packed
+    assert numbers["frozen"] == plain["frozen"]
+    saved = plain["memory"][0]["weights_gb"] - numbers["memory"][0]["weights_gb"]
+    assert saved == pytest.approx(packed * (2 - per_weight) / 1e9, abs=2e-3)
+
+
+def test_the_largest_micro_batch_is_the_largest_that_fits() -> None:
+    def activations(batch: int) -> int:
+        return 3 * batch * batch + 10**8 * batch
+
+    for weights in (0, 14 * 10**9, 14_299_999_997):
+        found = app._fit(16, None, {None: weights}, activations)["micro_batch"]
+        assert weights + activations(found) <= 0.9 * 16e9 < weights + activations(found + 1)
+    assert app._fit(16, None, {None: 14_299_999_998}, activations)["micro_batch"] == 0
+
+
+@pytest.mark.parametrize(
+    ("quantize", "weights", "advice"),
+    [
+        (None, {None: 20, "int8": 12, "nf4": 8}, "try --language.quantize int8"),
+        (None, {None: 50, "int8": 30, "nf4": 14}, "try --language.quantize nf4"),
+        ("int8", {None: 50, "int8": 30, "nf4": 14}, "try --language.quantize nf4"),
+        (None, {None: 50, "int8": 30, "nf4": 20}, "try 4 cards and --train.parallel fsdp2"),
+        (
+            "nf4",
+            {None: 50, "int8": 30, "nf4": 20},
+            "try 4 cards and --train.parallel fsdp2, without --language.quantize",
+        ),
+        (None, {None: 20}, "try 2 cards and --train.parallel fsdp2"),
+        (None, {None: 500}, "take smaller models"),
+    ],
+)
+def test_what_does_not_fit_gets_advice_that_helps(
+    quantize: str | None, weights: dict[str | None, int], advice: str
+) -> None:
+    """On a card of 16 GB, of which 14.4 are used; GB of weights, and 0.1 GB of activations a pair."""
+    sizes = {kind: size * 10**9 for kind, size in weights.items()}
+    fit = app._fit(16, quantize, sizes, lambda batch: batch * 10**8)
+    assert fit == {"micro_batch": 0, "advice": advice}
+
+
+def test_larger_cards_fit_more_and_advice_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "vitg-flant5xl/stage2", "--language.name", "flan-t5-xxl", "--json"]) == 0
+    fits = json.loads(capsys.readouterr().out)["fits"]
+    assert [fit["card_gb"] for fit in fits] == [16, 24, 40, 80]
+    assert fits[0] == {"card_gb": 16, "micro_batch": 0, "advice": "try --language.quantize nf4"}
+    assert 0 < fits[2]["micro_batch"] < fits[3]["micro_batch"]
+
+
 def test_device_follows_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def device(wanted: str) -> str:
         numbers = app.measure(replace(config, train=TrainConfig(device=wanted)))
@@ -94,13 +169,15 @@ def test_device_follows_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_command_prints_the_same_numbers_twice(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", "tiny/stage2", "--json"]) == 0
     numbers = json.loads(capsys.readouterr().out)
-    assert set(numbers) == {"recipe", "stage", "parameters", "trained", "frozen", "memory", "assumptions"}
+    parts = {"recipe", "stage", "parameters", "trained", "frozen", "memory", "fits", "assumptions"}
+    assert set(numbers) == parts
     assert main(["estimate", "tiny/stage2"]) == 0
     text = capsys.readouterr().out
     assert f"{numbers['trained']:,}" in text
     assert f"{numbers['frozen']:,}" in text
     assert "batch 64 (recipe)" in text
     assert all(f"{row['total_gb']:.2f}" in text for row in numbers["memory"])
+    assert all(f"{fit['card_gb']:>4} GB  {fit['micro_batch']:,}\n" in text for fit in numbers["fits"])
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT2Model, LlamaConfig
 
-from blip2.configs import LossConfig, QFormerConfig, RunConfig
+from blip2.configs import LoraConfig, LossConfig, QFormerConfig, RunConfig
 from blip2.errors import CheckpointError
 from blip2.models import build as builder
+from blip2.models.freezing import is_adapter, trainable_parameters
 from blip2.models.language_model import language_model_from_config
 
 BERT = BertConfig(
@@ -70,6 +71,19 @@ def test_stage_2_has_no_text_branch(folder: Path) -> None:
     model = builder.build_stage2(config(folder, stage="stage2"), vision(), language_model_from_config(llama))
     assert model.qformer.embeddings is None
     assert model.language_proj.out_features == 8
+
+
+def test_stage_2_has_the_adapters_that_its_configuration_names(folder: Path) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    llama = LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
+    run = config(folder, stage="stage2", lora=LoraConfig(rank=2, targets="o_proj"))
+    models = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        models.append(builder.build_stage2(run, vision(), language_model_from_config(llama)))
+    ours, again = ({n: p for n, p in trainable_parameters(m.language_model) if is_adapter(n)} for m in models)
+    assert list(ours) == [f"model.model.layers.0.self_attn.o_proj.lora_{x}.default.weight" for x in "AB"]
+    assert all(torch.equal(p, again[n]) for n, p in ours.items())
 
 
 def test_initialisation_is_seeded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from blip2.models.freezing import (
     ParameterRow,
     assert_frozen,
     freeze,
+    is_adapter,
     parameter_table,
     trainable_parameters,
     weights_digest,
@@ -67,3 +68,10 @@ def test_digest_tells_dtype_and_place_apart() -> None:
     with torch.no_grad():
         tall.weight.copy_(wide.weight.T)
     assert weights_digest(wide) != weights_digest(tall)
+
+
+def test_adapters_are_told_by_name() -> None:
+    assert is_adapter("model.layers.0.q_proj.lora_A.default.weight")
+    assert is_adapter("q_proj.lora_dropout.default")
+    assert not is_adapter("q_proj.base_layer.weight")
+    assert not is_adapter("flora_a.weight")

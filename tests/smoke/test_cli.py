@@ -193,6 +193,53 @@ def test_embeddings_and_matches_through_stage2(stage2: Path, pictures: Path) -> 
     ]
 
 
+@needs_towers
+@pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed")
+def test_adapters_from_training_to_captions(stage2: Path, pictures: Path, tmp_path: Path) -> None:
+    """From a stage 2 without adapters; loaded again, they change what it says and merge without a change."""
+    import torch
+
+    from blip2 import load
+    from blip2.models.lora import merge_lora
+
+    run = ("train", "tiny/stage2", "--init", stage2, "--data", pictures, "--data.dev", pictures, "--steps", "2", *SMALL)
+    done = blip2(
+        *run, "--lora.rank", "2", "--lora.alpha", "200", "--optim.warmup_lr", "4e-4", "--out", tmp_path / "lora"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "start fresh (LoRA adapters)" in done.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "lora/summary.json").read_text())["parameters"]}
+    assert 0 < rows["language_model"]["trainable"] < rows["language_model"]["frozen"] / 100
+
+    model = load(tmp_path / "lora")
+    assert model.stage2 is not None
+    assert model.embed_images(pictures / "00.png").shape == (1, 16, 256)  # of the stage 1 behind the stage 2
+    language_model = model.stage2.language_model
+    prompts = model.stage2.soft_prompts(model.features(pictures / "00.png"))
+    ids = torch.tensor([[1, 2, 3, 4]])
+    losses = [language_model.decoder_loss(prompts, ids, ids > 0, ids > 0).item()]
+    merge_lora(model.stage2)
+    losses.append(language_model.decoder_loss(prompts, ids, ids > 0, ids > 0).item())
+    plain = load(stage2).stage2
+    assert plain is not None
+    losses.append(plain.language_model.decoder_loss(prompts, ids, ids > 0, ids > 0).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert abs(losses[2] - losses[0]) > 1e-3
+
+    done = blip2(*run[:3], tmp_path / "lora", *run[4:], "--out", tmp_path / "plain")
+    assert done.returncode == 2
+    assert "lora_A.default.weight has no place in this model: give lora.rank" in one_line(done)
+
+
+@needs_towers
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+def test_captions_from_a_quantized_language_model(stage2: Path, pictures: Path) -> None:
+    done = blip2("caption", pictures / "00.png", "--model", stage2, "--beams", "1", "--quantize", "int8")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.startswith(f"{pictures / '00.png'}: ")
+
+
 BAD_INPUTS = [
     (("train", "tiny/stage9"), "no recipe or configuration file 'tiny/stage9'"),
     (("train", "tiny/stage1", "--optim.lr", "-1"), "optim.lr is -1.0: it must be positive"),
@@ -204,6 +251,8 @@ BAD_INPUTS = [
     (("train", "tiny/stage2", "--init", "TMP/none", "--data", "PICTURES", "--out", "TMP/b"), "TMP/none: no such run"),
     (("caption", "TMP/missing.jpg"), "TMP/missing.jpg: no such file or folder"),
     (("caption", "PICTURES/00.png", "--model", "TMP/none"), "TMP/none: no such run folder"),
+    (("train", "tiny/stage1", "--lora.rank", "8"), "lora.rank is 8: it must be 0 in stage 1"),
+    (("train", "tiny/stage2", "--language.quantize", "int3"), "language.quantize is 'int3': it must be one of int8"),
     (("caption", "PICTURES/00.png", "--num", "9"), "num is 9: it must be at most beams (5)"),
     (("ask", "TMP/file", "what?", "--model", "TMP/none"), "TMP/file: not an image"),
     (("data", "check", "TMP/nothing"), "TMP/nothing: no such file or folder"),

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from blip2.weights import native, runs
 
 SCRIPT = '''
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +26,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from blip2.configs import LanguageConfig, LossConfig, OptimConfig, RunConfig, TrainConfig
+from blip2.configs import LanguageConfig, LoraConfig, LossConfig, OptimConfig, RunConfig, TrainConfig
 from blip2.data.dataset import Batch
-from blip2.models.language_model import language_model_from_config
+from blip2.models.language_model import language_model_from_config, load_language_model
 from blip2.models.qformer import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
@@ -36,7 +38,8 @@ from blip2.training.parallel import process_group
 from blip2.training.trainer import Trainer
 
 WORDS = "a dog runs through the green grass near two men on some old bikes".split()
-stage, parallel, out = sys.argv[1:]
+kind, parallel, out = sys.argv[1:]
+stage, _, extra = kind.partition("+")
 BATCH = 8
 
 
@@ -89,24 +92,33 @@ if stage == "stage1":
     objective = Stage1Objective(model, Words(), LossConfig(), seed=0)
 else:
     llama = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    model = Stage2(QFormer(**sizes, vocab=None), language_model_from_config(llama))
+    language_model = language_model_from_config(llama)
+    if extra == "int8":
+        language_model.model.save_pretrained(folder := f"{out}-{os.environ.get('RANK', 0)}")
+        language_model = load_language_model(LanguageConfig(name=folder, quantize="int8"), torch.float32)
+    model = Stage2(QFormer(**sizes, vocab=None), language_model)
+    if extra:
+        from blip2.models.lora import add_lora
+
+        add_lora(language_model, LoraConfig(rank=2))
     objective = Stage2Objective(model, Words(), LanguageConfig(prompt=""), seed=0)
+frozen = [model.language_model] if stage == "stage2" else []
 with process_group(torch.device("cpu")):
     Path(out).mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(objective, batches, config, Path(out), device=torch.device("cpu"))
+    trainer = Trainer(objective, batches, config, Path(out), device=torch.device("cpu"), frozen=frozen)
     trainer.resume()
     trainer.run()
 '''
 
 
 def train(
-    stage: str, parallel: str, processes: int, folder: Path
+    kind: str, parallel: str, processes: int, folder: Path
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Losses of every step and the final weights of a run of the script above."""
     script = folder / "train.py"
     script.write_text(SCRIPT)
-    out = folder / f"{stage}-{parallel}-{processes}"
-    command = [sys.executable, str(script), stage, parallel, str(out)]
+    out = folder / f"{kind}-{parallel}-{processes}"
+    command = [sys.executable, str(script), kind, parallel, str(out)]
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         command = [sys.executable, *launcher, *command[1:]]
@@ -119,18 +131,30 @@ def train(
     return losses, native.read(runs.checkpoints(out)[-1][1] / runs.WEIGHTS)
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_two_processes_equal_one(stage: str, tmp_path: Path) -> None:
-    """DDP and FSDP2 over two processes against one process.
+def needs(library: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(find_spec(library) is None, reason=f"{library} is not installed")
+
+
+KINDS = [
+    "stage1",
+    "stage2",
+    pytest.param("stage2+lora", marks=[pytest.mark.slow, needs("peft")]),
+    pytest.param("stage2+int8", marks=[pytest.mark.slow, needs("peft"), needs("torchao")]),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_equal_one(kind: str, tmp_path: Path) -> None:
+    """DDP and FSDP2 over two processes against one process; adapters on quantized weights under DDP alone.
 
     Tolerances: the orders of summation differ, which float32 shows at 1e-6 a step and AdamW's
     division by the root of a small second moment enlarges; a lost gather or a wrong average shows
     at 1e-2 and more.
     """
-    losses, weights = train(stage, "ddp", 1, tmp_path)
+    losses, weights = train(kind, "ddp", 1, tmp_path)
     assert len(losses) == 4
-    for parallel in ("ddp", "fsdp2"):
-        others, other_weights = train(stage, parallel, 2, tmp_path)
+    for parallel in ("ddp",) if kind.endswith("int8") else ("ddp", "fsdp2"):
+        others, other_weights = train(kind, parallel, 2, tmp_path)
         for mine, theirs in zip(losses, others, strict=True):
             assert theirs == pytest.approx(mine, rel=2e-4, abs=2e-4), parallel
         assert set(weights) == set(other_weights)

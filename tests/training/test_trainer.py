@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blip2.configs import LossConfig, OptimConfig, RunConfig, TrainConfig
+from blip2.configs import LanguageConfig, LoraConfig, LossConfig, OptimConfig, RunConfig, TrainConfig
 from blip2.data.dataset import Batch
 from blip2.data.samples import BadSample
 from blip2.errors import Blip2Error, CheckpointError, RunError
-from blip2.models.freezing import freeze
+from blip2.models.freezing import freeze, is_adapter
 from blip2.training import checkpoint, metrics
-from blip2.training.objectives import Stage1Objective
+from blip2.training.objectives import Stage1Objective, Stage2Objective
 from blip2.training.optim import learning_rate
 from blip2.training.trainer import Trainer
 from blip2.weights import native
@@ -121,6 +121,40 @@ def test_a_resumed_run_repeats_one_that_was_never_stopped(tiny: Any, tmp_path: P
     assert again.run().step == 6
     assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
     assert_equal(weights(again.model), weights(whole.model))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_adapters_train_are_saved_and_resume(tiny: Any, tmp_path: Path, kind: str) -> None:
+    """Stage 2 with LoRA and its dropout, the language model among the frozen parts: killed and resumed
+    as above."""
+    pytest.importorskip("peft", reason="peft is not installed")
+    from blip2.models.lora import add_lora
+
+    def trainer(name: str, source: Source) -> Trainer:
+        torch.manual_seed(1)
+        model = tiny.stage2(kind)
+        add_lora(model.language_model, LoraConfig(rank=2, dropout=0.3))
+        (tmp_path / name).mkdir(exist_ok=True)
+        objective = Stage2Objective(model, tiny.tokenizer, LanguageConfig(prompt="some"), seed=5)
+        return Trainer(objective, source, config(), tmp_path / name, device=CPU, frozen=[model.language_model])
+
+    def kill(step: int, batch: Batch) -> None:
+        if step == 5:
+            raise KilledError
+
+    whole = trainer("whole", stream(tiny))
+    start = weights(whole.objective)
+    assert whole.run().step == 6
+    changed = {name for name, value in weights(whole.objective).items() if not torch.equal(value, start[name])}
+    assert changed == {name for name, p in whole.objective.named_parameters() if p.requires_grad}
+    assert any(map(is_adapter, changed))
+    with pytest.raises(KilledError):
+        trainer("broken", stream(tiny, kill)).run()
+    again = trainer("broken", stream(tiny))
+    assert again.resume() == 4
+    again.run()
+    assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
+    assert_equal(weights(again.objective), weights(whole.objective))
 
 
 def test_a_new_run_resumes_nothing_and_a_finished_one_does_nothing(tiny: Any, tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
+from blip2.configs import LoraConfig
 from blip2.errors import CheckpointError
-from blip2.models.freezing import freeze
+from blip2.models.freezing import freeze, is_adapter
 from blip2.models.language_model import language_model_from_config
 from blip2.models.qformer import QFormer
 from blip2.models.stage1 import Stage1
@@ -40,6 +41,20 @@ def stage2(queries: int = 3, image_width: int = 6) -> Stage2:
     return Stage2(
         qformer(text=False, queries=queries, image_width=image_width), language_model_from_config(LLAMA), vision
     )
+
+
+def adapted(rank: int = 2, **settings: str) -> Stage2:
+    """A stage 2 with adapters that are not at their start; skips where peft is absent."""
+    pytest.importorskip("peft", reason="peft is not installed")
+    from blip2.models.lora import add_lora
+
+    model = stage2()
+    add_lora(model.language_model, LoraConfig(rank=rank, **settings))
+    with torch.no_grad():
+        for p in model.language_model.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn_like(p))
+    return model
 
 
 def changed(path: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
@@ -246,3 +261,50 @@ def test_writing_replaces_or_leaves_what_was_there(tmp_path: Path, monkeypatch: 
 def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"gone/x.safetensors: cannot be written: .*No such file or directory"):
         native.write_beside(tmp_path / "gone" / "x.safetensors", {"x": torch.zeros(1)})
+
+
+def test_adapters_are_saved_and_loaded_with_what_trains(tmp_path: Path) -> None:
+    model, other, path = adapted(), adapted(), tmp_path / "s2.safetensors"
+    native.save_weights(path, model, {})
+    saved = native.read(path)
+    assert set(saved) == {n for n, p in model.named_parameters() if p.requires_grad}
+    ours = [name for name in saved if is_adapter(name)]
+    assert len(ours) == 4  # two matrices beside the query and the value projection of one block
+    assert {name.split(".")[0] for name in ours} == {"language_model"}
+    frozen = {n: p.clone() for n, p in other.language_model.named_parameters() if not is_adapter(n)}
+    assert native.load_weights(other, path).fresh == ()
+    assert all(torch.equal(native.trained_state(other)[name], value) for name, value in saved.items())
+    assert all(torch.equal(p, frozen[n]) for n, p in other.language_model.named_parameters() if n in frozen)
+
+
+def test_adapters_of_another_run_are_refused_in_one_line(tmp_path: Path) -> None:
+    plain, two = tmp_path / "plain.safetensors", tmp_path / "two.safetensors"
+    native.save_weights(plain, stage2(), {})
+    native.save_weights(two, adapted(2), {})
+    first = r"language_model\.model\.model\.layers\.0\.self_attn\.q_proj\.lora_A\.default\.weight"
+    cases = [
+        (stage2(), two, rf"two.safetensors: {first} has no place in this model: give lora.rank and lora.targets"),
+        (adapted(3), two, rf"two.safetensors: {first} is \(2, 16\) .* \(3, 16\) in the model: use the same lora.rank$"),
+        (adapted(2), plain, rf"plain.safetensors: {first} is missing: the checkpoint has no LoRA adapter there$"),
+        (adapted(2, targets="o_proj"), two, r"o_proj.lora_A.default.weight is missing: the checkpoint has no LoRA"),
+    ]
+    for model, path, message in cases:
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(CheckpointError, match=message) as caught:
+            native.load_weights(model, path)
+        assert "\n" not in str(caught.value)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(CheckpointError, match="o_proj.lora_A.default.weight is missing"):
+        native.go_on_from(adapted(2, targets="o_proj"), two)
+
+
+def test_adapters_may_be_new_where_a_run_starts(first: tuple[Stage1, Path], tmp_path: Path) -> None:
+    plain, model = tmp_path / "plain.safetensors", adapted()
+    native.save_weights(plain, stage2(), {})
+    report = native.go_on_from(model, plain)
+    assert len(report.fresh) == 4
+    assert report.line().endswith("; 4 start fresh (LoRA adapters)")
+    assert torch.equal(model.language_proj.weight, native.read(plain)["language_proj.weight"])
+    report = native.hand_over(adapted(), first[1])
+    assert report.line().endswith("; 6 start fresh (language_proj, LoRA adapters)")
+    assert native.go_on_from(stage2(), plain).fresh == ()

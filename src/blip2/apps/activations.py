@@ -22,6 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from blip2.configs import LossConfig, RunConfig
+from blip2.models.freezing import is_adapter
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision_encoder import VisionEncoder
@@ -104,6 +105,9 @@ def activation_bytes(
     assert isinstance(vision, VisionEncoder)
     if isinstance(model, Stage2):
         model.language_model.to(machine.frozen)
+        for name, p in model.language_model.named_parameters():
+            if is_adapter(name):
+                p.data = p.data.float()
     features_BPC = torch.empty(batch, vision.tokens, vision.width, device="meta", dtype=machine.frozen)
     ids_BT = torch.empty(batch, text_tokens, device="meta", dtype=torch.int64)
     # Lengths are read from the mask: it alone has values.

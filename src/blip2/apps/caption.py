@@ -102,7 +102,7 @@ def default_run() -> str:
 
 
 def _load(options: argparse.Namespace) -> Blip2:
-    model = load(options.model or default_run(), device=options.device)
+    model = load(options.model or default_run(), device=options.device, quantize=options.quantize)
     model.batch = max(1, options.batch)
     return model
 

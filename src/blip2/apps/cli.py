@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,9 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (2 for anything the user can mend)."""
+    # transformers imports torchao where it is installed, and that tells of kernels it could not load.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command not in ("train", "estimate"):
@@ -102,6 +106,11 @@ def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     for command in (caption, ask):
         command.add_argument(
             "--model", metavar="RUN", help="run folder (default: $BLIP2_MODEL, else the newest in runs/)"
+        )
+        command.add_argument(
+            "--quantize",
+            choices=("int8", "nf4", "none"),
+            help="weights of the language model (default: as the run was trained)",
         )
         command.add_argument("--beams", type=int, default=5, help="beam width (default: %(default)s)")
         command.add_argument("--batch", type=int, default=16, help="images at a time (default: %(default)s)")

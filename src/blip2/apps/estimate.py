@@ -1,24 +1,29 @@
 """`blip2 estimate`: parameters and memory of a run, without weights, hub or accelerator.
 
-The whole model is built on the meta device from the towers' configs, and its activations are
-counted there (`blip2.apps.activations`).
+The whole model is built on the meta device from the towers' configs, adapters included, and its
+activations are counted there (`blip2.apps.activations`).
 """
 
 from __future__ import annotations
 
 import json
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from blip2.apps.activations import TEXT_TOKENS, Machine, activation_curve
-from blip2.configs import RunConfig
+from blip2.configs import QUANTIZE, RunConfig
 from blip2.errors import ConfigError
 from blip2.models import hub, towers
 from blip2.models.build import build_qformer
 from blip2.models.freezing import parameter_table
 from blip2.models.language_model import language_model_from_config
+from blip2.models.lora import add_lora
+from blip2.models.quantize import quantized_bytes, quantized_layers
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision_encoder import vision_encoder_from_config
@@ -26,6 +31,9 @@ from blip2.models.vision_encoder import vision_encoder_from_config
 BATCHES = (1, 8, 16, 32, 64, 128)
 # A weight in float32, its gradient, and AdamW's two moments.
 TRAINED_BYTES = {"weight": 4, "gradient": 4, "adamw": 8}
+# Cards to fit, in GB of 1e9 bytes, and the share of one that is left to workspace and fragmentation.
+CARDS = (16, 24, 40, 80)
+LEFT_FREE = 0.1
 # Frozen models with more parameters than this are taken to run on an accelerator.
 CPU_LIMIT = 500_000_000
 
@@ -33,7 +41,7 @@ _SETTINGS = {"vision": "vision.name", "bert": "qformer.init", "language": "langu
 
 
 def estimate(config: RunConfig, as_json: bool = False, *, accelerator: bool | None = None) -> str:
-    """Parameter table and memory per batch size of a run, as text for people or one JSON object.
+    """Parameters, memory per batch size and what fits which card, as text for people or one JSON object.
 
     Args:
         accelerator: whether it runs on one; None takes `train.device`, where `auto` means one if
@@ -51,7 +59,8 @@ def measure(config: RunConfig, *, accelerator: bool | None = None) -> dict[str, 
 
     Returns:
         `recipe`, `stage`, `parameters` by part, their sums `trained` and `frozen`, `memory` of one
-        process by size of the micro-batch in GB of 1e9 bytes, and the `assumptions`.
+        process by size of the micro-batch in GB of 1e9 bytes, `fits` with the largest micro-batch
+        for each of `CARDS` (0, with `advice`, where none fits), and the `assumptions`.
     """
     model = build_on_meta(config)
     rows = parameter_table(model)
@@ -59,11 +68,20 @@ def measure(config: RunConfig, *, accelerator: bool | None = None) -> dict[str, 
     if accelerator is None:
         wanted = torch.cuda.is_available() or frozen > CPU_LIMIT
         accelerator = wanted if config.train.device == "auto" else config.train.device != "cpu"
-    machine = Machine.of(config, accelerator)
-    weights = trained * sum(TRAINED_BYTES.values()) + frozen * machine.frozen.itemsize
+    machine, card = Machine.of(config, accelerator), Machine.of(config, True)
+    layers = quantized_layers(model.language_model.model) if isinstance(model, Stage2) else []
+
+    def weights(quantize: str | None, machine: Machine) -> int:
+        packed = sum(layer.weight.numel() for layer in layers) if quantize else 0
+        plain = trained * sum(TRAINED_BYTES.values()) + (frozen - packed) * machine.frozen.itemsize
+        return plain + (quantized_bytes(layers, quantize) if quantize else 0)
+
+    quantize = config.language.quantize
     activations, memory = activation_curve(model, config, machine), []
+    on_card = activations if machine == card else activation_curve(model, config, card)
+    by_kind = {kind: weights(kind, card) for kind in ((None, *QUANTIZE) if layers else (None,))}
     for batch in sorted({*BATCHES, config.train.batch // config.train.accumulate}):
-        sizes = {"weights_gb": weights, "activations_gb": activations(batch)}
+        sizes = {"weights_gb": weights(quantize, machine), "activations_gb": activations(batch)}
         sizes["total_gb"] = sum(sizes.values())
         memory.append({"batch": batch, **{name: round(size / 1e9, 3) for name, size in sizes.items()}})
     return {
@@ -73,11 +91,13 @@ def measure(config: RunConfig, *, accelerator: bool | None = None) -> dict[str, 
         "trained": trained,
         "frozen": frozen,
         "memory": memory,
+        "fits": [{"card_gb": size, **_fit(size, quantize, by_kind, on_card)} for size in CARDS],
         "assumptions": {
             "device": "accelerator" if accelerator else "cpu",
             "autocast": "bf16" if machine.autocast else None,
             "bytes_per_trained_parameter": TRAINED_BYTES,
             "bytes_per_frozen_parameter": machine.frozen.itemsize,
+            "quantized": _quantized(layers, quantize) if quantize else None,
             "text_tokens": TEXT_TOKENS,
             "processes": 1,
             "recipe_batch": config.train.batch,
@@ -101,7 +121,47 @@ def build_on_meta(config: RunConfig) -> Stage1 | Stage2:
         qformer = build_qformer(config.qformer, encoder.width, bert, text=language is None)
         if language is None:
             return Stage1(qformer, encoder, embed_dim=config.qformer.embed_dim).train()
-        return Stage2(qformer, language_model_from_config(language), encoder).train()
+        model = Stage2(qformer, language_model_from_config(language), encoder)
+        if config.lora.rank:
+            add_lora(model.language_model, config.lora)
+        return model.train()
+
+
+def _fit(
+    card: int, quantize: str | None, weights: dict[str | None, int], activations: Callable[[int], int]
+) -> dict[str, Any]:
+    """Largest micro-batch on a card of so many GB, and what to try where there is none.
+
+    Args:
+        weights: bytes of weights and optimizer by kind of quantization.
+        activations: bytes by size of the micro-batch.
+    """
+    room = card * 1e9 * (1 - LEFT_FREE)
+
+    def fits(kind: str | None, batch: int, cards: int = 1) -> bool:
+        return weights[kind] / cards + activations(batch) <= room
+
+    if fits(quantize, 1):
+        low, high = 1, 2
+        while fits(quantize, high):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(quantize, middle) else (low, middle)
+        return {"micro_batch": low, "advice": None}
+    smaller = [kind for kind in weights if kind and weights[kind] < weights[quantize] and fits(kind, 1)]
+    shards = next((n for n in (2, 4, 8, 16) if fits(None, 1, n)), None)
+    if smaller:
+        return {"micro_batch": 0, "advice": f"try --language.quantize {smaller[0]}"}
+    if shards:
+        plain = ", without --language.quantize" if quantize else ""
+        return {"micro_batch": 0, "advice": f"try {shards} cards and --train.parallel fsdp2{plain}"}
+    return {"micro_batch": 0, "advice": "take smaller models"}
+
+
+def _quantized(layers: list[nn.Linear], kind: str) -> dict[str, Any]:
+    size = quantized_bytes(layers, kind)
+    return {"kind": kind, "parameters": sum(layer.weight.numel() for layer in layers), "gb": round(size / 1e9, 3)}
 
 
 def _tower(name: str, kind: str) -> Any:
@@ -140,15 +200,22 @@ def _text(numbers: dict[str, Any]) -> str:
     for row in numbers["memory"]:
         label = f"batch {row['batch']}" + (" (recipe)" if row["batch"] == own else "")
         lines.append(f"{label:<24}{row['weights_gb']:>10.2f}{row['activations_gb']:>13.2f}{row['total_gb']:>10.2f}")
+    lines += ["", f"Largest micro-batch that fits a card, {LEFT_FREE:.0%} of it left free:"]
+    for fit in numbers["fits"]:
+        answer = f"{fit['micro_batch']:,}" if fit["micro_batch"] else f"does not fit: {fit['advice']}"
+        lines.append(f"{fit['card_gb']:>4} GB  {answer}")
     return "\n".join([*lines, "", *_assumed(given)])
 
 
 def _assumed(given: dict[str, Any]) -> list[str]:
     precision = "bf16 autocast" if given["autocast"] else "fp32"
     trained = sum(given["bytes_per_trained_parameter"].values())
-    return [
-        f"Assumed: {given['device']}, {precision}; {trained} bytes per trained parameter (fp32 weight, gradient,",
-        f"AdamW), {given['bytes_per_frozen_parameter']} per frozen one; texts of {given['text_tokens']} tokens; "
-        "one process (DDP adds 4 bytes per trained",
-        "parameter). Kernels' workspace and fragmentation come on top.",
-    ]
+    frozen, quantized = f"{given['bytes_per_frozen_parameter']} per frozen one", given["quantized"]
+    if quantized:
+        frozen += f" ({quantized['parameters']:,} of them in {quantized['kind']}: {quantized['gb']:.2f} GB)"
+    text = (
+        f"Assumed: {given['device']}, {precision}; {trained} bytes per trained parameter (fp32 weight, gradient, "
+        f"AdamW), {frozen}; texts of {given['text_tokens']} tokens; one process (DDP adds 4 bytes per trained "
+        "parameter). Kernels' workspace and fragmentation come on top."
+    )
+    return textwrap.wrap(text, 90)

@@ -81,7 +81,7 @@ def _train(config: RunConfig, device: torch.device) -> int:
     dev = None
     if config.data.dev and config.eval.images:
         dev = open_collection(config.data.dev).limited(config.data.dev_limit).limited(config.eval.images)
-    model = build(config)
+    model = build(config, device=device)
     loaded = [] if resumed else _initialise(model, config)
     model.to(device)
     vision = model.vision
@@ -144,7 +144,7 @@ def _initialise(model: Stage1 | Stage2, config: RunConfig) -> list[str]:
     _same_towers(found.config, config)
     if config.stage == "stage2" and found.config.stage == "stage1":
         return [native.hand_over(model, found.weights).line()]
-    return [native.load_weights(model, found.weights).line()]
+    return [native.go_on_from(model, found.weights).line()]
 
 
 def _same_towers(before: RunConfig, now: RunConfig) -> None:

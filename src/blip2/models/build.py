@@ -12,6 +12,7 @@ from blip2.errors import CheckpointError
 from blip2.models import hub, towers
 from blip2.models.bert_init import load_bert, qformer_sizes
 from blip2.models.language_model import LanguageModel, load_language_model
+from blip2.models.lora import add_lora
 from blip2.models.qformer import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
@@ -61,19 +62,29 @@ def build_stage2(
     language_model: LanguageModel | None = None,
     *,
     start: bool = True,
+    device: torch.device | str = "cpu",
 ) -> Stage2:
-    """Stage-2 model of a run; arguments as for `build_stage1`."""
+    """Stage-2 model of a run, with its adapters; arguments as for `build_stage1`.
+
+    Args:
+        language_model: a loaded one without adapters; None loads the one that the configuration names.
+        device: where the model will run; the caller moves it there.
+    """
     vision = vision or load_vision_encoder(config.vision)
     qformer = load_qformer(config.qformer, vision.width, text=False, start=start)
-    return Stage2(qformer, language_model or load_language_model(config.language), vision)
+    language_model = language_model or load_language_model(config.language, device=device)
+    model = Stage2(qformer, language_model, vision)
+    if config.lora.rank:
+        add_lora(language_model, config.lora)
+    return model
 
 
-def build(config: RunConfig, *, start: bool = True) -> Stage1 | Stage2:
-    """The model of a run's stage; initialisation is seeded by `train.seed`."""
+def build(config: RunConfig, *, start: bool = True, device: torch.device | str = "cpu") -> Stage1 | Stage2:
+    """The model of a run's stage; initialisation is seeded by `train.seed`, arguments as above."""
     torch.manual_seed(config.train.seed)
     if config.stage == "stage1":
         return build_stage1(config, start=start)
-    return build_stage2(config, start=start)
+    return build_stage2(config, start=start, device=device)
 
 
 def _bert_config(name: str) -> Any:

@@ -1,4 +1,7 @@
-"""Frozen is a fact: one function freezes, one assertion after a step proves it."""
+"""Frozen is a fact: one function freezes, one assertion after a step proves it.
+
+LoRA adapters are the one thing in a frozen part that may train; they are told by their names.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,11 @@ class ParameterRow:
     frozen: int
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a dotted name lies in a LoRA adapter: peft gives all parts of one this prefix."""
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
 def freeze(module: nn.Module) -> None:
     """Take a module out of training, in place: no gradients, eval mode."""
     module.requires_grad_(False)
@@ -36,22 +44,25 @@ def parameter_table(module: nn.Module, depth: int = 1) -> list[ParameterRow]:
 
     Args:
         depth: how many components of a parameter's dotted name make the part's name (1: the
-            direct children). A shared parameter counts once, for the first part that holds it.
+            direct children). A shared parameter counts once, for the first part that holds it; a
+            quantized one counts the weights it stands for.
     """
     counts: dict[str, list[int]] = {}
     for name, p in module.named_parameters():
         row = counts.setdefault(".".join(name.split(".")[:depth]), [0, 0])
-        row[0 if p.requires_grad else 1] += p.numel()
+        row[0 if p.requires_grad else 1] += _count(p)
     return [ParameterRow(name, trainable, frozen) for name, (trainable, frozen) in counts.items()]
 
 
 def assert_frozen(module: nn.Module, what: str = "frozen part") -> None:
-    """Prove that nothing in a module trains or has received a gradient.
+    """Prove that nothing in a module but its adapters trains or has received a gradient.
 
     Raises:
         RunError: names `what` and the first parameter that requires or holds a gradient.
     """
     for name, p in module.named_parameters():
+        if is_adapter(name):
+            continue
         if p.requires_grad:
             raise RunError(f"{what}: parameter {name} requires a gradient, but this part must stay frozen")
         if p.grad is not None:
@@ -59,21 +70,30 @@ def assert_frozen(module: nn.Module, what: str = "frozen part") -> None:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """Checksum of all parameters, to prove "same weights after a step" (16 hex digits).
+    """Checksum of all parameters but adapters, to prove "same weights after a step" (16 hex digits).
 
     Adds up the raw bits of every parameter on its own device, so that it costs one pass and no
     copy; any single changed bit changes it. On a sharded model it covers this process's shard.
     """
     digest = hashlib.sha256()
     for name, p in module.named_parameters():
+        if is_adapter(name):
+            continue
         digest.update(f"{name} {tuple(p.shape)} {p.dtype} {_bit_sum(p)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _count(parameter: nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)  # bitsandbytes packs two weights into a byte
+    return int(state.shape.numel()) if state is not None else parameter.numel()
 
 
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _bit_sum(parameter: nn.Parameter) -> int:
-    local: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+def _bit_sum(tensor: Tensor) -> int:
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    if hasattr(local, "__tensor_flatten__"):  # quantized by torchao: several tensors behind one face
+        return sum(_bit_sum(getattr(local, name)) for name in local.__tensor_flatten__()[0])
     bits = local.detach().contiguous().view(_SAME_SIZE[local.element_size()])
     return int(bits.sum(dtype=torch.int64))

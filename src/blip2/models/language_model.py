@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from blip2.configs import LanguageConfig
 from blip2.errors import ConfigError
-from blip2.models import hub, towers
-from blip2.models.freezing import freeze
+from blip2.models import hub, quantize, towers
+from blip2.models.freezing import freeze, is_adapter
 from blip2.ops.lengths import length_groups
 
 Reduction = Literal["mean", "none"]
@@ -36,9 +36,9 @@ _LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 class LanguageModel(nn.Module):
     """Decoder-only or encoder-decoder language model that reads soft prompts in front of text.
 
-    While all its parameters are frozen it stays in eval mode whatever `.train()` says; gradients
-    flow through it to the soft prompts. Prompts may come in any dtype: they are cast to that of
-    its embeddings.
+    While all its own weights are frozen it stays in eval mode whatever `.train()` says, but for the
+    dropout of adapters (`blip2.models.lora`); gradients flow through it to the soft prompts. Prompts
+    may come in any dtype: they are cast to that of its embeddings.
 
     Args:
         model: transformers `...ForCausalLM` or `...ForConditionalGeneration`.
@@ -69,12 +69,15 @@ class LanguageModel(nn.Module):
 
     @property
     def frozen(self) -> bool:
-        """Whether none of its parameters trains."""
-        return not any(p.requires_grad for p in self.model.parameters())
+        """Whether none of its own weights trains; adapters may."""
+        return not any(p.requires_grad and not is_adapter(name) for name, p in self.model.named_parameters())
 
     def train(self, mode: bool = True) -> LanguageModel:
         """As `nn.Module.train`, but frozen weights stay in eval mode."""
         super().train(mode and not self.frozen)
+        for name, module in self.model.named_modules():
+            if is_adapter(name):
+                module.train(mode)
         return self
 
     def embed(self, ids_BT: Tensor) -> Tensor:
@@ -105,7 +108,9 @@ class LanguageModel(nn.Module):
             loss_M = self._target_losses(prompt_BQH, ids_BT, mask_BT, labels_BT)
         else:
             parts = [(g, int(mask_BT[g].sum(1).max())) for g in groups]
-            losses = [self._target_losses(prompt_BQH[g], *(x[g, :n] for x in (ids_BT, mask_BT, labels_BT))) for g, n in parts]
+            losses = [
+                self._target_losses(prompt_BQH[g], *(x[g, :n] for x in (ids_BT, mask_BT, labels_BT))) for g, n in parts
+            ]
             rows_M = torch.cat([g.repeat_interleave(labels_BT[g].sum(1)) for g in groups])
             loss_M = torch.cat(losses)[torch.argsort(rows_M, stable=True)]
         return loss_M.mean() if reduction == "mean" else loss_M
@@ -247,16 +252,21 @@ class LanguageModel(nn.Module):
         return forward(*args, **kwargs)
 
 
-def load_language_model(config: LanguageConfig, dtype: torch.dtype | None = None) -> LanguageModel:
+def load_language_model(
+    config: LanguageConfig, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> LanguageModel:
     """Frozen language model of a tower's name, a folder or a hub id.
 
     Args:
         dtype: of the weights; None takes bfloat16 where the hardware multiplies it fast, else
             float32.
+        device: where the model will run. One that `config.quantize` quantizes is loaded for it,
+            layer by layer; any other is loaded on the CPU, to be moved.
 
     Raises:
         CheckpointError: the model cannot be found, reached or read completely.
-        ConfigError: a T5 in float16, in which its activations overflow.
+        ConfigError: a T5 in float16, in which its activations overflow; `config.quantize` cannot
+            be done on this device.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -266,7 +276,12 @@ def load_language_model(config: LanguageConfig, dtype: torch.dtype | None = None
     if dtype == torch.float16 and "t5" in whole.model_type:
         raise ConfigError(f"language.name is {config.name!r}: T5 overflows in float16, use bf16 or fp32")
     kind = AutoModelForSeq2SeqLM if whole.is_encoder_decoder else AutoModelForCausalLM
-    model = LanguageModel(hub.load_model(kind, source, whole, dtype or fast_dtype()))
+    dtype = dtype or fast_dtype()
+    options = quantize.loading_options(config.quantize, torch.device(device), dtype) if config.quantize else {}
+    loaded = hub.load_model(kind, source, whole, dtype, **options)
+    if config.quantize:
+        quantize.prepare(loaded, source)
+    model = LanguageModel(loaded)
     freeze(model)
     return model
 

@@ -72,6 +72,9 @@ def wrap(objective: nn.Module, parallel: str, device: torch.device, unused: bool
         return objective
     if parallel == "ddp":
         ids = [device.index] if device.type == "cuda" else None
+        # DDP sends the first process's weights to all. torchao's it cannot send, and all have read the same.
+        quantized = [name for name, p in objective.named_parameters() if hasattr(p, "__tensor_flatten__")]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, quantized)
         return DistributedDataParallel(
             objective, device_ids=ids, broadcast_buffers=False, find_unused_parameters=unused
         )

@@ -1,7 +1,8 @@
 """Our own weights: what trains, as safetensors with the run's configuration in the header.
 
-Frozen towers are never saved: they come from their own checkpoints. Loading is strict; what a
-hand-over may leave out is named in the lists below and nowhere else.
+Frozen towers are never saved: they come from their own checkpoints. LoRA adapters inside them
+train and are. Loading is strict; what a hand-over may leave out is named in the lists below and
+nowhere else.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from blip2.errors import CheckpointError
+from blip2.models.freezing import is_adapter
 
 # Parts that are frozen in pretraining and come from their own checkpoint.
 FROZEN = ("vision.", "language_model.")
@@ -31,8 +33,10 @@ STAGE1_ONLY = (
     "temp",
 )
 TEXT_FEED_FORWARD = ".text_ff."
+# The frozen tower that may have adapters, which is all that is ever saved of it.
+ADAPTED = ("language_model.",)
 # What stage 2 adds.
-STAGE2_ONLY = ("language_proj.",)
+STAGE2_ONLY = ("language_proj.", *ADAPTED)
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,9 @@ class LoadReport:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of a stage that is not part of a frozen tower, by name."""
-    return {name: value for name, value in model.state_dict().items() if not name.startswith(FROZEN)}
+    """Every tensor of a stage that is an adapter or not part of a frozen tower, by name."""
+    state = model.state_dict()
+    return {name: value for name, value in state.items() if is_adapter(name) or not name.startswith(FROZEN)}
 
 
 def write_beside(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -108,8 +113,18 @@ def load_weights(model: nn.Module, path: Path, state: dict[str, Tensor] | None =
     return _load(model, path, read(path) if state is None else state, left_out=(), fresh=())
 
 
+def go_on_from(model: nn.Module, path: Path) -> LoadReport:
+    """Start a run from a checkpoint of its own stage: as `load_weights`, but adapters may be new.
+
+    Raises:
+        CheckpointError: as `load_weights`; the checkpoint has some adapters, but not those of the model.
+    """
+    state = read(path)
+    return _load(model, path, state, left_out=(), fresh=() if any(map(is_adapter, state)) else ADAPTED)
+
+
 def hand_over(stage2: nn.Module, path: Path) -> LoadReport:
-    """Start stage 2 from a stage-1 checkpoint: the text branch is left out, the projection is new.
+    """Start stage 2 from a stage-1 checkpoint: the text branch is left out, projection and adapters are new.
 
     Raises:
         CheckpointError: anything else is missing, left over, or of another shape.
@@ -130,15 +145,18 @@ def _load(
     started = [n for n in missing if _listed(n, fresh)]
     if len(missing) > len(started):
         name = next(n for n in missing if n not in started)
-        raise CheckpointError(f"{path}: {name} is missing: the checkpoint is of another model or stage")
+        cause = "has no LoRA adapter there" if is_adapter(name) else "is of another model or stage"
+        raise CheckpointError(f"{path}: {name} is missing: the checkpoint {cause}")
     if len(unexpected) > len(dropped):
         name = next(n for n in unexpected if n not in dropped)
-        raise CheckpointError(f"{path}: {name} has no place in this model: it is of another model or stage")
+        cause = "give lora.rank and lora.targets of its run" if is_adapter(name) else "it is of another model or stage"
+        raise CheckpointError(f"{path}: {name} has no place in this model: {cause}")
     for name, value in own.items():
         if name in state and state[name].shape != value.shape:
+            same = "lora.rank" if is_adapter(name) else "image encoder, Q-Former and number of queries"
             raise CheckpointError(
                 f"{path}: {name} is {tuple(state[name].shape)} in the checkpoint and {tuple(value.shape)} in the "
-                "model: use the same image encoder, Q-Former and number of queries"
+                f"model: use the same {same}"
             )
     with torch.no_grad():
         for name, value in own.items():
@@ -153,8 +171,8 @@ def _listed(name: str, allowed: tuple[str, ...]) -> bool:
 
 
 def _prefixes(names: tuple[str, ...]) -> str:
-    heads = dict.fromkeys("text branch" if n.startswith("qformer.") else n.split(".")[0] for n in names)
-    return ", ".join(heads)
+    titles = {"qformer": "text branch", "language_model": "LoRA adapters"}
+    return ", ".join(dict.fromkeys(titles.get(part, part) for part in (name.split(".")[0] for name in names)))
 
 
 def _cause(error: BaseException) -> str:
