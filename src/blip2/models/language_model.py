@@ -105,7 +105,9 @@ class LanguageModel(nn.Module):
             loss_M = self._target_losses(prompt_BQH, ids_BT, mask_BT, labels_BT)
         else:
             parts = [(g, int(mask_BT[g].sum(1).max())) for g in groups]
-            losses = [self._target_losses(prompt_BQH[g], *(x[g, :n] for x in (ids_BT, mask_BT, labels_BT))) for g, n in parts]
+            losses = [
+                self._target_losses(prompt_BQH[g], *(x[g, :n] for x in (ids_BT, mask_BT, labels_BT))) for g, n in parts
+            ]
             rows_M = torch.cat([g.repeat_interleave(labels_BT[g].sum(1)) for g in groups])
             loss_M = torch.cat(losses)[torch.argsort(rows_M, stable=True)]
         return loss_M.mean() if reduction == "mean" else loss_M
