@@ -27,13 +27,15 @@ from blip2.data.samples import BadSampleError
 from blip2.data.text import LanguageTokenizer, QFormerTokenizer
 from blip2.errors import ConfigError, DataError
 from blip2.models import towers
-from blip2.models.build import build_stage1, build_stage2
+from blip2.models.build import build_stage1
 from blip2.models.decoding import generate, generate_with_qformer
 from blip2.models.qformer import ImageKV
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
-from blip2.models.vision_encoder import VisionEncoder, load_vision_encoder
-from blip2.weights import native, runs
+from blip2.models.vision_encoder import VisionEncoder
+from blip2.weights.assemble import assemble
+from blip2.weights.checkpoints import open_checkpoint
+from blip2.weights.loading import LoadReport, fill
 
 ImageLike = str | Path | bytes | Image.Image
 
@@ -50,6 +52,7 @@ class Blip2:
             first needed.
         batch: images that go through the model together.
         home: where the run was loaded from; runs that moved together find each other by name.
+        report: what was loaded, left out, started fresh and reshaped.
     """
 
     def __init__(
@@ -60,8 +63,9 @@ class Blip2:
         stage2: Stage2 | None = None,
         batch: int = 16,
         home: Path | None = None,
+        report: LoadReport | None = None,
     ) -> None:
-        self.config, self.batch, self.home = config, batch, home
+        self.config, self.batch, self.home, self.report = config, batch, home, report
         self._stage1, self.stage2 = stage1, stage2
         main = stage2 or stage1
         if main is None or not isinstance(main.vision, VisionEncoder):
@@ -208,10 +212,12 @@ class Blip2:
         """The stage-1 model; loaded from the run that stage 2 began from when it is first needed."""
         if self._stage1 is None:
             if not self.config.init:
-                raise ConfigError("this stage-2 run names no stage-1 run (init): embeddings and matches need one")
-            found = runs.open_run(self._beside(self.config.init))
+                raise ConfigError(
+                    "this is stage 2 and names no stage 1 (init): embeddings and matches need a stage-1 checkpoint"
+                )
+            found = open_checkpoint(self._beside(self.config.init))
             stage1 = build_stage1(found.config, self.vision, start=False)
-            native.load_weights(stage1, found.weights)
+            fill(stage1, found.source, found.tensors, found.allowed)
             self._stage1 = stage1.to(self.device).eval()
         return self._stage1
 
@@ -260,22 +266,52 @@ class Blip2:
         return ids.to(self.device), mask.to(self.device)
 
 
-def load(run: str | Path, *, device: str = "auto") -> Blip2:
-    """Load a run folder (or a weights file of ours) for use.
+def load(
+    source: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    vision: str | None = None,
+    language: str | None = None,
+) -> Blip2:
+    """Load a model for use.
+
+    Args:
+        source: run folder or weights file of ours, preset name (`blip2-opt-2.7b`), Hugging Face
+            folder or hub id, or LAVIS `.pth`.
+        device: `auto` is CUDA where there is one.
+        dtype: of the frozen towers (`fp32`, `bf16`, `fp16` or a torch dtype); None takes bf16
+            where the hardware multiplies it fast, else fp32. The Q-Former stays in float32.
+        device_map: passed to transformers for the language model (`auto` spreads it over devices,
+            needs accelerate).
+        vision, language: image encoder and language model in place of those that the checkpoint
+            names.
 
     Raises:
-        CheckpointError: no run there, or its weights do not fit its configuration.
+        CheckpointError: nothing there, incomplete, damaged, or its weights do not fit.
+        ConfigError: a setting that cannot be used.
     """
-    found = runs.open_run(run)
+    found = open_checkpoint(source, vision=vision, language=language)
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    vision = load_vision_encoder(found.config.vision)
-    if found.config.stage == "stage1":
-        stage1 = build_stage1(found.config, vision, start=False)
-        native.load_weights(stage1, found.weights)
-        return Blip2(found.config, stage1=stage1.to(name).eval(), home=Path(run))
-    stage2 = build_stage2(found.config, vision, start=False)
-    native.load_weights(stage2, found.weights)
-    return Blip2(found.config, stage2=stage2.to(name).eval(), home=Path(run))
+    model, report = assemble(found, device=name, dtype=torch_dtype(dtype), device_map=device_map)
+    if isinstance(model, Stage1):
+        return Blip2(found.config, stage1=model, home=Path(source), report=report)
+    return Blip2(found.config, stage2=model, home=Path(source), report=report)
+
+
+def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype by its short name.
+
+    Raises:
+        ConfigError: unknown.
+    """
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    known = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name not in known:
+        raise ConfigError(f"dtype is {name!r}: it must be one of {', '.join(known)}")
+    return known[name]
 
 
 def open_image(image: ImageLike) -> Image.Image:

@@ -39,7 +39,9 @@ from blip2.training.metrics import format_seconds
 from blip2.training.objectives import Stage1Objective, Stage2Objective
 from blip2.training.parallel import autocast, fast_bf16, pick_device, process_group
 from blip2.training.trainer import Outcome, Trainer
-from blip2.weights import native, runs
+from blip2.weights import runs
+from blip2.weights.checkpoints import Checkpoint, open_checkpoint
+from blip2.weights.loading import STAGE1_ONLY, STAGE2_ONLY, Allowed, fill
 
 # Settings that a resumed run may change; any other would make it another run.
 CHANGEABLE = {
@@ -140,17 +142,38 @@ def _initialise(model: Stage1 | Stage2, config: RunConfig) -> list[str]:
         if config.stage == "stage2":
             lines.append("no --init: stage 2 starts without stage 1")
         return lines
-    found = runs.open_run(config.init)
-    _same_towers(found.config, config)
-    if config.stage == "stage2" and found.config.stage == "stage1":
-        return [native.hand_over(model, found.weights).line()]
-    return [native.load_weights(model, found.weights).line()]
+    found = open_checkpoint(config.init)
+    if found.format == "blip2":
+        _same_towers(found.config, config)
+    if found.vision:
+        raise ConfigError(
+            f"--init {config.init} brings a fine-tuned image encoder: run `blip2 convert {config.init} FOLDER --to "
+            "blip2`, then train with --init FOLDER --vision.name FOLDER/vision"
+        )
+    return [*lines[: found.partial], fill(model, found.source, found.tensors, _allowed(found, config)).line()]
+
+
+def _allowed(found: Checkpoint, config: RunConfig) -> Allowed:
+    """What starting this run from a checkpoint may leave out, start fresh and adapt."""
+    if config.stage == "stage1" and found.config.stage == "stage2":
+        raise ConfigError(f"--init {config.init} is a stage-2 checkpoint: stage 1 starts from stage 1")
+    over = config.stage == "stage2" and found.config.stage == "stage1"
+    return Allowed(
+        left_out=STAGE1_ONLY if over else (),
+        fresh=(*found.allowed.fresh, *(STAGE2_ONLY if over else ())),
+        adapt=True,
+    )
 
 
 def _same_towers(before: RunConfig, now: RunConfig) -> None:
-    for name in ("vision.name", "vision.layer", "vision.pool", "qformer.queries", "qformer.init"):
+    """Other image features than it was trained on are refused, even of the same width.
+
+    Folders are not compared: they may have moved.
+    """
+    for name in ("vision.name", "vision.layer", "vision.pool", "qformer.init"):
         old, new = _flat(to_dict(before))[name], _flat(to_dict(now))[name]
-        if old != new:
+        folders = any(isinstance(v, str) and Path(v).is_dir() for v in (old, new))
+        if old != new and not folders:
             raise ConfigError(f"--init {now.init} was trained with {name} = {old!r}, this run has {new!r}")
 
 

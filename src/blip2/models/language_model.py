@@ -249,12 +249,15 @@ class LanguageModel(nn.Module):
         return forward(*args, **kwargs)
 
 
-def load_language_model(config: LanguageConfig, dtype: torch.dtype | None = None) -> LanguageModel:
+def load_language_model(
+    config: LanguageConfig, dtype: torch.dtype | None = None, *, device_map: str | dict[str, Any] | None = None
+) -> LanguageModel:
     """Frozen language model of a tower's name, a folder or a hub id.
 
     Args:
         dtype: of the weights; None takes bfloat16 where the hardware multiplies it fast, else
             float32.
+        device_map: passed to transformers, to spread a large model over devices.
 
     Raises:
         CheckpointError: the model cannot be found, reached or read completely.
@@ -264,11 +267,15 @@ def load_language_model(config: LanguageConfig, dtype: torch.dtype | None = None
 
     source = towers.folder(config.name)
     whole = hub.load_config(source)
-    whole.update(towers.overrides(config.name))
-    if dtype == torch.float16 and "t5" in whole.model_type:
+    part = hub.part_of_blip2(whole, "text_config")
+    part.update(towers.overrides(config.name))
+    options: dict[str, Any] = {} if part is whole else {"key_mapping": {r"^language_model\.": ""}}
+    if device_map is not None:
+        options["device_map"] = device_map
+    if dtype == torch.float16 and "t5" in part.model_type:
         raise ConfigError(f"language.name is {config.name!r}: T5 overflows in float16, use bf16 or fp32")
-    kind = AutoModelForSeq2SeqLM if whole.is_encoder_decoder else AutoModelForCausalLM
-    model = LanguageModel(hub.load_model(kind, source, whole, dtype or fast_dtype()))
+    kind = AutoModelForSeq2SeqLM if part.is_encoder_decoder else AutoModelForCausalLM
+    model = LanguageModel(hub.load_model(kind, source, part, dtype or fast_dtype(), **options))
     freeze(model)
     return model
 

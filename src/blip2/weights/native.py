@@ -9,54 +9,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from blip2.errors import CheckpointError
+from blip2.weights.loading import STAGE1_ONLY, STAGE2_ONLY, Allowed, LoadReport, fill, trained_state
 
-# Parts that are frozen in pretraining and come from their own checkpoint.
-FROZEN = ("vision.", "language_model.")
-# What stage 2 leaves behind of stage 1: the text branch, its head, and the heads of ITC and ITM.
-STAGE1_ONLY = (
-    "qformer.embeddings.",
-    "qformer.head.",
-    "vision_proj.",
-    "text_proj.",
-    "itm_head.",
-    "temp",
-)
-TEXT_FEED_FORWARD = ".text_ff."
-# What stage 2 adds.
-STAGE2_ONLY = ("language_proj.",)
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What a load did; `line()` is what a user reads."""
-
-    source: str
-    loaded: int
-    left_out: tuple[str, ...] = ()
-    fresh: tuple[str, ...] = ()
-
-    def line(self) -> str:
-        """One line for people."""
-        parts = [f"{self.loaded} tensors from {self.source}"]
-        if self.left_out:
-            parts.append(f"{len(self.left_out)} left out ({_prefixes(self.left_out)})")
-        if self.fresh:
-            parts.append(f"{len(self.fresh)} start fresh ({_prefixes(self.fresh)})")
-        return "; ".join(parts)
-
-
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of a stage that is not part of a frozen tower, by name."""
-    return {name: value for name, value in model.state_dict().items() if not name.startswith(FROZEN)}
+HAND_OVER = Allowed(left_out=STAGE1_ONLY, fresh=STAGE2_ONLY)
 
 
 def write_beside(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -105,7 +67,7 @@ def load_weights(model: nn.Module, path: Path, state: dict[str, Tensor] | None =
     Raises:
         CheckpointError: names the first missing, unexpected or differently shaped tensor.
     """
-    return _load(model, path, read(path) if state is None else state, left_out=(), fresh=())
+    return fill(model, str(path), read(path) if state is None else state)
 
 
 def hand_over(stage2: nn.Module, path: Path) -> LoadReport:
@@ -117,44 +79,7 @@ def hand_over(stage2: nn.Module, path: Path) -> LoadReport:
     state = read(path)
     if "temp" not in state:
         raise CheckpointError(f"{path}: not a stage-1 checkpoint (no ITC temperature): stage 2 starts from stage 1")
-    return _load(stage2, path, state, left_out=STAGE1_ONLY, fresh=STAGE2_ONLY)
-
-
-def _load(
-    model: nn.Module, path: Path, state: dict[str, Tensor], left_out: tuple[str, ...], fresh: tuple[str, ...]
-) -> LoadReport:
-    own = trained_state(model)
-    unexpected = [n for n in state if n not in own]
-    missing = [n for n in own if n not in state]
-    dropped = [n for n in unexpected if left_out and (_listed(n, left_out) or TEXT_FEED_FORWARD in n)]
-    started = [n for n in missing if _listed(n, fresh)]
-    if len(missing) > len(started):
-        name = next(n for n in missing if n not in started)
-        raise CheckpointError(f"{path}: {name} is missing: the checkpoint is of another model or stage")
-    if len(unexpected) > len(dropped):
-        name = next(n for n in unexpected if n not in dropped)
-        raise CheckpointError(f"{path}: {name} has no place in this model: it is of another model or stage")
-    for name, value in own.items():
-        if name in state and state[name].shape != value.shape:
-            raise CheckpointError(
-                f"{path}: {name} is {tuple(state[name].shape)} in the checkpoint and {tuple(value.shape)} in the "
-                "model: use the same image encoder, Q-Former and number of queries"
-            )
-    with torch.no_grad():
-        for name, value in own.items():
-            if name in state:
-                value.copy_(state[name])
-    return LoadReport(str(path), len(own) - len(started), tuple(dropped), tuple(started))
-
-
-def _listed(name: str, allowed: tuple[str, ...]) -> bool:
-    """Whether a list names this tensor, or (with a dot at the end) the part it is of."""
-    return any(name.startswith(entry) if entry.endswith(".") else name == entry for entry in allowed)
-
-
-def _prefixes(names: tuple[str, ...]) -> str:
-    heads = dict.fromkeys("text branch" if n.startswith("qformer.") else n.split(".")[0] for n in names)
-    return ", ".join(heads)
+    return fill(stage2, str(path), state, HAND_OVER)
 
 
 def _cause(error: BaseException) -> str:
