@@ -74,7 +74,9 @@ def test_encoder_decoder_loss(hf: HF) -> None:
     folder, theirs = hf("t5")
     ours = blip2.load(folder, dtype="fp32")
     assert ours.stage2 is not None
-    enc_ids, enc_mask, dec_ids, dec_mask = ours.language_tokenizer.pairs(["a photo of", "two"], ["a dog", "red cats on"])
+    enc_ids, enc_mask, dec_ids, dec_mask = ours.language_tokenizer.pairs(
+        ["a photo of", "two"], ["a dog", "red cats on"]
+    )
     with torch.no_grad():
         soft = ours.stage2.soft_prompts(ours.vision(pixels()[:2]))
         loss = ours.stage2.language_model.encoder_decoder_loss(soft, enc_ids, enc_mask, dec_ids, dec_mask)

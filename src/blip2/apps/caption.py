@@ -102,8 +102,17 @@ def default_run() -> str:
 
 
 def _load(options: argparse.Namespace) -> Blip2:
-    model = load(options.model or default_run(), device=options.device)
+    model = load(
+        options.model or default_run(),
+        device=options.device,
+        dtype=options.dtype,
+        vision=options.vision,
+        language=options.language,
+    )
     model.batch = max(1, options.batch)
+    report = model.report
+    if report and (report.left_out or report.fresh or report.reshaped):
+        print(report.line(), file=sys.stderr)
     return model
 
 

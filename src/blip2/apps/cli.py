@@ -15,6 +15,8 @@ examples:
   blip2 train tiny/stage1 --out runs/s1
   blip2 train tiny/stage2 --init runs/s1 --out runs/s2 --optim.lr 2e-4
   blip2 caption photos/ --model runs/s2 --out captions.jsonl
+  blip2 caption dog.jpg --model Salesforce/blip2-opt-2.7b
+  blip2 convert runs/s2 bridge-hf --to hf
   blip2 ask dog.jpg "What is the dog doing?" --model runs/s2
 """
 
@@ -49,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_train(commands)
     _add_use(commands)
+    _add_convert(commands)
     _add_data(commands)
     demo = commands.add_parser("demo", help="train both stages on embedded defaults (about 10 minutes), then caption")
     demo.add_argument("--out", default="runs/demo", help="folder of the two runs (default: %(default)s)")
@@ -101,11 +104,35 @@ def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     ask.set_defaults(run=_ask)
     for command in (caption, ask):
         command.add_argument(
-            "--model", metavar="RUN", help="run folder (default: $BLIP2_MODEL, else the newest in runs/)"
+            "--model",
+            help="run folder, preset, Hugging Face folder or hub id, or LAVIS .pth "
+            "(default: $BLIP2_MODEL, else the newest in runs/)",
         )
+        _add_towers(command)
+        command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the frozen towers")
         command.add_argument("--beams", type=int, default=5, help="beam width (default: %(default)s)")
         command.add_argument("--batch", type=int, default=16, help="images at a time (default: %(default)s)")
         command.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+
+
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="write a checkpoint as a run of ours, for transformers, or for LAVIS",
+        description="Reads a run of ours, a Hugging Face folder or hub id, or a LAVIS .pth; writes any of the three, "
+        "reads it back and compares every tensor.",
+    )
+    convert.add_argument("source", metavar="SRC", help="run, Hugging Face folder or hub id, preset, or LAVIS .pth")
+    convert.add_argument("target", metavar="DST", help="new folder (.pth file for lavis)")
+    convert.add_argument("--to", required=True, choices=("blip2", "hf", "lavis"))
+    convert.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    _add_towers(convert)
+    convert.set_defaults(run=_convert)
+
+
+def _add_towers(command: argparse.ArgumentParser) -> None:
+    for option, what in (("--vision", "image encoder"), ("--language", "language model")):
+        command.add_argument(option, metavar="NAME", help=f"{what} in place of the one that the checkpoint names")
 
 
 def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -164,6 +191,12 @@ def _ask(options: argparse.Namespace, rest: list[str]) -> int:
     from blip2.apps.caption import ask_command
 
     return ask_command(options)
+
+
+def _convert(options: argparse.Namespace, rest: list[str]) -> int:
+    from blip2.apps.convert import convert_command
+
+    return convert_command(options)
 
 
 def _data_check(options: argparse.Namespace, rest: list[str]) -> int:

@@ -40,7 +40,8 @@ from blip2.training.objectives import Stage1Objective, Stage2Objective
 from blip2.training.parallel import autocast, fast_bf16, pick_device, process_group
 from blip2.training.trainer import Outcome, Trainer
 from blip2.weights import runs
-from blip2.weights.checkpoints import Checkpoint, open_checkpoint
+from blip2.weights.checkpoint import Checkpoint
+from blip2.weights.checkpoints import open_checkpoint
 from blip2.weights.loading import STAGE1_ONLY, STAGE2_ONLY, Allowed, fill
 
 # Settings that a resumed run may change; any other would make it another run.

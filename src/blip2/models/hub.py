@@ -50,6 +50,12 @@ def readable(source: str) -> Iterator[None]:
         ) from error
 
 
+def is_id(name: str) -> bool:
+    """Whether a text has the form `owner/name` and is no path here."""
+    parts = name.split("/")
+    return len(parts) == 2 and all(parts) and not name.startswith((".", "~")) and not Path(name).exists()
+
+
 def snapshot(name: str) -> Path:
     """Folder of a hub id's configuration, tokenizer and weights, downloaded where they are not in the cache.
 

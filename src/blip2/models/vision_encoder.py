@@ -158,7 +158,7 @@ def load_vision_encoder(config: VisionConfig, dtype: torch.dtype = torch.float32
         options["key_mapping"] = {r"^vision_model\.": ""}
     kind, extra = _model_class(part)
     model = hub.load_model(kind, source, part, dtype, **extra, **options)
-    mean, std = _normalisation(part, source)
+    mean, std = normalisation(part, source)
     encoder = _wrap(model, part, config.name, config.layer, config.pool, config.image_size, mean, std)
     freeze(encoder)
     return encoder
@@ -237,7 +237,7 @@ def _side(value: Any) -> int:
     return sides.pop()
 
 
-def _normalisation(part: Any, source: str) -> tuple[Sequence[float], Sequence[float]]:
+def normalisation(part: Any, source: str) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and std of the checkpoint's own preprocessor, else those usual for its type."""
     own = hub.read_json(source, "preprocessor_config.json")
     if own is None:

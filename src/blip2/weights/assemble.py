@@ -7,15 +7,15 @@ from typing import Any
 import torch
 
 from blip2.errors import CheckpointError
-from blip2.models import towers
 from blip2.models.build import build_stage1, build_stage2
 from blip2.models.freezing import freeze
 from blip2.models.language_model import fast_dtype, load_language_model
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision_encoder import VisionEncoder, load_vision_encoder, vision_encoder_from_config
-from blip2.weights.checkpoints import Checkpoint
+from blip2.weights.checkpoint import Checkpoint
 from blip2.weights.loading import LoadReport, fill
+from blip2.weights.parts import eva_config
 
 
 def assemble(
@@ -63,11 +63,7 @@ def vision_encoder_of(found: Checkpoint, dtype: torch.dtype = torch.float32) -> 
     settings = found.config.vision
     if not found.vision:
         return load_vision_encoder(settings, dtype)
-    config = towers.TOWERS["vitg"].config()
-    config.hidden_size = found.vision["embeddings.class_embedding"].shape[-1]
-    config.num_hidden_layers = sum(name.endswith("self_attn.qkv.weight") for name in found.vision)
-    config.intermediate_size = found.vision["encoder.layers.0.mlp.fc1.weight"].shape[0]
-    config.image_size = settings.image_size
+    config = eva_config(found)
     encoder = vision_encoder_from_config(
         config, layer=settings.layer, pool=settings.pool, size=settings.image_size, name=found.source
     ).to(dtype)
