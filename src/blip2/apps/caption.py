@@ -111,7 +111,7 @@ def _load(options: argparse.Namespace) -> Blip2:
     )
     model.batch = max(1, options.batch)
     report = model.report
-    if report and (report.left_out or report.fresh or report.reshaped):
+    if report and (report.left_out or report.fresh or model.config.recipe in ("huggingface", "lavis")):
         print(report.line(), file=sys.stderr)
     return model
 

@@ -253,7 +253,7 @@ def _workers(config: RunConfig) -> int:
 
 def _describe(
     config: RunConfig,
-    model: nn.Module,
+    model: Stage1 | Stage2,
     data: Collection,
     dev: Collection | None,
     loaded: list[str],
@@ -264,6 +264,7 @@ def _describe(
         f"{config.recipe} ({config.stage}) on {device.type}, {distributed.world_size()} process(es), "
         f"{'bf16 autocast' if fast else 'fp32'}"
     )
+    assert isinstance(model.vision, VisionEncoder)
     for row in parameter_table(model):
         state = " + ".join(
             f"{count / 1e6:.2f}M {word}"
@@ -271,6 +272,8 @@ def _describe(
             if count
         )
         _say(f"  {row.name:<18} {state}")
+    if model.vision.interpolated:
+        _say(f"  image encoder: {model.vision.interpolated}")
     for line in loaded:
         _say(f"  {line}")
     _say(f"  train: {data.name}, {len(data.samples)} images" + _bad(data))

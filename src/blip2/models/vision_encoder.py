@@ -100,6 +100,15 @@ class VisionEncoder(nn.Module):
         return f"{self.name}-layer{layer}-pool{self.pool}-{self.size}px"
 
     @property
+    def interpolated(self) -> str | None:
+        """What becomes of the position embeddings when images have another size than the model's own."""
+        native = getattr(getattr(self.model, "config", None), "image_size", None)
+        if native is None or _side(native) == self.size:
+            return None
+        grid = self.grid * _side(native) // self.size
+        return f"position embeddings of {grid} x {grid} patches interpolated to {self.grid} x {self.grid}"
+
+    @property
     def frozen(self) -> bool:
         """Whether none of its parameters trains."""
         return not any(p.requires_grad for p in self.model.parameters())

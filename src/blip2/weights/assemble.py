@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,16 +43,21 @@ def assemble(
     vision = vision_encoder_of(found, dtype)
     if found.config.stage == "stage1":
         stage1 = build_stage1(found.config, vision, start=False)
-        report = fill(stage1, found.source, found.tensors, found.allowed)
+        report = _with_size(fill(stage1, found.source, found.tensors, found.allowed), vision)
         return stage1.to(device).eval(), report
     language_model = load_language_model(found.config.language, dtype, device_map=device_map)
     stage2 = build_stage2(found.config, vision, language_model, start=False)
-    report = fill(stage2, found.source, found.tensors, found.allowed)
+    report = _with_size(fill(stage2, found.source, found.tensors, found.allowed), vision)
     if device_map is None:
         return stage2.to(device).eval(), report
     for part in (vision, stage2.ln_vision, stage2.qformer, stage2.language_proj):
         part.to(device)
     return stage2.eval(), report
+
+
+def _with_size(report: LoadReport, vision: VisionEncoder) -> LoadReport:
+    extra = (vision.interpolated,) if vision.interpolated else ()
+    return replace(report, reshaped=(*report.reshaped, *extra))
 
 
 def vision_encoder_of(found: Checkpoint, dtype: torch.dtype = torch.float32) -> VisionEncoder:
