@@ -122,6 +122,43 @@ class Blip2:
             answers += [t[0] for t in texts]
         return answers
 
+    def rank_answers(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        questions: str | Sequence[str],
+        candidates: Sequence[str],
+    ) -> list[str]:
+        """The candidate that the language model finds most likely as the answer to each question.
+
+        Candidates are compared by the sum of their tokens' log-probabilities, end token included.
+        """
+        if self.stage2 is None:
+            raise ConfigError("this run is stage 1 and has no language model: questions need a stage-2 run")
+        pictures = _listed(images)
+        asked = [questions] * len(pictures) if isinstance(questions, str) else list(questions)
+        best: list[str] = []
+        for start, features in zip(range(0, len(pictures), self.batch), self._chunks(pictures), strict=True):
+            prompts = [self.config.language.question.format(q.strip()) for q in asked[start : start + self.batch]]
+            with torch.no_grad():
+                soft = self.stage2.soft_prompts(features)
+                likely = torch.stack([self._log_likelihood(soft, prompts, candidate) for candidate in candidates])
+            best += [candidates[n] for n in likely.argmax(dim=0).tolist()]
+        return best
+
+    def _log_likelihood(self, soft_BQH: Tensor, prompts: list[str], text: str) -> Tensor:
+        """Log-probability [B] of one text after each prompt."""
+        assert self.stage2 is not None
+        tokenizer, model = self.language_tokenizer, self.stage2.language_model
+        texts = [text] * len(prompts)
+        if model.encoder_decoder:
+            parts = tuple(x.to(self.device) for x in tokenizer.pairs(prompts, texts))
+            loss_M, rows = model.encoder_decoder_loss(soft_BQH, *parts, reduction="none"), parts[3]
+        else:
+            parts = tuple(x.to(self.device) for x in tokenizer.targets(prompts, texts))
+            loss_M, rows = model.decoder_loss(soft_BQH, *parts, reduction="none"), parts[2]
+        at_M = rows.nonzero()[:, 0]
+        return loss_M.new_zeros(len(prompts)).index_add(0, at_M, -loss_M)
+
     def caption_features(self, features_BPC: Tensor, prompt: str | None, config: DecodingConfig) -> list[list[str]]:
         """Captions from image features: B lists of `config.num` strings."""
         if self.stage2 is None:
@@ -199,11 +236,14 @@ class Blip2:
         with torch.no_grad():
             return self.stage1.project_image(features_BPC)
 
+    def match_logits(self, image_kv: ImageKV, texts: list[str]) -> Tensor:
+        """ITM logits [N, 2], class 1 a match; text n is paired with image n mod B."""
+        with torch.no_grad():
+            return self.stage1.match_logits(*self._tokens(texts), image_kv).float().cpu()
+
     def match_features(self, image_kv: ImageKV, texts: list[str]) -> Tensor:
         """ITM probabilities [N]; text n is paired with image n mod B."""
-        with torch.no_grad():
-            logits = self.stage1.match_logits(*self._tokens(texts), image_kv)
-        return logits.float().softmax(dim=-1)[:, 1].cpu()
+        return self.match_logits(image_kv, texts).softmax(dim=-1)[:, 1]
 
     # -- parts ----------------------------------------------------------------------------------
 
