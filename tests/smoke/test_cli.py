@@ -139,6 +139,30 @@ def test_interrupt_saves_and_exits_130(pictures: Path, tmp_path: Path) -> None:
 
 
 @needs_towers
+def test_two_processes_under_torchrun(stage1: Path, pictures: Path, tmp_path: Path) -> None:
+    command = ["train", "tiny/stage1", "--data", pictures, "--data.dev", pictures, "--out", tmp_path / "s1"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "blip2"]
+    arguments = [sys.executable, *launcher, *map(str, command), "--steps", "3", *SMALL]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 process(es)" in done.stderr
+    assert done.stderr.count("report: ") == 1
+    assert (tmp_path / "s1/report.html").is_file()
+    # the schedule of another length differs from the second step on: the first is the same
+    assert losses(tmp_path / "s1")[1] == pytest.approx(losses(stage1)[1], rel=1e-4)
+
+
+@needs_towers
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write into a read-only folder")
+def test_read_only_folder(pictures: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o500)
+    done = blip2("train", "tiny/stage1", "--data", pictures, "--out", folder / "run", "--steps", "1", *SMALL)
+    assert done.returncode == 2
+    assert f"{folder / 'run'}: cannot be written" in one_line(done)
+
+
+@needs_towers
 def test_complete_run_says_so(stage1: Path) -> None:
     again = blip2("train", stage1)
     assert again.returncode == 0

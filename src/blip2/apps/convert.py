@@ -76,17 +76,22 @@ def convert(
     """
     target = Path(target)
     found = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    _require_possible(found, target, to)
+    writer = {"blip2": _write_blip2, "hf": write_huggingface, "lavis": _write_lavis}[to]
+    with _beside(target) as place:
+        written, notes = writer(found, place, progress)
+        count, size = _verify(written, progress)
+    return Converted(target, count, size, tuple(notes))
+
+
+def _require_possible(found: Checkpoint, target: Path, to: Format) -> None:
+    """What can be known to fail fails before anything is written."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointError(f"{target}: exists already: give another name, or remove it")
     if found.partial:
         raise CheckpointError(f"{found.source}: a Q-Former alone: there is nothing to convert it to")
     if to == "lavis" and target.suffix not in (".pth", ".pt"):
         raise CheckpointError(f"{target}: a LAVIS checkpoint is one file: give a name that ends in .pth")
-    writer = {"blip2": _write_blip2, "hf": write_huggingface, "lavis": _write_lavis}[to]
-    with _beside(target) as place:
-        written, notes = writer(found, place, progress)
-        count, size = _verify(written, progress)
-    return Converted(target, count, size, tuple(notes))
 
 
 def _verify(written: dict[Path, Tensors], progress: Progress | None) -> tuple[int, int]:
@@ -267,6 +272,7 @@ def _eva_values(found: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any] | 
 def convert_command(options: argparse.Namespace) -> int:
     """`blip2 convert SRC DST --to FORMAT`."""
     found = open_checkpoint(options.source, vision=options.vision, language=options.language)
+    _require_possible(found, Path(options.target), options.to)
     print(f"{found.source}: {_NAMES[found.format]}, {found.config.stage}", file=sys.stderr)
     with tqdm(unit="B", unit_scale=True, desc="writing and reading back") as bar:
         done = convert(found, options.target, options.to, bar.update)

@@ -29,7 +29,7 @@ from blip2.data.samples import Collection
 from blip2.data.sources import open_collection
 from blip2.errors import ConfigError, RunError
 from blip2.inference import Blip2
-from blip2.models.build import build
+from blip2.models.build import build, is_bert
 from blip2.models.freezing import parameter_table
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
@@ -84,7 +84,7 @@ def _train(config: RunConfig, device: torch.device) -> int:
     dev = None
     if config.data.dev and config.eval.images:
         dev = open_collection(config.data.dev).limited(config.data.dev_limit).limited(config.eval.images)
-    model = build(config)
+    model = build(config, start=config.init is None or is_bert(config.qformer.init))
     loaded = [] if resumed else _initialise(model, config)
     model.to(device)
     vision = model.vision

@@ -103,6 +103,11 @@ def bert_config(name: str, *, weights: bool = True) -> Any:
     return config
 
 
+def is_bert(name: str) -> bool:
+    """Whether a name has BERT weights to start from; a transformers BLIP-2 checkpoint gives sizes only."""
+    return name in towers.TOWERS or hub.load_config(name).model_type == "bert"
+
+
 def _bert_of(qformer: Any) -> Any:
     """The BERT inside a `Blip2QFormerConfig`, without [DEC]."""
     from transformers import BertConfig
@@ -124,6 +129,8 @@ def _bert_state(name: str) -> dict[str, Tensor]:
     from transformers import BertForMaskedLM
 
     source = towers.folder(name)
+    if not is_bert(name):
+        raise CheckpointError(f"{name}: a BLIP-2 checkpoint: it gives sizes here, and its weights as --init")
     with hub.readable(source):
         model, info = BertForMaskedLM.from_pretrained(source, output_loading_info=True)
     headless = any("cls.predictions.transform" in key for key in info["missing_keys"])

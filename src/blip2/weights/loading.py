@@ -32,7 +32,11 @@ _BY_ROWS = {
     "qformer.head.bias": "words",
     "qformer.query_tokens": "queries",
 }
-_WIDTHS = {"cross_attention.key.weight": (1, "image encoder"), "language_proj.weight": (0, "language model")}
+_WIDTHS = {
+    "ln_vision.weight": (0, "an image encoder"),
+    "cross_attention.key.weight": (1, "an image encoder"),
+    "language_proj.weight": (0, "a language model"),
+}
 
 
 @dataclass(frozen=True)
@@ -116,11 +120,7 @@ def _compare(source: str, name: str, theirs: Tensor | LazyTensor, ours: Tensor, 
         return None
     for part, (axis, what) in _WIDTHS.items():
         if name.endswith(part) and have[axis] != want[axis]:
-            raise CheckpointError(
-                f"{source}: made for an {what} {have[axis]} wide, this model's is {want[axis]} wide".replace(
-                    "an language", "a language"
-                )
-            )
+            raise CheckpointError(f"{source}: made for {what} {have[axis]} wide, this model's is {want[axis]} wide")
     rows = _BY_ROWS.get(name)
     if adapt and rows and have[1:] == want[1:] and (rows == "queries" or abs(have[0] - want[0]) == 1):
         if have[0] > want[0]:

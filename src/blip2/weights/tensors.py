@@ -6,6 +6,7 @@ for. So a 30 GB checkpoint can be checked, renamed and rewritten in the memory o
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -234,7 +235,8 @@ def _load_pickled(path: Path) -> Any:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except pickle.UnpicklingError as error:
-        if "weights only" in str(error).lower():
+        # an operand that no pickle has is damage, anything else refused is an object
+        if "weights only" in str(error).lower() and "operand" not in str(error):
             raise CheckpointError(
                 f"{path}: holds Python objects besides tensors; such a file can run code when it is read, so it is not"
             ) from error
@@ -242,6 +244,8 @@ def _load_pickled(path: Path) -> Any:
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a whole file of torch.save (cut short or damaged)") from error
     except OSError as error:
+        if error.errno == errno.EINVAL:  # a map beyond the end of the file
+            raise CheckpointError(f"{path}: not a whole file of torch.save (cut short or damaged)") from error
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or _first_line(error)}") from error
 
 
