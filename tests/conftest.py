@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before transformers is imported anywhere: a test that needs a hub is a broken test.
@@ -26,6 +27,24 @@ def seed() -> int:
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(SEED)
     return SEED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of the tests' own, in which only the converted towers are the user's."""
+    from blip2.cache import cache_folder
+
+    towers = cache_folder() / "towers"
+    folder = tmp_path_factory.mktemp("cache")
+    towers.mkdir(parents=True, exist_ok=True)
+    (folder / "towers").symlink_to(towers.resolve(), target_is_directory=True)
+    before = os.environ.get("BLIP2_CACHE")
+    os.environ["BLIP2_CACHE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["BLIP2_CACHE"]
+    else:
+        os.environ["BLIP2_CACHE"] = before
 
 
 @pytest.fixture(scope="session")

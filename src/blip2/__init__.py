@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Blip2", "__version__", "load"]
+__all__ = ["Blip2", "__version__", "convert", "load"]
 
 if TYPE_CHECKING:
+    from blip2.apps.convert import convert
     from blip2.inference import Blip2, load
 
 
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from blip2 import inference
 
         return getattr(inference, name)
+    if name == "convert":
+        from blip2.apps.convert import convert
+
+        return convert
     raise AttributeError(f"module 'blip2' has no attribute {name!r}")

@@ -14,6 +14,8 @@ from blip2.errors import ConfigError
 from blip2.plain import from_dict as from_dict
 from blip2.plain import to_dict as to_dict
 
+# Words of BERT's own; a Q-Former's vocabulary of any other size ends in [DEC], the start of captions.
+BERT_WORDS = 30_522
 STAGES = ("stage1", "stage2")
 PRECISIONS = ("auto", "fp32", "bf16")
 PARALLEL = ("ddp", "fsdp2")
@@ -36,6 +38,8 @@ class VisionConfig:
             paper does for CLIP and ViT-g); None takes the model's own final, normalised output.
         pool: average-pool the patch grid by this factor on each side ([CLS] is kept).
         image_size: side of the square input in pixels; None takes the model's own.
+        norm_eps: eps of `ln_vision`, the trained norm behind the encoder: 1e-5 in LAVIS, the
+            encoder's own 1e-6 in transformers.
         resize: `squash` scales both sides (as LAVIS and transformers do for BLIP-2), `crop` scales
             the shorter side and takes the centre.
     """
@@ -45,12 +49,14 @@ class VisionConfig:
     pool: int = 1
     image_size: int | None = 224
     resize: str = "squash"
+    norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "vision.name", self.name, "a model name or folder")
         _require(self.pool >= 1, "vision.pool", self.pool, "1 or more")
         _require(self.image_size is None or self.image_size >= 16, "vision.image_size", self.image_size, "at least 16")
         _require(self.resize in RESIZES, "vision.resize", self.resize, f"one of {', '.join(RESIZES)}")
+        _require(self.norm_eps > 0, "vision.norm_eps", self.norm_eps, "positive")
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,15 @@ from blip2.data.samples import BadSampleError
 from blip2.data.text import LanguageTokenizer, QFormerTokenizer
 from blip2.errors import ConfigError, DataError
 from blip2.models import towers
-from blip2.models.build import build_stage1, build_stage2
+from blip2.models.build import build_stage1
 from blip2.models.decoding import generate, generate_with_qformer
 from blip2.models.qformer import ImageKV
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
-from blip2.models.vision_encoder import VisionEncoder, load_vision_encoder
-from blip2.weights import native, runs
+from blip2.models.vision_encoder import VisionEncoder
+from blip2.weights.assemble import assemble
+from blip2.weights.checkpoints import open_checkpoint
+from blip2.weights.loading import LoadReport, fill
 
 ImageLike = str | Path | bytes | Image.Image
 
@@ -51,6 +53,7 @@ class Blip2:
             first needed.
         batch: images that go through the model together.
         home: where the run was loaded from; runs that moved together find each other by name.
+        report: what was loaded, left out, started fresh and reshaped.
     """
 
     def __init__(
@@ -61,8 +64,9 @@ class Blip2:
         stage2: Stage2 | None = None,
         batch: int = 16,
         home: Path | None = None,
+        report: LoadReport | None = None,
     ) -> None:
-        self.config, self.batch, self.home = config, batch, home
+        self.config, self.batch, self.home, self.report = config, batch, home, report
         self._stage1, self.stage2 = stage1, stage2
         main = stage2 or stage1
         if main is None or not isinstance(main.vision, VisionEncoder):
@@ -118,6 +122,43 @@ class Blip2:
             texts = self.generate(features, prompts[start : start + self.batch], config)
             answers += [t[0] for t in texts]
         return answers
+
+    def rank_answers(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        questions: str | Sequence[str],
+        candidates: Sequence[str],
+    ) -> list[str]:
+        """The candidate that the language model finds most likely as the answer to each question.
+
+        Candidates are compared by the sum of their tokens' log-probabilities, end token included.
+        """
+        if self.stage2 is None:
+            raise ConfigError("this run is stage 1 and has no language model: questions need a stage-2 run")
+        pictures = _listed(images)
+        asked = [questions] * len(pictures) if isinstance(questions, str) else list(questions)
+        best: list[str] = []
+        for start, features in zip(range(0, len(pictures), self.batch), self._chunks(pictures), strict=True):
+            prompts = [self.config.language.question.format(q.strip()) for q in asked[start : start + self.batch]]
+            with torch.no_grad():
+                soft = self.stage2.soft_prompts(features)
+                likely = torch.stack([self._log_likelihood(soft, prompts, candidate) for candidate in candidates])
+            best += [candidates[n] for n in likely.argmax(dim=0).tolist()]
+        return best
+
+    def _log_likelihood(self, soft_BQH: Tensor, prompts: list[str], text: str) -> Tensor:
+        """Log-probability [B] of one text after each prompt."""
+        assert self.stage2 is not None
+        tokenizer, model = self.language_tokenizer, self.stage2.language_model
+        texts = [text] * len(prompts)
+        if model.encoder_decoder:
+            parts = tuple(x.to(self.device) for x in tokenizer.pairs(prompts, texts))
+            loss_M, rows = model.encoder_decoder_loss(soft_BQH, *parts, reduction="none"), parts[3]
+        else:
+            parts = tuple(x.to(self.device) for x in tokenizer.targets(prompts, texts))
+            loss_M, rows = model.decoder_loss(soft_BQH, *parts, reduction="none"), parts[2]
+        at_M = rows.nonzero()[:, 0]
+        return loss_M.new_zeros(len(prompts)).index_add(0, at_M, -loss_M)
 
     def caption_features(self, features_BPC: Tensor, prompt: str | None, config: DecodingConfig) -> list[list[str]]:
         """Captions from image features: B lists of `config.num` strings."""
@@ -196,11 +237,14 @@ class Blip2:
         with torch.no_grad():
             return self.stage1.project_image(features_BPC)
 
+    def match_logits(self, image_kv: ImageKV, texts: list[str]) -> Tensor:
+        """ITM logits [N, 2], class 1 a match; text n is paired with image n mod B."""
+        with torch.no_grad():
+            return self.stage1.match_logits(*self._tokens(texts), image_kv).float().cpu()
+
     def match_features(self, image_kv: ImageKV, texts: list[str]) -> Tensor:
         """ITM probabilities [N]; text n is paired with image n mod B."""
-        with torch.no_grad():
-            logits = self.stage1.match_logits(*self._tokens(texts), image_kv)
-        return logits.float().softmax(dim=-1)[:, 1].cpu()
+        return self.match_logits(image_kv, texts).softmax(dim=-1)[:, 1]
 
     # -- parts ----------------------------------------------------------------------------------
 
@@ -209,12 +253,14 @@ class Blip2:
         """The stage-1 model; loaded from the run that stage 2 began from when it is first needed."""
         if self._stage1 is None:
             if not self.config.init:
-                raise ConfigError("this stage-2 run names no stage-1 run (init): embeddings and matches need one")
-            found = runs.open_run(self._beside(self.config.init))
+                raise ConfigError(
+                    "this is stage 2 and names no stage 1 (init): embeddings and matches need a stage-1 checkpoint"
+                )
+            found = open_checkpoint(self._beside(self.config.init))
             while found.config.stage == "stage2" and found.config.init:  # this run went on from a stage 2
-                found = runs.open_run(self._beside(found.config.init))
+                found = open_checkpoint(self._beside(found.config.init))
             stage1 = build_stage1(found.config, self.vision, start=False)
-            native.load_weights(stage1, found.weights)
+            fill(stage1, found.source, found.tensors, found.allowed)
             self._stage1 = stage1.to(self.device).eval()
         return self._stage1
 
@@ -263,31 +309,58 @@ class Blip2:
         return ids.to(self.device), mask.to(self.device)
 
 
-def load(run: str | Path, *, device: str = "auto", quantize: str | None = None) -> Blip2:
-    """Load a run folder (or a weights file of ours) for use.
+def load(
+    source: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    vision: str | None = None,
+    language: str | None = None,
+    quantize: str | None = None,
+) -> Blip2:
+    """Load a model for use.
 
     Args:
+        source: run folder or weights file of ours, preset name (`blip2-opt-2.7b`), Hugging Face
+            folder or hub id, or LAVIS `.pth`.
+        device: `auto` is CUDA where there is one.
+        dtype: of the frozen towers (`fp32`, `bf16`, `fp16` or a torch dtype); None takes bf16
+            where the hardware multiplies it fast, else fp32. The Q-Former stays in float32.
+        device_map: passed to transformers for the language model (`auto` spreads it over devices,
+            needs accelerate).
+        vision, language: image encoder and language model in place of those that the checkpoint
+            names.
         quantize: `int8` or `nf4` for the language model, `none` for neither; None takes what the
             run was trained with.
 
     Raises:
-        CheckpointError: no run there, or its weights do not fit its configuration.
-        ConfigError: a stage-1 run is to be quantized, or no library here does it.
+        CheckpointError: nothing there, incomplete, damaged, or its weights do not fit.
+        ConfigError: a setting that cannot be used.
     """
-    found = runs.open_run(run)
-    config = found.config
+    found = open_checkpoint(source, vision=vision, language=language)
     if quantize is not None:
-        kind = None if quantize == "none" else quantize
-        config = replace(config, language=replace(config.language, quantize=kind))
+        settings = replace(found.config.language, quantize=None if quantize == "none" else quantize)
+        found = replace(found, config=replace(found.config, language=settings))
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    vision = load_vision_encoder(config.vision)
-    if config.stage == "stage1":
-        stage1 = build_stage1(config, vision, start=False)
-        native.load_weights(stage1, found.weights)
-        return Blip2(config, stage1=stage1.to(name).eval(), home=Path(run))
-    stage2 = build_stage2(config, vision, start=False, device=name)
-    native.load_weights(stage2, found.weights)
-    return Blip2(config, stage2=stage2.to(name).eval(), home=Path(run))
+    model, report = assemble(found, device=name, dtype=torch_dtype(dtype), device_map=device_map)
+    if isinstance(model, Stage1):
+        return Blip2(found.config, stage1=model, home=Path(source), report=report)
+    return Blip2(found.config, stage2=model, home=Path(source), report=report)
+
+
+def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype by its short name.
+
+    Raises:
+        ConfigError: unknown.
+    """
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    known = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name not in known:
+        raise ConfigError(f"dtype is {name!r}: it must be one of {', '.join(known)}")
+    return known[name]
 
 
 def open_image(image: ImageLike) -> Image.Image:

@@ -51,12 +51,13 @@ def test_shards_hold_every_image(built: Path) -> None:
     assert len(found.samples) == 1000
     assert not found.bad
     assert sum(bool(sample.captions) for sample in found.samples) > 950
-    assert all(sample.question and len(sample.answers) == 1 for sample in found.samples)
+    assert all(len(question.answers) == 1 for sample in found.samples for question in sample.questions)
+    assert all(sample.questions for sample in found.samples)
     with tarfile.open(next(built.glob("test-*.tar"))) as tar:
         handle = tar.extractfile(next(m for m in tar if m.name.endswith(".json")))
         assert handle is not None
         entry = json.loads(handle.read())
-    assert entry["qa"][0] == {"question": entry["question"], "answer": entry["answers"][0]}
+    assert all(set(question) == {"question", "answers"} for question in entry["qa"])
     assert [p.name for p in built.parent.iterdir()] == ["easy-vqa"]  # nothing temporary is left
 
 

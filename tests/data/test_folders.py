@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from blip2.data.folders import read_folder, read_jsonl
-from blip2.data.samples import BadSampleError
+from blip2.data.samples import BadSampleError, Question
 from blip2.errors import DataError
 
 Jpeg = Callable[..., bytes]
@@ -85,7 +85,7 @@ def test_jsonl(tmp_path: Path, jpeg: Jpeg) -> None:
     found = read_jsonl(tmp_path / "set.jsonl")
     first, second, third = found.samples
     assert (first.image_id, first.captions, first.read()) == ("3", ("a cat", "a pet"), jpeg())
-    assert (third.question, third.answers, third.captions) == ("what?", ("this", "that"), ())
+    assert (third.questions, third.captions) == ((Question("what?", ("this", "that")),), ())
     assert second.image_id == third.image_id  # the same file is the same image
     assert [bad.reason for bad in found.bad] == [
         "no image",

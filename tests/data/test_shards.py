@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import webdataset
 
-from blip2.data.samples import BadSampleError, Collection
+from blip2.data.samples import BadSampleError, Collection, Question
 from blip2.data.shards import read_shards
 from blip2.errors import DataError
 
@@ -92,7 +92,7 @@ def test_txt_alone_questions_and_null_ids(tmp_path: Path, write_shard: Write, jp
     txt, both, ask = read_shards("set", [write_shard(tmp_path / "set.tar", samples)]).samples
     assert txt.captions == ("a cat", "a dog")
     assert (both.captions, both.image_id) == (("a hat",), "both")
-    assert (ask.captions, ask.question, ask.answers, ask.image_id) == ((), "what?", ("this",), "7")
+    assert (ask.captions, ask.questions, ask.image_id) == ((), (Question("what?", ("this",)),), "7")
 
 
 @pytest.mark.parametrize("where", ["image", "header", "boundary", "text", "end"])

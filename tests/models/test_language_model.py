@@ -164,6 +164,25 @@ def test_no_reduction_gives_one_loss_per_target_in_order() -> None:
 
 
 @pytest.mark.parametrize("kind", ["opt", "llama", "gemma2"])
+def test_rows_of_similar_length_together_change_nothing(kind: str) -> None:
+    model = build(kind)
+    lengths = torch.tensor([40, 3, 39, 2, 4, 3, 38, 2])
+    mask = torch.arange(40) < lengths[:, None]
+    ids = torch.randint(3, V, mask.shape).masked_fill(~mask, 0)
+    labels = mask & (torch.arange(40) >= 1)
+    soft = torch.randn(8, 3, model.hidden_size).requires_grad_()
+    assert len(model._length_groups(3, mask)) > 1
+    found = []
+    for split in (True, False):
+        model.split_lengths = split
+        each = model.decoder_loss(soft, ids, mask, labels, reduction="none")
+        (grad,) = torch.autograd.grad(model.decoder_loss(soft, ids, mask, labels), soft)
+        found.append((each, grad))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama", "gemma2"])
 def test_logits_only_where_a_token_is_predicted(kind: str) -> None:
     model, (ids, mask, labels) = build(kind), text()
     rows = []

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, T5Config
 
 from blip2.configs import LanguageConfig, LoraConfig, LossConfig, OptimConfig, RunConfig, TrainConfig
 from blip2.data.dataset import Batch
@@ -58,6 +58,9 @@ class Words:
             ids[n, : len(row)] = torch.tensor(row)
         return ids, ids > 0
 
+    def pairs(self, prefixes, suffixes):
+        return *self(prefixes), *self(suffixes)
+
     def targets(self, prompts, captions):
         ids, mask = self(captions)
         labels = mask.clone()
@@ -81,7 +84,7 @@ def batches(step: int) -> Iterator[Batch]:
 
 torch.manual_seed(0)
 config = RunConfig(
-    stage=stage,
+    stage="stage1" if stage == "stage1" else "stage2",
     optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup=1),
     train=TrainConfig(steps=4, batch=BATCH, save_every=4, eval_every=4, parallel=parallel, precision="fp32"),
 )
@@ -90,6 +93,10 @@ sizes["attention_dropout"] = 0.0
 if stage == "stage1":
     model = Stage1(QFormer(**sizes, vocab=4 + len(WORDS), positions=16), embed_dim=8)
     objective = Stage1Objective(model, Words(), LossConfig(), seed=0)
+elif stage == "t5":
+    t5 = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    model = Stage2(QFormer(**sizes, vocab=None), language_model_from_config(t5))
+    objective = Stage2Objective(model, Words(), LanguageConfig(prompt=""), seed=0)
 else:
     llama = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     language_model = language_model_from_config(llama)
@@ -105,7 +112,15 @@ else:
 frozen = [model.language_model] if stage == "stage2" else []
 with process_group(torch.device("cpu")):
     Path(out).mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(objective, batches, config, Path(out), device=torch.device("cpu"), frozen=frozen)
+
+    def evaluate(step: int) -> dict[str, float]:
+        with torch.no_grad():  # before the first step too, when FSDP2 has not run yet
+            return {"loss": float(sum(objective(next(batches(99)), 0).values()))}
+
+    device = torch.device("cpu")
+    trainer = Trainer(objective, batches, config, Path(out), device=device, frozen=frozen, evaluate=evaluate)
+    if parallel == "fsdp2" and stage != "stage1":
+        assert not model.language_model.split_lengths
     trainer.resume()
     trainer.run()
 '''
@@ -127,7 +142,7 @@ def train(
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     names = ("loss", "itc", "itm", "itg", "lm", "grad_norm")
-    losses = [{name: line[name] for name in names if name in line} for line in lines if line["kind"] == "train"]
+    losses = [{name: line[name] for name in names if name in line} for line in lines]
     return losses, native.read(runs.checkpoints(out)[-1][1] / runs.WEIGHTS)
 
 
@@ -138,6 +153,7 @@ def needs(library: str) -> pytest.MarkDecorator:
 KINDS = [
     "stage1",
     "stage2",
+    "t5",
     pytest.param("stage2+lora", marks=[pytest.mark.slow, needs("peft")]),
     pytest.param("stage2+int8", marks=[pytest.mark.slow, needs("peft"), needs("torchao")]),
 ]
@@ -152,7 +168,7 @@ def test_two_processes_equal_one(kind: str, tmp_path: Path) -> None:
     at 1e-2 and more.
     """
     losses, weights = train(kind, "ddp", 1, tmp_path)
-    assert len(losses) == 4
+    assert len(losses) == 4 + 2  # steps, and evaluations before the first and after the last
     for parallel in ("ddp",) if kind.endswith("int8") else ("ddp", "fsdp2"):
         others, other_weights = train(kind, parallel, 2, tmp_path)
         for mine, theirs in zip(losses, others, strict=True):

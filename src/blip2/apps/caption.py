@@ -38,7 +38,7 @@ def caption_command(options: argparse.Namespace) -> int:
         print(f"{len(paths) - len(todo)} of {len(paths)} images are done already", file=sys.stderr)
     if not todo:
         return 0
-    model = _load(options)
+    model, _ = load_model(options)
     sink = _open_sink(options)
     failed: list[str] = []
     with tqdm(total=len(todo), unit="image", desc="captioning", disable=len(todo) < 2) as bar:
@@ -57,7 +57,7 @@ def caption_command(options: argparse.Namespace) -> int:
 def ask_command(options: argparse.Namespace) -> int:
     """Answer one question about one image."""
     picture = open_image(options.image)
-    answer = _load(options).ask([picture], [options.question], beams=options.beams)[0]
+    answer = load_model(options)[0].ask([picture], [options.question], beams=options.beams)[0]
     if options.json:
         print(json.dumps({"image": options.image, "question": options.question, "answer": answer}))
     else:
@@ -101,10 +101,22 @@ def default_run() -> str:
     return newest[1]
 
 
-def _load(options: argparse.Namespace) -> Blip2:
-    model = load(options.model or default_run(), device=options.device, quantize=options.quantize)
+def load_model(options: argparse.Namespace) -> tuple[Blip2, str]:
+    """The model that a command's options name, and that name."""
+    name = options.model or default_run()
+    model = load(
+        name,
+        device=options.device,
+        dtype=options.dtype,
+        vision=options.vision,
+        language=options.language,
+        quantize=options.quantize,
+    )
     model.batch = max(1, options.batch)
-    return model
+    report = model.report
+    if report and (report.left_out or report.fresh or model.config.recipe in ("huggingface", "lavis")):
+        print(report.line(), file=sys.stderr)
+    return model, name
 
 
 def _batches(paths: list[str], size: int, failed: list[str]) -> Iterator[tuple[list[str], list[Image.Image]]]:

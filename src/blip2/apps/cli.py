@@ -16,6 +16,9 @@ examples:
   blip2 train tiny/stage1 --out runs/s1
   blip2 train tiny/stage2 --init runs/s1 --out runs/s2 --optim.lr 2e-4
   blip2 caption photos/ --model runs/s2 --out captions.jsonl
+  blip2 caption dog.jpg --model Salesforce/blip2-opt-2.7b
+  blip2 evaluate caption --model runs/s2 --data flickr8k:dev
+  blip2 convert runs/s2 bridge-hf --to hf
   blip2 ask dog.jpg "What is the dog doing?" --model runs/s2
 """
 
@@ -53,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_train(commands)
     _add_use(commands)
+    _add_evaluate(commands)
+    _add_convert(commands)
     _add_data(commands)
     demo = commands.add_parser("demo", help="train both stages on embedded defaults (about 10 minutes), then caption")
     demo.add_argument("--out", default="runs/demo", help="folder of the two runs (default: %(default)s)")
@@ -104,17 +109,73 @@ def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     ask.add_argument("--json", action="store_true", help="one JSON object on stdout")
     ask.set_defaults(run=_ask)
     for command in (caption, ask):
-        command.add_argument(
-            "--model", metavar="RUN", help="run folder (default: $BLIP2_MODEL, else the newest in runs/)"
-        )
-        command.add_argument(
-            "--quantize",
-            choices=("int8", "nf4", "none"),
-            help="weights of the language model (default: as the run was trained)",
-        )
         command.add_argument("--beams", type=int, default=5, help="beam width (default: %(default)s)")
-        command.add_argument("--batch", type=int, default=16, help="images at a time (default: %(default)s)")
-        command.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+        _add_model(command)
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model",
+        help="run folder, preset, Hugging Face folder or hub id, or LAVIS .pth "
+        "(default: $BLIP2_MODEL, else the newest in runs/)",
+    )
+    _add_towers(command)
+    command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the frozen towers")
+    command.add_argument(
+        "--quantize", choices=("int8", "nf4", "none"), help="weights of the language model (default: as it was trained)"
+    )
+    command.add_argument("--batch", type=int, default=16, help="images at a time (default: %(default)s)")
+    command.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+
+
+def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    evaluate = commands.add_parser("evaluate", help="captioning, VQA or retrieval on a data set, as the paper measures")
+    tasks = evaluate.add_subparsers(dest="task", metavar="TASK", required=True)
+    caption = tasks.add_parser("caption", help="BLEU, METEOR, ROUGE-L, CIDEr, SPICE against all references")
+    vqa = tasks.add_parser("vqa", help="VQA accuracy over people's answers, or exact match")
+    retrieval = tasks.add_parser("retrieval", help="recall by ITC, and re-ranked by ITM, both ways")
+    for task in (caption, vqa, retrieval):
+        task.add_argument("--data", required=True, help="named set, shards, folder or JSONL file")
+        task.add_argument("--split", help="of a named set")
+        task.add_argument("--limit", type=int, help="first N images only")
+        task.add_argument("--out", metavar="DIR", help="default: runs/evaluate/TASK-MODEL-DATA; resumed where it is")
+        task.add_argument("--json", action="store_true", help="one JSON object last on stdout")
+        _add_model(task)
+        task.set_defaults(run=_evaluate)
+    for task in (caption, vqa):
+        for option, kind in (
+            ("beams", int),
+            ("min-tokens", int),
+            ("max-tokens", int),
+            ("length-penalty", float),
+            ("repetition-penalty", float),
+        ):
+            task.add_argument(f"--{option}", type=kind, help="default: the paper's")
+    caption.add_argument("--prompt", help="text that the caption continues (default: the run's)")
+    vqa.add_argument("--questions", type=int, metavar="N", help="first N questions only")
+    vqa.add_argument("--shuffle", action="store_true", help="ask about another image: what the language alone knows")
+    vqa.add_argument("--candidates", metavar="FILE|data", help="rank these answers (one per line) instead of writing")
+    retrieval.add_argument("-k", type=int, default=128, help="candidates re-ranked per query (default: %(default)s)")
+
+
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="write a checkpoint as a run of ours, for transformers, or for LAVIS",
+        description="Reads a run of ours, a Hugging Face folder or hub id, or a LAVIS .pth; writes any of the three, "
+        "reads it back and compares every tensor.",
+    )
+    convert.add_argument("source", metavar="SRC", help="run, Hugging Face folder or hub id, preset, or LAVIS .pth")
+    convert.add_argument("target", metavar="DST", help="new folder (.pth file for lavis)")
+    convert.add_argument("--to", required=True, choices=("blip2", "hf", "lavis"))
+    convert.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    _add_towers(convert)
+    convert.set_defaults(run=_convert)
+
+
+def _add_towers(command: argparse.ArgumentParser) -> None:
+    for option, what in (("--vision", "image encoder"), ("--language", "language model")):
+        command.add_argument(option, metavar="NAME", help=f"{what} in place of the one that the checkpoint names")
 
 
 def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -173,6 +234,18 @@ def _ask(options: argparse.Namespace, rest: list[str]) -> int:
     from blip2.apps.caption import ask_command
 
     return ask_command(options)
+
+
+def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
+    from blip2.apps.evaluate.command import evaluate_command
+
+    return evaluate_command(options)
+
+
+def _convert(options: argparse.Namespace, rest: list[str]) -> int:
+    from blip2.apps.convert import convert_command
+
+    return convert_command(options)
 
 
 def _data_check(options: argparse.Namespace, rest: list[str]) -> int:

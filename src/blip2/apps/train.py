@@ -29,7 +29,7 @@ from blip2.data.samples import Collection
 from blip2.data.sources import open_collection
 from blip2.errors import ConfigError, RunError
 from blip2.inference import Blip2
-from blip2.models.build import build
+from blip2.models.build import build, is_bert
 from blip2.models.freezing import parameter_table
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
@@ -39,7 +39,10 @@ from blip2.training.metrics import format_seconds
 from blip2.training.objectives import Stage1Objective, Stage2Objective
 from blip2.training.parallel import autocast, fast_bf16, pick_device, process_group
 from blip2.training.trainer import Outcome, Trainer
-from blip2.weights import native, runs
+from blip2.weights import runs
+from blip2.weights.checkpoint import Checkpoint
+from blip2.weights.checkpoints import open_checkpoint
+from blip2.weights.loading import STAGE1_ONLY, STAGE2_ONLY, Allowed, fill, new_adapters
 
 # Settings that a resumed run may change; any other would make it another run.
 CHANGEABLE = {
@@ -81,7 +84,7 @@ def _train(config: RunConfig, device: torch.device) -> int:
     dev = None
     if config.data.dev and config.eval.images:
         dev = open_collection(config.data.dev).limited(config.data.dev_limit).limited(config.eval.images)
-    model = build(config, device=device)
+    model = build(config, start=config.init is None or is_bert(config.qformer.init), device=device)
     loaded = [] if resumed else _initialise(model, config)
     model.to(device)
     vision = model.vision
@@ -140,17 +143,38 @@ def _initialise(model: Stage1 | Stage2, config: RunConfig) -> list[str]:
         if config.stage == "stage2":
             lines.append("no --init: stage 2 starts without stage 1")
         return lines
-    found = runs.open_run(config.init)
-    _same_towers(found.config, config)
-    if config.stage == "stage2" and found.config.stage == "stage1":
-        return [native.hand_over(model, found.weights).line()]
-    return [native.go_on_from(model, found.weights).line()]
+    found = open_checkpoint(config.init)
+    if found.format == "blip2":
+        _same_towers(found.config, config)
+    if found.vision:
+        raise ConfigError(
+            f"--init {config.init} brings a fine-tuned image encoder: run `blip2 convert {config.init} FOLDER --to "
+            "blip2`, then train with --init FOLDER --vision.name FOLDER/vision"
+        )
+    return [*lines[: found.partial], fill(model, found.source, found.tensors, _allowed(found, config)).line()]
+
+
+def _allowed(found: Checkpoint, config: RunConfig) -> Allowed:
+    """What starting this run from a checkpoint may leave out, start fresh and adapt."""
+    if config.stage == "stage1" and found.config.stage == "stage2":
+        raise ConfigError(f"--init {config.init} is a stage-2 checkpoint: stage 1 starts from stage 1")
+    over = config.stage == "stage2" and found.config.stage == "stage1"
+    return Allowed(
+        left_out=STAGE1_ONLY if over else (),
+        fresh=(*found.allowed.fresh, *(STAGE2_ONLY if over else ()), *new_adapters(found.tensors)),
+        adapt=True,
+    )
 
 
 def _same_towers(before: RunConfig, now: RunConfig) -> None:
-    for name in ("vision.name", "vision.layer", "vision.pool", "qformer.queries", "qformer.init"):
+    """Other image features than it was trained on are refused, even of the same width.
+
+    Folders are not compared: they may have moved.
+    """
+    for name in ("vision.name", "vision.layer", "vision.pool", "qformer.init"):
         old, new = _flat(to_dict(before))[name], _flat(to_dict(now))[name]
-        if old != new:
+        folders = any(isinstance(v, str) and Path(v).is_dir() for v in (old, new))
+        if old != new and not folders:
             raise ConfigError(f"--init {now.init} was trained with {name} = {old!r}, this run has {new!r}")
 
 
@@ -229,7 +253,7 @@ def _workers(config: RunConfig) -> int:
 
 def _describe(
     config: RunConfig,
-    model: nn.Module,
+    model: Stage1 | Stage2,
     data: Collection,
     dev: Collection | None,
     loaded: list[str],
@@ -240,6 +264,7 @@ def _describe(
         f"{config.recipe} ({config.stage}) on {device.type}, {distributed.world_size()} process(es), "
         f"{'bf16 autocast' if fast else 'fp32'}"
     )
+    assert isinstance(model.vision, VisionEncoder)
     for row in parameter_table(model):
         state = " + ".join(
             f"{count / 1e6:.2f}M {word}"
@@ -247,6 +272,8 @@ def _describe(
             if count
         )
         _say(f"  {row.name:<18} {state}")
+    if model.vision.interpolated:
+        _say(f"  image encoder: {model.vision.interpolated}")
     for line in loaded:
         _say(f"  {line}")
     _say(f"  train: {data.name}, {len(data.samples)} images" + _bad(data))

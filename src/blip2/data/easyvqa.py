@@ -95,13 +95,10 @@ def _write(source: Path, folder: Path, split: str) -> None:
 
 
 def _entry(key: str, questions: list[tuple[str, str]]) -> dict[str, Any]:
-    question, answer = questions[0]
     return {
         "image_id": key,
         "captions": captions_of(questions),
-        "question": question,
-        "answers": [answer],
-        "qa": [{"question": q, "answer": a} for q, a in questions],
+        "qa": [{"question": q, "answers": [a]} for q, a in questions],
     }
 
 

@@ -37,11 +37,26 @@ class BadSample:
 
 
 @dataclass(frozen=True)
+class Question:
+    """A question about an image.
+
+    Args:
+        answers: of one person or several.
+        kind: type that the data set gives it (`yes/no`, `number`, ...).
+    """
+
+    text: str
+    answers: tuple[str, ...] = ()
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
 class Sample:
     """One image with its texts.
 
     Args:
         image_id: samples of the same image share it.
+        questions: asked about it.
         path, offset, size: file and bytes that hold the image; offset 0 and size -1 is a whole file.
     """
 
@@ -51,8 +66,7 @@ class Sample:
     path: str
     offset: int = 0
     size: int = -1
-    question: str | None = None
-    answers: tuple[str, ...] = ()
+    questions: tuple[Question, ...] = ()
 
     def read(self) -> bytes:
         """The image's bytes.

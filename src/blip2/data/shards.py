@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from blip2.data.samples import BadSample, BadSampleError, Collection, Sample, printable
+from blip2.data.samples import BadSample, BadSampleError, Collection, Question, Sample, printable
 from blip2.errors import DataError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -55,23 +55,36 @@ def texts_of(entry: dict[str, Any]) -> dict[str, Any]:
     Raises:
         BadSampleError: no caption, or a field of another type.
     """
-    captions = entry.get("captions", entry.get("caption", ()))
-    captions = [captions] if isinstance(captions, str) else captions
-    answers = entry.get("answers", entry.get("answer", ()))
-    answers = [answers] if isinstance(answers, str) else answers
-    if not isinstance(captions, list | tuple) or not all(isinstance(c, str) for c in captions):
-        raise BadSampleError("captions are not strings")
-    if not isinstance(answers, list | tuple) or not all(isinstance(a, str) for a in answers):
-        raise BadSampleError("answers are not strings")
+    captions = _strings(entry.get("captions", entry.get("caption", ())), "captions")
+    _strings(entry.get("answers", entry.get("answer", ())), "answers")
     kept = tuple(c.strip() for c in captions if c.strip())
-    question = entry.get("question")
-    if question is not None and not isinstance(question, str):
-        raise BadSampleError("question is not a string")
-    if not kept and not question:
+    asked = [entry] if entry.get("question") is not None and "qa" not in entry else entry.get("qa", [])
+    if not isinstance(asked, list | tuple) or not all(isinstance(q, dict) for q in asked):
+        raise BadSampleError("qa is not a list of questions")
+    questions = tuple(q for item in asked if (q := _question(item)) is not None)
+    if not kept and not questions:
         raise BadSampleError("no caption")
-    for text in (*kept, question or "", *answers):
+    for text in (*kept, *(t for q in questions for t in (q.text, *q.answers))):
         _require_utf8(text)
-    return {"captions": kept, "question": question or None, "answers": tuple(answers)}
+    return {"captions": kept, "questions": questions}
+
+
+def _question(entry: dict[str, Any]) -> Question | None:
+    text, kind = entry.get("question"), entry.get("answer_type", entry.get("type"))
+    if not isinstance(text, str):
+        raise BadSampleError("question is not a string")
+    answers = _strings(entry.get("answers", entry.get("answer", ())), "answers")
+    return Question(text.strip(), answers, kind if isinstance(kind, str) else None) if text.strip() else None
+
+
+def _strings(value: Any, what: str) -> tuple[str, ...]:
+    """A string or a list of them (VQAv2 keeps each answer as an object)."""
+    listed = [value] if isinstance(value, str) else value
+    if isinstance(listed, list | tuple):
+        listed = [v.get("answer") if isinstance(v, dict) else v for v in listed]
+        if all(isinstance(v, str) for v in listed):
+            return tuple(listed)
+    raise BadSampleError(f"{what} are not strings")
 
 
 def image_id_of(entry: dict[str, Any], default: str) -> str:

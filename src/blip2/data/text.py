@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip2.configs import BERT_WORDS
 from blip2.errors import ConfigError
 
 # OPT has no token for the end of a caption of its own: the checkpoints were trained to end in a
 # new line (CHECKPOINTS: "captions end in \n, whose id ends generation").
 _ENDS = {"opt": "\n"}
+# OPT was trained with `</s>` in front of every text; some of its tokenizer files leave that out.
+_ALWAYS_BOS = ("opt",)
 
 
 class QFormerTokenizer:
@@ -57,9 +60,12 @@ class LanguageTokenizer:
     def __init__(self, folder: str, *, end: str | None, max_text: int, encoder_decoder: bool) -> None:
         self._tokenizer = _load(folder)
         self.max_text, self.encoder_decoder = max_text, encoder_decoder
+        kind = _model_type(folder)
         self._front = self._leading()
+        if not self._front and kind in _ALWAYS_BOS and self._tokenizer.bos_token_id is not None:
+            self._front = [self._tokenizer.bos_token_id]
         if end is None:
-            end = _ENDS.get(_model_type(folder))
+            end = _ENDS.get(kind)
         self.end_id = self._end(end)
         pad = self._tokenizer.pad_token_id
         self.pad_id: int = self.end_id if pad is None else pad
@@ -149,12 +155,18 @@ def _config(folder: str) -> Any:
 
 
 def _model_type(folder: str) -> str:
-    return str(getattr(_config(folder), "model_type", ""))
+    config = _config(folder)
+    config = getattr(config, "text_config", config) if getattr(config, "model_type", "") == "blip-2" else config
+    return str(getattr(config, "model_type", ""))
 
 
 def _model_vocab(folder: str, tokenizer: Any) -> int:
-    """Rows of the model's own word embedding: [DEC] comes after them."""
-    return int(getattr(_config(folder), "vocab_size", None) or len(tokenizer))
+    """Rows of the model's own word embedding: [DEC] comes after them, or is the last of a BLIP-2 Q-Former's."""
+    config = _config(folder)
+    if getattr(config, "model_type", "") == "blip-2":
+        rows = int(config.qformer_config.vocab_size)
+        return rows if rows == BERT_WORDS else rows - 1
+    return int(getattr(config, "vocab_size", None) or len(tokenizer))
 
 
 def _pad(rows: list[list[int]], pad_id: int, *, left: bool = False) -> tuple[Tensor, Tensor]:

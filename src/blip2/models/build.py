@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip2.configs import QFormerConfig, RunConfig
+from blip2.configs import BERT_WORDS, QFormerConfig, RunConfig
 from blip2.errors import CheckpointError
 from blip2.models import hub, towers
 from blip2.models.bert_init import load_bert, qformer_sizes
@@ -37,7 +37,7 @@ def build_qformer(config: QFormerConfig, image_width: int, bert: Any, *, text: b
 
 def load_qformer(config: QFormerConfig, image_width: int, *, text: bool, start: bool = True) -> QFormer:
     """A Q-Former of the sizes of the BERT-type checkpoint `config.init`, by default started from it."""
-    bert = _bert_config(config.init)
+    bert = bert_config(config.init, weights=start)
     qformer = build_qformer(config, image_width, bert, text=text)
     if start:
         load_bert(qformer, _bert_state(config.init), config.init)
@@ -53,7 +53,13 @@ def build_stage1(config: RunConfig, vision: VisionEncoder | None = None, *, star
     """
     vision = vision or load_vision_encoder(config.vision)
     qformer = load_qformer(config.qformer, vision.width, text=True, start=start)
-    return Stage1(qformer, vision, embed_dim=config.qformer.embed_dim, temperature=config.loss.temperature)
+    return Stage1(
+        qformer,
+        vision,
+        embed_dim=config.qformer.embed_dim,
+        temperature=config.loss.temperature,
+        norm_eps=config.vision.norm_eps,
+    )
 
 
 def build_stage2(
@@ -73,7 +79,7 @@ def build_stage2(
     vision = vision or load_vision_encoder(config.vision)
     qformer = load_qformer(config.qformer, vision.width, text=False, start=start)
     language_model = language_model or load_language_model(config.language, device=device)
-    model = Stage2(qformer, language_model, vision)
+    model = Stage2(qformer, language_model, vision, norm_eps=config.vision.norm_eps)
     if config.lora.rank:
         add_lora(language_model, config.lora)
     return model
@@ -87,11 +93,44 @@ def build(config: RunConfig, *, start: bool = True, device: torch.device | str =
     return build_stage2(config, start=start, device=device)
 
 
-def _bert_config(name: str) -> Any:
+def bert_config(name: str, *, weights: bool = True) -> Any:
+    """BERT config that gives a Q-Former its sizes: of a BERT-type checkpoint or of a transformers BLIP-2 one.
+
+    Args:
+        weights: whether its weights will be wanted too; without, a named model needs no hub.
+
+    Raises:
+        CheckpointError: another kind of model.
+    """
+    if not weights and name in towers.TOWERS:
+        return towers.TOWERS[name].config()
     config = hub.load_config(towers.folder(name))
+    if config.model_type in ("blip-2", "blip_2_qformer"):
+        return _bert_of(hub.part_of_blip2(config, "qformer_config"))
     if config.model_type != "bert":
         raise CheckpointError(f"{name}: a {config.model_type} checkpoint; the Q-Former starts from a BERT-type one")
     return config
+
+
+def is_bert(name: str) -> bool:
+    """Whether a name has BERT weights to start from; a transformers BLIP-2 checkpoint gives sizes only."""
+    return name in towers.TOWERS or hub.load_config(name).model_type == "bert"
+
+
+def _bert_of(qformer: Any) -> Any:
+    """The BERT inside a `Blip2QFormerConfig`, without [DEC]."""
+    from transformers import BertConfig
+
+    rows = qformer.vocab_size
+    return BertConfig(
+        vocab_size=rows if rows == BERT_WORDS else rows - EXTRA_TOKENS,
+        hidden_size=qformer.hidden_size,
+        num_hidden_layers=qformer.num_hidden_layers,
+        num_attention_heads=qformer.num_attention_heads,
+        intermediate_size=qformer.intermediate_size,
+        max_position_embeddings=qformer.max_position_embeddings,
+        layer_norm_eps=qformer.layer_norm_eps,
+    )
 
 
 def _bert_state(name: str) -> dict[str, Tensor]:
@@ -99,6 +138,8 @@ def _bert_state(name: str) -> dict[str, Tensor]:
     from transformers import BertForMaskedLM
 
     source = towers.folder(name)
+    if not is_bert(name):
+        raise CheckpointError(f"{name}: a BLIP-2 checkpoint: it gives sizes here, and its weights as --init")
     with hub.readable(source):
         model, info = BertForMaskedLM.from_pretrained(source, output_loading_info=True)
     headless = any("cls.predictions.transform" in key for key in info["missing_keys"])

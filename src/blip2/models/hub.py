@@ -50,6 +50,39 @@ def readable(source: str) -> Iterator[None]:
         ) from error
 
 
+def is_id(name: str) -> bool:
+    """Whether a text has the form `owner/name` and is no path here."""
+    parts = name.split("/")
+    return len(parts) == 2 and all(parts) and not name.startswith((".", "~")) and not Path(name).exists()
+
+
+def snapshot(name: str) -> Path:
+    """Folder of a hub id's configuration, tokenizer and weights, downloaded where they are not in the cache.
+
+    Raises:
+        CheckpointError: unknown, or not in the cache and the hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    plain = ["*.json", "*.txt", "*.model"]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=[*plain, "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*plain, "pytorch_model*.bin"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{name}: no such folder, and it cannot be had from the hub (unknown, or the hub is not reachable); "
+            "download it elsewhere and give its folder"
+        ) from error
+    return folder
+
+
+def part_of_blip2(config: Any, part: str) -> Any:
+    """`text_config`, `vision_config` or `qformer_config` of a transformers BLIP-2 config; another config unchanged."""
+    return getattr(config, part) if config.model_type == "blip-2" else config
+
+
 def load_config(source: str) -> Any:
     """The transformers config of a folder or hub id.
 

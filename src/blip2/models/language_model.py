@@ -253,7 +253,11 @@ class LanguageModel(nn.Module):
 
 
 def load_language_model(
-    config: LanguageConfig, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    config: LanguageConfig,
+    dtype: torch.dtype | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    device_map: str | dict[str, Any] | None = None,
 ) -> LanguageModel:
     """Frozen language model of a tower's name, a folder or a hub id.
 
@@ -262,6 +266,7 @@ def load_language_model(
             float32.
         device: where the model will run. One that `config.quantize` quantizes is loaded for it,
             layer by layer; any other is loaded on the CPU, to be moved.
+        device_map: passed to transformers, to spread a large model over devices.
 
     Raises:
         CheckpointError: the model cannot be found, reached or read completely.
@@ -272,13 +277,18 @@ def load_language_model(
 
     source = towers.folder(config.name)
     whole = hub.load_config(source)
-    whole.update(towers.overrides(config.name))
-    if dtype == torch.float16 and "t5" in whole.model_type:
+    part = hub.part_of_blip2(whole, "text_config")
+    part.update(towers.overrides(config.name))
+    options: dict[str, Any] = {} if part is whole else {"key_mapping": {r"^language_model\.": ""}}
+    if device_map is not None:
+        options["device_map"] = device_map
+    if dtype == torch.float16 and "t5" in part.model_type:
         raise ConfigError(f"language.name is {config.name!r}: T5 overflows in float16, use bf16 or fp32")
-    kind = AutoModelForSeq2SeqLM if whole.is_encoder_decoder else AutoModelForCausalLM
+    kind = AutoModelForSeq2SeqLM if part.is_encoder_decoder else AutoModelForCausalLM
     dtype = dtype or fast_dtype()
-    options = quantize.loading_options(config.quantize, torch.device(device), dtype) if config.quantize else {}
-    loaded = hub.load_model(kind, source, whole, dtype, **options)
+    if config.quantize:
+        options = quantize.loading_options(config.quantize, torch.device(device), dtype) | options
+    loaded = hub.load_model(kind, source, part, dtype, **options)
     if config.quantize:
         quantize.prepare(loaded, source)
     model = LanguageModel(loaded)

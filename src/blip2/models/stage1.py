@@ -23,16 +23,23 @@ class Stage1(nn.Module):
         vision: frozen image encoder; None where features come from a cache.
         embed_dim: contrastive width E.
         temperature: start of the learned temperature, which divides similarities.
+        norm_eps: of `ln_vision`.
     """
 
     def __init__(
-        self, qformer: QFormer, vision: nn.Module | None = None, *, embed_dim: int = 256, temperature: float = 0.07
+        self,
+        qformer: QFormer,
+        vision: nn.Module | None = None,
+        *,
+        embed_dim: int = 256,
+        temperature: float = 0.07,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         if qformer.embeddings is None:
             raise ValueError("stage 1 needs a Q-Former with its text branch")
         self.vision = vision
-        self.ln_vision = nn.LayerNorm(qformer.image_width, eps=1e-5)
+        self.ln_vision = nn.LayerNorm(qformer.image_width, eps=norm_eps)
         self.qformer = qformer
         self.vision_proj = nn.Linear(qformer.width, embed_dim)
         self.text_proj = nn.Linear(qformer.width, embed_dim)

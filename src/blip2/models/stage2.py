@@ -19,12 +19,15 @@ class Stage2(nn.Module):
         qformer: without its text branch (only the queries run).
         language_model: frozen.
         vision: frozen image encoder; None where features come from a cache.
+        norm_eps: of `ln_vision`.
     """
 
-    def __init__(self, qformer: QFormer, language_model: LanguageModel, vision: nn.Module | None = None) -> None:
+    def __init__(
+        self, qformer: QFormer, language_model: LanguageModel, vision: nn.Module | None = None, norm_eps: float = 1e-5
+    ) -> None:
         super().__init__()
         self.vision = vision
-        self.ln_vision = nn.LayerNorm(qformer.image_width, eps=1e-5)
+        self.ln_vision = nn.LayerNorm(qformer.image_width, eps=norm_eps)
         self.qformer = qformer
         self.language_proj = nn.Linear(qformer.width, language_model.hidden_size)
         self.language_model = language_model

@@ -100,6 +100,15 @@ class VisionEncoder(nn.Module):
         return f"{self.name}-layer{layer}-pool{self.pool}-{self.size}px"
 
     @property
+    def interpolated(self) -> str | None:
+        """What becomes of the position embeddings when images have another size than the model's own."""
+        native = getattr(getattr(self.model, "config", None), "image_size", None)
+        if native is None or _side(native) == self.size:
+            return None
+        grid = self.grid * _side(native) // self.size
+        return f"position embeddings of {grid} x {grid} patches interpolated to {self.grid} x {self.grid}"
+
+    @property
     def frozen(self) -> bool:
         """Whether none of its parameters trains."""
         return not any(p.requires_grad for p in self.model.parameters())
@@ -158,7 +167,7 @@ def load_vision_encoder(config: VisionConfig, dtype: torch.dtype = torch.float32
         options["key_mapping"] = {r"^vision_model\.": ""}
     kind, extra = _model_class(part)
     model = hub.load_model(kind, source, part, dtype, **extra, **options)
-    mean, std = _normalisation(part, source)
+    mean, std = normalisation(part, source)
     encoder = _wrap(model, part, config.name, config.layer, config.pool, config.image_size, mean, std)
     freeze(encoder)
     return encoder
@@ -237,7 +246,7 @@ def _side(value: Any) -> int:
     return sides.pop()
 
 
-def _normalisation(part: Any, source: str) -> tuple[Sequence[float], Sequence[float]]:
+def normalisation(part: Any, source: str) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and std of the checkpoint's own preprocessor, else those usual for its type."""
     own = hub.read_json(source, "preprocessor_config.json")
     if own is None:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from blip2.errors import CheckpointError
 from blip2.ops import distributed
 from blip2.weights import native, runs
+from blip2.weights.loading import trained_state
 
 MODEL, OPTIMIZER, STATE = runs.WEIGHTS, "optimizer.safetensors", "state.json"
 
@@ -40,7 +41,7 @@ def save(
         CheckpointError: full disk, read-only folder; earlier checkpoints are untouched.
     """
     target = run / "checkpoints" / f"step-{step:06d}"
-    weights = {name: _full(value) for name, value in native.trained_state(model).items()}
+    weights = {name: _full(value) for name, value in trained_state(model).items()}
     moments = {name: _full(value) for name, value in _moments(model, optimizer).items()}
     if distributed.rank() == 0:
         _write(target, step, weights, moments, config)
@@ -56,7 +57,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> in
     """
     step = _read_step(folder)
     state = native.read(folder / MODEL)
-    own = native.trained_state(model)
+    own = trained_state(model)
     if not any(isinstance(value, DTensor) for value in own.values()):
         native.load_weights(model, folder / MODEL, state)
     else:

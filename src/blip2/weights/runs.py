@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -40,7 +40,8 @@ def open_run(path: str | Path) -> Run:
         config = json.loads(native.read_metadata(weights)["config"])
     except (KeyError, ValueError):
         raise CheckpointError(f"{weights}: not a blip2 weights file (no configuration in its header)") from None
-    return Run(from_dict(RunConfig, config, str(weights)), weights)
+    run: RunConfig = from_dict(RunConfig, config, str(weights))
+    return Run(_resolved(run, weights), weights)
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
@@ -78,6 +79,25 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     inside = run / "checkpoints"
     found = [(int(m[1]), p) for p in (inside.iterdir() if inside.is_dir() else ()) if (m := _STEP.fullmatch(p.name))]
     return sorted((step, path) for step, path in found if (path / WEIGHTS).is_file())
+
+
+def _resolved(config: RunConfig, weights: Path) -> RunConfig:
+    """Models that a run brings along (`./vision`) as folders, wherever the run has been moved to."""
+
+    def place(name: str) -> str:
+        if not name.startswith("./"):
+            return name
+        homes = [folder for folder in weights.parents[:3] if (folder / name).is_dir()]
+        if not homes:
+            raise CheckpointError(f"{weights}: {name} is not beside it, which the run brought along")
+        return str(homes[0] / name[2:])
+
+    return replace(
+        config,
+        vision=replace(config.vision, name=place(config.vision.name)),
+        qformer=replace(config.qformer, init=place(config.qformer.init)),
+        language=replace(config.language, name=place(config.language.name)),
+    )
 
 
 def _newest_weights(folder: Path) -> Path:

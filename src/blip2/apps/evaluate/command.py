@@ -1,0 +1,171 @@
+"""`blip2 evaluate caption|vqa|retrieval|prompts`: checks first, then work, then the table and the page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from blip2 import __version__
+from blip2.apps.caption import load_model
+from blip2.apps.evaluate.page import write_page
+from blip2.apps.evaluate.published import published
+from blip2.apps.evaluate.tasks import (
+    Outcome,
+    answer,
+    caption,
+    decoding_settings,
+    questions_of,
+    require_captions,
+    retrieve,
+)
+from blip2.apps.evaluate.work import Folder, write_beside
+from blip2.configs import DecodingConfig
+from blip2.data.samples import Collection
+from blip2.data.sources import open_collection
+from blip2.errors import ConfigError, DataError
+from blip2.inference import Blip2
+from blip2.ops import distributed
+from blip2.training.parallel import pick_device, process_group
+
+METRICS = "metrics.json"
+
+
+def evaluate_command(options: argparse.Namespace) -> int:
+    """Evaluate one model on one data set."""
+    with process_group(pick_device(options.device)):
+        return _evaluate(options)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    data = open_collection(f"{options.data}:{options.split}" if options.split else options.data).limited(options.limit)
+    _check(options, data)
+    model, name = load_model(options)
+    settings = _settings(options, model, name, data)
+    folder = Folder(Path(options.out or _default_out(options, name, data)), settings)
+    outcome = _run(options, model, data, folder)
+    if distributed.rank() > 0:
+        return 0
+    reference = published(options.task, name, data.name)
+    result = {
+        "task": options.task,
+        "model": name,
+        "data": data.name,
+        "n": outcome.n,
+        "settings": settings,
+        "metrics": _rounded(outcome.metrics),
+        "missing": outcome.missing,
+        "published": dict(reference),
+    }
+    write_beside(folder.path / METRICS, json.dumps(result, indent=1))
+    page = write_page(folder.path, result, outcome, data)
+    out = sys.stderr if options.json else sys.stdout
+    print(_table(result, outcome), file=out)
+    print(f"predictions: {folder.path / 'predictions.jsonl'}\nreport: {page}", file=out)
+    if options.json:
+        print(json.dumps(result))
+    return 0
+
+
+def _check(options: argparse.Namespace, data: Collection) -> None:
+    """What can be known to fail is refused before a model is loaded."""
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError(f"--limit is {options.limit}: it must be 1 or more")
+    if options.task == "vqa":
+        questions_of(data)
+    else:
+        require_captions(data)
+    if options.task == "retrieval" and len(data.samples) < 2:
+        raise DataError(f"{data.name}: {len(data.samples)} image: retrieval needs two or more")
+
+
+def _run(options: argparse.Namespace, model: Blip2, data: Collection, folder: Folder) -> Outcome:
+    if options.task == "caption":
+        return caption(model, data, folder, _decoding(options), options.prompt)
+    if options.task == "retrieval":
+        return retrieve(model, data, folder, options.k)
+    asked = questions_of(data)[: options.questions]
+    listed = _candidates(options.candidates, data)
+    return answer(model, asked, folder, _decoding(options), shuffled=options.shuffle, candidates=listed)
+
+
+def _candidates(source: str | None, data: Collection) -> list[str]:
+    """Answers to rank: of a file, one per line, or `data` for all that the data set has."""
+    if source is None:
+        return []
+    if source == "data":
+        return sorted({text for _, question in questions_of(data) for text in question.answers})
+    try:
+        found = [line.strip() for line in Path(source).read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{source}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not found:
+        raise DataError(f"{source}: no candidate answers in it")
+    return found
+
+
+def _decoding(options: argparse.Namespace) -> DecodingConfig:
+    """The paper's: captions beam 5, 8 to 30 tokens; answers beam 5, 1 to 10 tokens, length penalty -1."""
+    vqa = options.task == "vqa"
+    usual = {"min_tokens": 1, "max_tokens": 10, "length_penalty": -1.0} if vqa else {}
+    given = {
+        name: getattr(options, name)
+        for name in ("beams", "min_tokens", "max_tokens", "length_penalty", "repetition_penalty")
+        if getattr(options, name, None) is not None
+    }
+    return DecodingConfig(**{**usual, **given})
+
+
+def _settings(options: argparse.Namespace, model: Blip2, name: str, data: Collection) -> dict[str, Any]:
+    """Everything that can move the number."""
+    config = model.config
+    out: dict[str, Any] = {
+        "blip2": __version__,
+        "model": name,
+        "data": data.name,
+        "images": len(data.samples),
+        "image_size": model.vision.size,
+        "resize": config.vision.resize,
+        "batch": model.batch,
+        "towers_dtype": str(next(model.vision.parameters()).dtype).removeprefix("torch."),
+    }
+    if options.task == "retrieval":
+        return {**out, "k": options.k, "max_text": config.qformer.max_text}
+    out |= decoding_settings(_decoding(options))
+    if options.task == "caption":
+        return {**out, "prompt": config.language.prompt if options.prompt is None else options.prompt}
+    extra = {"questions": options.questions, "shuffled": options.shuffle, "candidates": options.candidates}
+    return {**out, "question": config.language.question, **extra}
+
+
+def _default_out(options: argparse.Namespace, name: str, data: Collection) -> str:
+    parts = (options.task, Path(name).name, data.name.rstrip("/").split("/")[-1])
+    return "runs/evaluate/" + "-".join("".join(c if c.isalnum() or c in "._" else "-" for c in p) for p in parts)
+
+
+def _rounded(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {name: _rounded(value) for name, value in values.items()}
+    return round(values, 2) if isinstance(values, float) else values
+
+
+def _table(result: dict[str, Any], outcome: Outcome) -> str:
+    """The table for people."""
+    lines = [f"{result['task']}: {result['model']} on {result['data']}, {result['n']} samples", ""]
+    lines += [f"  {name:<20} {value}" for name, value in result["settings"].items() if name not in ("model", "data")]
+    lines += ["", f"  {'metric':<24}{'here':>10}{'paper':>10}"]
+    for name, value in _flat(result["metrics"]):
+        paper = result["published"].get(name.rsplit(" ", 1)[-1])
+        here = "missing" if value is None else f"{value:.2f}"
+        lines.append(f"  {name:<24}{here:>10}{'' if paper is None else f'{paper:.1f}':>10}")
+    lines += [f"  {name} is missing: {reason}" for name, reason in outcome.missing.items()]
+    return "\n".join([*lines, *(f"  {note}" for note in outcome.notes)])
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float | None]]:
+    out: list[tuple[str, float | None]] = []
+    for name, value in values.items():
+        out += _flat(value, f"{prefix}{name} ") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+    return out

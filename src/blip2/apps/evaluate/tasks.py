@@ -1,0 +1,253 @@
+"""The three tasks: from a model and a data set to predictions and metrics.
+
+Shape letters: I images, T texts, Q queries, E contrastive width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from blip2.apps.evaluate.work import Folder, work_through
+from blip2.configs import DecodingConfig
+from blip2.data.samples import Collection, Question, Sample
+from blip2.errors import DataError
+from blip2.evaluation import vqa
+from blip2.evaluation.captioning import bleu, cider, cider_per_image, rouge_l
+from blip2.evaluation.official import official_scores
+from blip2.evaluation.retrieval import recall_at_k, retrieval_ranks
+from blip2.inference import Blip2
+from blip2.ops.contrastive import query_text_similarity
+
+Entries = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a task measured.
+
+    Args:
+        metrics: by name, nested for retrieval; None where a metric could not be had.
+        missing: why, by metric.
+        entries: per-sample predictions, each with `score` (higher is better) where it has one.
+        n: samples.
+        notes: lines for the table.
+    """
+
+    metrics: dict[str, Any]
+    missing: dict[str, str]
+    entries: Entries
+    n: int
+    notes: tuple[str, ...] = ()
+
+
+# -- captioning -----------------------------------------------------------------------------------
+
+
+def require_captions(data: Collection) -> None:
+    """Refuse a data set in which an image has no caption, before anything is computed."""
+    bare = next((s for s in data.samples if not s.captions), None)
+    if bare is not None:
+        raise DataError(f"{data.name}: {bare.key} has no caption to compare with")
+
+
+def caption(model: Blip2, data: Collection, folder: Folder, decoding: DecodingConfig, prompt: str | None) -> Outcome:
+    """Caption every image and score against all its references."""
+
+    def predict(chunk: list[int]) -> Entries:
+        samples = [data.samples[i] for i in chunk]
+        captions = model.caption([s.read() for s in samples], prompt=prompt, decoding=decoding)
+        return [{"caption": c, "references": list(s.captions)} for c, s in zip(captions, samples, strict=True)]
+
+    entries = work_through(_ids(data.samples), folder, predict, batch=model.batch, what="image")
+    candidates, references = [e["caption"] for e in entries], [e["references"] for e in entries]
+    official, missing = official_scores(candidates, references)
+    own: dict[str, Any] = {
+        **bleu(candidates, references),
+        "rouge_l": rouge_l(candidates, references),
+        "cider": cider(candidates, references),
+    }
+    for entry, score in zip(entries, cider_per_image(candidates, references), strict=True):
+        entry["score"] = score
+    names = ("bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "cider", "spice")
+    notes = [f"{len(set(candidates))} distinct captions of {len(candidates)}"]
+    if official:
+        notes.append(f"official scorers for {', '.join(official)}; the rest, if any, by blip2's own")
+        notes.append(f"blip2's own CIDEr {own['cider']:.2f}, BLEU-4 {own['bleu4']:.2f} (another tokeniser)")
+    else:
+        notes.append("BLEU, ROUGE-L and CIDEr by blip2's own scorers (no Java: its tokeniser differs in rare cases)")
+    metrics = {name: official.get(name, own.get(name)) for name in names}
+    missing = {name: reason for name, reason in missing.items() if metrics[name] is None}
+    return Outcome(metrics, missing, entries, len(entries), tuple(notes))
+
+
+# -- visual question answering --------------------------------------------------------------------
+
+
+def questions_of(data: Collection) -> list[tuple[Sample, Question]]:
+    """(image, question) of a data set.
+
+    Raises:
+        DataError: no questions in it, or one without an answer.
+    """
+    found = [(sample, question) for sample in data.samples for question in sample.questions]
+    if not found:
+        raise DataError(f"{data.name}: no questions in it")
+    bare = next(((s, q) for s, q in found if not q.answers), None)
+    if bare is not None:
+        raise DataError(f"{data.name}: {bare[0].key} has a question without answers: {bare[1].text!r}")
+    return found
+
+
+def answer(
+    model: Blip2,
+    asked: list[tuple[Sample, Question]],
+    folder: Folder,
+    decoding: DecodingConfig,
+    *,
+    shuffled: bool = False,
+    candidates: Sequence[str] = (),
+) -> Outcome:
+    """Answer every question.
+
+    Args:
+        shuffled: show each question another image than its own: what the language alone knows.
+        candidates: rank these by their likelihood instead of writing freely.
+    """
+    images = [sample for sample, _ in asked]
+    if shuffled:
+        images = images[len(images) // 2 :] + images[: len(images) // 2]
+
+    def predict(chunk: list[int]) -> Entries:
+        pictures = [images[i].read() for i in chunk]
+        texts = [asked[i][1].text for i in chunk]
+        if candidates:
+            found = model.rank_answers(pictures, texts, candidates)
+        else:
+            found = model.ask(pictures, texts, decoding=decoding)
+        return [
+            {"image": images[i].key, "question": asked[i][1].text, "answer": text, "answers": list(asked[i][1].answers)}
+            for i, text in zip(chunk, found, strict=True)
+        ]
+
+    names = [f"{sample.key}#{n}" for n, (sample, _) in enumerate(asked)]
+    entries = work_through(names, folder, predict, batch=model.batch, what="question")
+    said, answers = [e["answer"] for e in entries], [e["answers"] for e in entries]
+    several = any(len(found) > 1 for found in answers)
+    scores = vqa.vqa_accuracy(said, answers) if several else vqa.exact_match(said, answers)
+    kinds: dict[str, list[float]] = {}
+    for entry, score, (_, question) in zip(entries, scores, asked, strict=True):
+        entry["score"] = score
+        kinds.setdefault(question.kind or vqa.answer_type(question.answers), []).append(score)
+    common = vqa.majority_answer(answers)
+    blind = vqa.vqa_accuracy if several else vqa.exact_match
+    metrics = {
+        "accuracy": _percent(scores),
+        "per_type": {kind: _percent(found) for kind, found in sorted(kinds.items())},
+        "majority": _percent(blind([common] * len(answers), answers)),
+    }
+    rule = "official VQA accuracy over several people's answers" if several else "exact match after normalising"
+    return Outcome(metrics, {}, entries, len(entries), (rule, f"majority answer: {common!r}"))
+
+
+def _percent(scores: Sequence[float]) -> float:
+    return 100.0 * sum(scores) / len(scores)
+
+
+# -- retrieval ------------------------------------------------------------------------------------
+
+
+def retrieve(model: Blip2, data: Collection, folder: Folder, k: int) -> Outcome:
+    """Rank by ITC, then re-rank the best `k` of both directions by ITC + ITM.
+
+    Both directions' candidate pairs are joined and grouped by image: an image is encoded and
+    projected once and meets all its texts.
+    """
+    texts = [text for sample in data.samples for text in sample.captions]
+    owners = np.array([n for n, sample in enumerate(data.samples) for _ in sample.captions])
+    queries_IQE = torch.cat([model.embed_images([s.read() for s in chunk]) for chunk in _chunked(data.samples, model)])
+    similarity_IT = query_text_similarity(queries_IQE, model.embed_texts(texts)).numpy()
+    pairs = candidate_pairs(similarity_IT, k)
+
+    def predict(chunk: list[int]) -> Entries:
+        features = model.features([data.samples[i].read() for i in chunk])
+        return [_matches(model, features[n : n + 1], texts, pairs[i]) for n, i in enumerate(chunk)]
+
+    entries = work_through(_ids(data.samples), folder, predict, batch=model.batch, what="image")
+    reranked = reranked_scores(similarity_IT, entries, k)
+    metrics = {"itc": recall_at_k(similarity_IT, owners), "reranked": _both_ways(*reranked, owners)}
+    ranks, _ = retrieval_ranks(reranked[0], owners)
+    for entry, sample, rank, scores in zip(entries, data.samples, ranks, reranked[0], strict=True):
+        entry |= {"found": texts[int(scores.argmax())], "references": list(sample.captions), "rank": int(rank)}
+        entry["score"] = -float(rank)
+    notes = (f"{len(data.samples)} images, {len(texts)} texts, {sum(map(len, pairs))} pairs matched",)
+    return Outcome(metrics, {}, entries, len(data.samples), notes)
+
+
+def candidate_pairs(similarity_IT: npt.NDArray[Any], k: int) -> list[npt.NDArray[np.int64]]:
+    """Texts to match with each image: its `k` best, and those among whose `k` best it is."""
+    images, texts = similarity_IT.shape
+    wanted = np.zeros((images, texts), dtype=bool)
+    best_texts = np.argpartition(-similarity_IT, min(k, texts) - 1, axis=1)[:, : min(k, texts)]
+    best_images = np.argpartition(-similarity_IT, min(k, images) - 1, axis=0)[: min(k, images)]
+    np.put_along_axis(wanted, best_texts, True, axis=1)
+    np.put_along_axis(wanted, best_images, True, axis=0)
+    return [np.flatnonzero(row) for row in wanted]
+
+
+def reranked_scores(
+    similarity_IT: npt.NDArray[Any], entries: Entries, k: int
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Scores of both directions [I, T]: ITC + ITM within the `k` best, minus infinity beyond."""
+    images, texts = similarity_IT.shape
+    match_IT = np.full((images, texts), -np.inf, dtype=np.float32)
+    for row, entry in enumerate(entries):
+        match_IT[row, entry["texts"]] = entry["itm"]
+    total_IT = similarity_IT + match_IT
+    by_image = np.full_like(total_IT, -np.inf)
+    by_text = np.full_like(total_IT, -np.inf)
+    best_texts = np.argpartition(-similarity_IT, min(k, texts) - 1, axis=1)[:, : min(k, texts)]
+    best_images = np.argpartition(-similarity_IT, min(k, images) - 1, axis=0)[: min(k, images)]
+    np.put_along_axis(by_image, best_texts, np.take_along_axis(total_IT, best_texts, 1), axis=1)
+    np.put_along_axis(by_text, best_images, np.take_along_axis(total_IT, best_images, 0), axis=0)
+    return by_image, by_text
+
+
+def _both_ways(by_image: npt.NDArray[Any], by_text: npt.NDArray[Any], owners: npt.NDArray[Any]) -> dict[str, float]:
+    first, second = recall_at_k(by_image, owners), recall_at_k(by_text, owners)
+    return {name: (first if name.startswith("i2t") else second)[name] for name in first}
+
+
+def _matches(model: Blip2, features_1PC: Tensor, texts: list[str], chosen: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """ITM class-1 logits of one image with its candidate texts."""
+    kv = model.image_kv(features_1PC)
+    size = 8 * model.batch  # texts are many and short
+    meant = [texts[t] for t in chosen]
+    logits = [model.match_logits(kv, meant[start : start + size]) for start in range(0, len(meant), size)]
+    return {"texts": chosen.tolist(), "itm": [round(v, 6) for v in torch.cat(logits)[:, 1].tolist()]}
+
+
+def _chunked(samples: list[Sample], model: Blip2) -> Iterator[list[Sample]]:
+    for start in range(0, len(samples), model.batch):
+        yield samples[start : start + model.batch]
+
+
+def _ids(samples: list[Sample]) -> list[str]:
+    """Keys, made different where a data set repeats one."""
+    seen: dict[str, int] = {}
+    out = []
+    for sample in samples:
+        seen[sample.key] = seen.get(sample.key, 0) + 1
+        out.append(sample.key if seen[sample.key] == 1 else f"{sample.key}~{seen[sample.key]}")
+    return out
+
+
+def decoding_settings(decoding: DecodingConfig) -> dict[str, Any]:
+    """What of the decoding can move a number."""
+    return asdict(decoding)

@@ -1,0 +1,61 @@
+"""What an opened checkpoint is, whatever its format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from blip2.configs import RunConfig
+from blip2.errors import CheckpointError
+from blip2.weights.loading import Allowed
+from blip2.weights.names import listed
+from blip2.weights.tensors import Tensors
+
+Format = Literal["blip2", "hf", "lavis"]
+
+# How the two families of language models are asked and ended (arXiv 2301.12597, section 4.1; LAVIS).
+OPT_END, T5_QUESTION = "\n", "Question: {} Short answer:"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was found: how to build its model, and its tensors.
+
+    Args:
+        source: file or folder, for messages.
+        format: whose it is.
+        config: of the run; its towers are those that the checkpoint was trained with.
+        tensors: what trains, under our names.
+        vision: an image encoder that came along in a LAVIS file (fine-tuned ones do), under the
+            names of `Blip2VisionModel`; empty elsewhere.
+        vision_config: transformers config of that encoder, in files of ours.
+        allowed: what a load may leave out or start fresh because the format does not hold it.
+        partial: a bare Q-Former, which can start a training and cannot be used by itself.
+    """
+
+    source: str
+    format: Format
+    config: RunConfig
+    tensors: Tensors
+    vision: Tensors = field(default_factory=dict)
+    vision_config: dict[str, Any] | None = None
+    allowed: Allowed = field(default_factory=Allowed)
+    partial: bool = False
+
+
+def renamed(theirs: Tensors, both: Mapping[str, str], ignored: tuple[str, ...], source: str) -> Tensors:
+    """Their tensors under our names; what is neither in the table nor in the list is an error."""
+    back = {their: ours for ours, their in both.items()}
+    unknown = [name for name in theirs if name not in back and not listed(name, ignored)]
+    if unknown:
+        raise CheckpointError(f"{source}: {unknown[0]} is no tensor of BLIP-2 ({len(unknown)} such)")
+    return {back[name]: lazy for name, lazy in theirs.items() if name in back}
+
+
+def one_batch(tensors: Tensors) -> Tensors:
+    """Query tokens as [Q, D]: both formats keep [1, Q, D]."""
+    queries = tensors.get("qformer.query_tokens")
+    if queries is not None and len(queries.shape) == 3:
+        tensors["qformer.query_tokens"] = queries.reshaped(*queries.shape[1:])
+    return tensors

@@ -1,0 +1,74 @@
+"""Open any BLIP-2 checkpoint: a run of ours, a Hugging Face folder or hub id, a LAVIS `.pth`.
+
+    found = open_checkpoint("Salesforce/blip2-opt-2.7b")
+    found.config        # the RunConfig that builds its model
+    found.tensors       # what trains, under our names, still on disk
+
+Nothing is read here but names and shapes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from blip2.errors import CheckpointError
+from blip2.models import hub
+from blip2.weights import runs
+from blip2.weights.checkpoint import Checkpoint
+from blip2.weights.huggingface import open_huggingface
+from blip2.weights.lavis import open_lavis
+from blip2.weights.tensors import open_safetensors
+
+# Published checkpoints by a short name.
+PRESETS = {
+    name: f"Salesforce/{name}"
+    for name in (
+        "blip2-opt-2.7b",
+        "blip2-opt-6.7b",
+        "blip2-opt-2.7b-coco",
+        "blip2-opt-6.7b-coco",
+        "blip2-flan-t5-xl",
+        "blip2-flan-t5-xl-coco",
+        "blip2-flan-t5-xxl",
+        "blip2-itm-vit-g",
+        "blip2-itm-vit-g-coco",
+    )
+}
+
+
+def open_checkpoint(source: str | Path, *, vision: str | None = None, language: str | None = None) -> Checkpoint:
+    """Open a checkpoint of any of the three formats.
+
+    Args:
+        source: run folder or weights file of ours, preset name, Hugging Face folder or hub id, or
+            LAVIS `.pth`.
+        vision, language: image encoder and language model in place of those that it names.
+
+    Raises:
+        CheckpointError: nothing there, incomplete, damaged, or not a BLIP-2 checkpoint.
+    """
+    found = _open(source)
+    config = found.config
+    if vision:
+        config = replace(config, vision=replace(config.vision, name=vision))
+    if language:
+        config = replace(config, language=replace(config.language, name=language))
+    return replace(found, config=config)
+
+
+def _open(source: str | Path) -> Checkpoint:
+    path = Path(source)
+    if path.is_dir() and (path / "config.json").is_file():
+        return open_huggingface(str(source), path)
+    if path.is_file() and path.suffix != ".safetensors":
+        return open_lavis(path)
+    if path.exists():
+        run = runs.open_run(path)
+        return Checkpoint(str(run.weights), "blip2", run.config, open_safetensors(run.weights))
+    name = PRESETS.get(str(source), str(source))
+    if hub.is_id(name) and not Path(name).suffix:
+        return open_huggingface(name, hub.snapshot(name))
+    raise CheckpointError(
+        f"{source}: no such run folder or checkpoint file, and no preset ({', '.join(PRESETS)}) or hub id (OWNER/NAME)"
+    )

@@ -1,0 +1,97 @@
+"""BLIP-2 of transformers: conditional generation, image-text retrieval, `Blip2Model`, and a bare Q-Former."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from blip2.configs import LanguageConfig, QFormerConfig, RunConfig, VisionConfig, from_dict
+from blip2.errors import CheckpointError
+from blip2.models import hub
+from blip2.weights import names
+from blip2.weights.checkpoint import OPT_END, T5_QUESTION, Checkpoint, one_batch, renamed
+from blip2.weights.loading import STAGE2_ONLY, Allowed
+from blip2.weights.native import read_metadata
+from blip2.weights.tensors import Tensors, open_folder, open_safetensors
+
+# Our tensors that transformers has no place for, beside the folder's own weights.
+SIDE_FILE = "blip2.safetensors"
+
+
+def open_huggingface(source: str, folder: Path) -> Checkpoint:
+    """Open a folder of transformers; `source` is its name for messages.
+
+    Raises:
+        CheckpointError: not BLIP-2, incomplete, or with tensors that have no place.
+    """
+    config = hub.load_config(str(folder))
+    if config.model_type == "blip_2_qformer":
+        return _bare_qformer(source, config, open_folder(folder))
+    if config.model_type != "blip-2":
+        raise CheckpointError(f"{source}: a {config.model_type} model, not a BLIP-2 one")
+    theirs = open_folder(folder)
+    both = names.huggingface(names.depth_of(theirs))
+    tensors = renamed(theirs, both, (*names.HF_TOWERS, *names.HF_IGNORED), source)
+    allowed = Allowed()
+    if "language_proj.weight" not in tensors:
+        side = folder / SIDE_FILE
+        tensors |= open_safetensors(side) if side.is_file() else {}
+        allowed = Allowed(fresh=names.HF_WITHOUT)
+    run = _side_config(folder) or _huggingface_config(config, str(folder), tensors)
+    return Checkpoint(source, "hf", run, one_batch(tensors), allowed=allowed)
+
+
+def _huggingface_config(config: Any, folder: str, tensors: Tensors) -> RunConfig:
+    q, text = config.qformer_config, config.text_config
+    stage = "stage2" if "language_proj.weight" in tensors else "stage1"
+    options: dict[str, Any] = {}
+    if text.model_type == "opt":
+        options["end"] = OPT_END
+    elif text.is_encoder_decoder:
+        options["question"] = T5_QUESTION
+    return RunConfig(
+        recipe="huggingface",
+        stage=stage,
+        vision=VisionConfig(name=folder, image_size=None, norm_eps=config.vision_config.layer_norm_eps),
+        qformer=QFormerConfig(
+            init=folder,
+            queries=config.num_query_tokens,
+            cross_every=q.cross_attention_frequency,
+            embed_dim=config.image_text_hidden_size,
+            dropout=q.hidden_dropout_prob,
+            attention_dropout=q.attention_probs_dropout_prob,
+        ),
+        # stage 1 has none: the default stays
+        language=LanguageConfig(name=folder, **options) if stage == "stage2" else LanguageConfig(),
+    )
+
+
+def _side_config(folder: Path) -> RunConfig | None:
+    """The configuration of a run of ours that was converted, with its towers in this folder."""
+    side = folder / SIDE_FILE
+    stored = read_metadata(side).get("config") if side.is_file() else None
+    if stored is None:
+        return None
+    run: RunConfig = from_dict(RunConfig, json.loads(stored), str(side))
+    language = run.language if run.stage == "stage1" else replace(run.language, name=str(folder))
+    return replace(
+        run,
+        init=None,
+        vision=replace(run.vision, name=str(folder)),
+        qformer=replace(run.qformer, init=str(folder)),
+        language=language,
+    )
+
+
+def _bare_qformer(source: str, config: Any, theirs: Tensors) -> Checkpoint:
+    tensors = renamed(theirs, names.huggingface_qformer(names.depth_of(theirs)), names.HF_IGNORED, source)
+    fresh = ("qformer.query_tokens", "qformer.embeddings.", "ln_vision.", "vision_proj.", "text_proj.", "itm_head.")
+    run = RunConfig(
+        recipe="huggingface",
+        vision=VisionConfig(name=source),
+        qformer=QFormerConfig(init=source, cross_every=config.cross_attention_frequency),
+    )
+    allowed = Allowed(fresh=(*fresh, *names.HF_WITHOUT, *STAGE2_ONLY))
+    return Checkpoint(source, "hf", run, tensors, allowed=allowed, partial=True)

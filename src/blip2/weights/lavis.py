@@ -1,0 +1,116 @@
+"""LAVIS's BLIP-2: the `.pth` files of `blip2_qformer`, `blip2_opt` and `blip2_t5`."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from blip2.configs import LanguageConfig, QFormerConfig, RunConfig, VisionConfig, from_dict
+from blip2.errors import CheckpointError
+from blip2.weights import names
+from blip2.weights.checkpoint import OPT_END, T5_QUESTION, Checkpoint, one_batch, renamed
+from blip2.weights.tensors import LazyTensor, Tensors, open_pickled
+
+# Language models of LAVIS by projection and width, image encoders by width: a `.pth` names neither.
+_LAVIS_LANGUAGE = {
+    ("opt_proj", 2560): "opt-2.7b",
+    ("opt_proj", 4096): "opt-6.7b",
+    ("t5_proj", 2048): "flan-t5-xl",
+    ("t5_proj", 4096): "flan-t5-xxl",
+}
+_LAVIS_VISION = {1408: VisionConfig(name="vitg", layer=-1), 1024: VisionConfig(name="vitl", layer=-2)}
+_KEY = "qformer.layers.0.cross_attention.key.weight"
+
+
+def open_lavis(path: Path) -> Checkpoint:
+    """Open a `.pth`; what it does not say (which towers) follows from its widths.
+
+    Raises:
+        CheckpointError: damaged, holding more than tensors and plain values, or of another model.
+    """
+    theirs, beside = open_pickled(path)
+    _require_blip2(path, theirs)
+    projection = next((p for p in names.LAVIS_PROJECTIONS if f"{p}.weight" in theirs), None)
+    vision_names = [n for n in theirs if n.startswith(names.LAVIS_VISION)]
+    both = names.lavis(names.depth_of(theirs), projection or names.LAVIS_PROJECTIONS[0])
+    tensors = renamed(theirs, both, (*names.LAVIS_IGNORED, names.LAVIS_VISION), str(path))
+    if "temp" in tensors:
+        tensors["temp"] = tensors["temp"].reshaped(1)
+    vision = _eva({name: theirs[name] for name in vision_names}, path) if vision_names else {}
+    stored = beside.get("blip2")
+    if isinstance(stored, str):
+        run: RunConfig = from_dict(RunConfig, json.loads(stored), str(path))
+        run = replace(run, init=None)
+    else:
+        run = _lavis_config(path, tensors, projection, vision)
+    own = json.loads(beside["blip2_vision"]) if isinstance(beside.get("blip2_vision"), str) else None
+    return Checkpoint(str(path), "lavis", run, one_batch(tensors), vision, own)
+
+
+def _require_blip2(path: Path, theirs: Tensors) -> None:
+    for part, model in names.LAVIS_OTHERS.items():
+        if any(name.startswith(part) for name in theirs):
+            raise CheckpointError(f"{path}: a checkpoint of {model}, not of BLIP-2")
+    if "query_tokens" not in theirs or not any(name.startswith("Qformer.") for name in theirs):
+        raise CheckpointError(f"{path}: not a LAVIS BLIP-2 checkpoint (no query_tokens and Qformer.* in it)")
+
+
+def _lavis_config(path: Path, tensors: Tensors, projection: str | None, vision: Tensors) -> RunConfig:
+    queries, width = tensors["qformer.query_tokens"].shape[-2:]
+    if width != 768 or names.depth_of(tensors) != 12:
+        raise CheckpointError(
+            f"{path}: its Q-Former is {width} wide with {names.depth_of(tensors)} layers, and LAVIS's only is "
+            "BERT-base (768, 12)"
+        )
+    features = tensors[_KEY].shape[1]
+    if features not in _LAVIS_VISION:
+        raise CheckpointError(
+            f"{path}: made for an image encoder {features} wide; LAVIS has 1408 (ViT-g), 1024 (ViT-L)"
+        )
+    encoder = _LAVIS_VISION[features]
+    if vision:
+        encoder = replace(encoder, image_size=_side(vision["embeddings.position_embedding"].shape[1]))
+    language = LanguageConfig()
+    if projection is not None:
+        hidden = tensors["language_proj.weight"].shape[0]
+        name = _LAVIS_LANGUAGE.get((projection, hidden))
+        if name is None:
+            raise CheckpointError(f"{path}: made for a language model {hidden} wide, which is none of LAVIS's")
+        t5 = projection == "t5_proj"
+        language = LanguageConfig(name, question=T5_QUESTION) if t5 else LanguageConfig(name, end=OPT_END)
+    return RunConfig(
+        recipe="lavis",
+        stage="stage2" if projection else "stage1",
+        vision=encoder,
+        qformer=QFormerConfig(init="bert-base", queries=queries, attention_dropout=0.1),
+        language=language,
+    )
+
+
+def _eva(theirs: Tensors, path: Path) -> Tensors:
+    """EVA ViT-g under the names of `Blip2VisionModel`; the bias of q, k, v becomes cat(q, 0, v)."""
+    blocks = [int(name.split(".")[2]) for name in theirs if name.startswith("visual_encoder.blocks.")]
+    if not blocks:
+        raise CheckpointError(f"{path}: its image encoder is not EVA ViT-g; convert a checkpoint without one")
+    both = names.eva(max(blocks) + 1)
+    biases = tuple(
+        f"visual_encoder.blocks.{n}.attn.{kind}" for n in range(max(blocks) + 1) for kind in ("q_bias", "v_bias")
+    )
+    out = renamed(theirs, both, biases, str(path))
+    for n in range(max(blocks) + 1):
+        q, v = (theirs[f"visual_encoder.blocks.{n}.attn.{kind}"] for kind in ("q_bias", "v_bias"))
+
+        def join(q: LazyTensor = q, v: LazyTensor = v) -> torch.Tensor:
+            return torch.cat([q.read(), torch.zeros(q.shape, dtype=q.dtype), v.read()])
+
+        out[f"encoder.layers.{n}.self_attn.qkv.bias"] = LazyTensor((3 * q.shape[0],), q.dtype, join)
+    return out
+
+
+def _side(positions: int) -> int:
+    """Pixels of the side of an image with so many positions, [CLS] included, in patches of 14."""
+    return 14 * math.isqrt(positions - 1)

@@ -1,0 +1,155 @@
+"""Strict loading: every tensor has a place and every place a tensor, but for what a list names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from blip2.errors import CheckpointError
+from blip2.models.freezing import is_adapter
+from blip2.weights.names import listed
+from blip2.weights.tensors import LazyTensor
+
+# Parts that are frozen in pretraining and come from their own checkpoint.
+FROZEN = ("vision.", "language_model.")
+# What stage 2 leaves behind of stage 1: the text branch, its head, and the heads of ITC and ITM.
+STAGE1_ONLY = (
+    "qformer.embeddings.",
+    "qformer.head.",
+    "vision_proj.",
+    "text_proj.",
+    "itm_head.",
+    "temp",
+)
+TEXT_FEED_FORWARD = ".text_ff."
+# The frozen tower that may have adapters, which are all that is ever saved of it.
+ADAPTED = ("language_model.",)
+# What stage 2 adds.
+STAGE2_ONLY = ("language_proj.", *ADAPTED)
+# Tensors of a row per word or per query: another number of rows is adapted where that is allowed.
+_BY_ROWS = {
+    "qformer.embeddings.word.weight": "words",
+    "qformer.head.bias": "words",
+    "qformer.query_tokens": "queries",
+}
+_WIDTHS = {
+    "ln_vision.weight": (0, "an image encoder"),
+    "cross_attention.key.weight": (1, "an image encoder"),
+    "language_proj.weight": (0, "a language model"),
+}
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load did; `line()` is what a user reads."""
+
+    source: str
+    loaded: int
+    left_out: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
+    reshaped: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        """One line for people."""
+        parts = [f"{self.loaded} tensors from {self.source}"]
+        if self.left_out:
+            parts.append(f"{len(self.left_out)} left out ({_prefixes(self.left_out)})")
+        if self.fresh:
+            parts.append(f"{len(self.fresh)} start fresh ({_prefixes(self.fresh)})")
+        return "; ".join([*parts, *self.reshaped])
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a load may do besides filling every tensor from one of its name and shape.
+
+    Args:
+        left_out: tensors of the checkpoint that the model has no place for.
+        fresh: tensors of the model that keep their initialisation.
+        adapt: whether another number of queries or of words (one more or less: [DEC]) is adapted.
+    """
+
+    left_out: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
+    adapt: bool = False
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of a stage that is an adapter or not part of a frozen tower, by name."""
+    state = model.state_dict()
+    return {name: value for name, value in state.items() if is_adapter(name) or not name.startswith(FROZEN)}
+
+
+def new_adapters(state: Iterable[str]) -> tuple[str, ...]:
+    """What may start fresh where a run goes on from a checkpoint: its adapters, if that has none at all."""
+    return () if any(map(is_adapter, state)) else ADAPTED
+
+
+def fill(
+    model: nn.Module, source: str, state: Mapping[str, Tensor | LazyTensor], allowed: Allowed | None = None
+) -> LoadReport:
+    """Fill what trains of a stage from tensors of our names, in place; on an error nothing is changed.
+
+    Args:
+        source: file or folder, for messages.
+
+    Raises:
+        CheckpointError: names the first missing, unexpected or differently shaped tensor.
+    """
+    allowed = allowed or Allowed()
+    own = trained_state(model)
+    unexpected, missing = [n for n in state if n not in own], [n for n in own if n not in state]
+    dropped = [n for n in unexpected if _droppable(n, allowed.left_out)]
+    started = [n for n in missing if listed(n, allowed.fresh)]
+    if len(missing) > len(started):
+        name = next(n for n in missing if n not in started)
+        cause = "has no LoRA adapter there" if is_adapter(name) else "is of another model or stage"
+        raise CheckpointError(f"{source}: {name} is missing: the checkpoint {cause}")
+    if len(unexpected) > len(dropped):
+        name = next(n for n in unexpected if n not in dropped)
+        cause = "give lora.rank and lora.targets of its run" if is_adapter(name) else "it is of another model or stage"
+        raise CheckpointError(f"{source}: {name} has no place in this model: {cause}")
+    shared = [name for name in own if name in state]
+    reshaped = [line for name in shared if (line := _compare(source, name, state[name], own[name], allowed.adapt))]
+    with torch.no_grad():
+        for name in shared:
+            _copy(own[name], state[name])
+    return LoadReport(source, len(shared), tuple(dropped), tuple(started), tuple(dict.fromkeys(reshaped)))
+
+
+def _droppable(name: str, left_out: tuple[str, ...]) -> bool:
+    return bool(left_out) and (listed(name, left_out) or TEXT_FEED_FORWARD in name)
+
+
+def _compare(source: str, name: str, theirs: Tensor | LazyTensor, ours: Tensor, adapt: bool) -> str | None:
+    """None where the shapes are equal, a line where the difference is adapted, else an error."""
+    have, want = tuple(theirs.shape), tuple(ours.shape)
+    if have == want:
+        return None
+    for part, (axis, what) in _WIDTHS.items():
+        if name.endswith(part) and have[axis] != want[axis]:
+            raise CheckpointError(f"{source}: made for {what} {have[axis]} wide, this model's is {want[axis]} wide")
+    rows = _BY_ROWS.get(name)
+    if adapt and rows and have[1:] == want[1:] and (rows == "queries" or abs(have[0] - want[0]) == 1):
+        if have[0] > want[0]:
+            return f"{have[0]} {rows} in the checkpoint, {want[0]} here: the first {want[0]} are used"
+        return f"{have[0]} {rows} in the checkpoint, {want[0]} here: {want[0] - have[0]} start fresh"
+    same = "lora.rank" if is_adapter(name) else "image encoder, Q-Former and number of queries"
+    raise CheckpointError(f"{source}: {name} is {have} in the checkpoint and {want} in the model: use the same {same}")
+
+
+def _copy(target: Tensor, source: Tensor | LazyTensor) -> None:
+    value = source.read() if isinstance(source, LazyTensor) else source
+    if value.shape == target.shape:
+        target.copy_(value)
+    else:
+        rows = min(len(value), len(target))
+        target[:rows].copy_(value[:rows])
+
+
+def _prefixes(names: tuple[str, ...]) -> str:
+    titles = {"qformer": "text branch", "language_model": "LoRA adapters"}
+    return ", ".join(dict.fromkeys(titles.get(part, part) for part in (name.split(".")[0] for name in names)))

@@ -1,0 +1,206 @@
+"""`blip2 evaluate` on tiny random checkpoints: numbers against plain references, resume, refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import blip2
+from blip2.apps.cli import main
+from blip2.apps.evaluate.published import published
+from blip2.apps.evaluate.tasks import candidate_pairs, reranked_scores
+from blip2.evaluation.captioning import bleu, cider
+from blip2.evaluation.retrieval import recall_at_k
+
+HF = Callable[[str], tuple[Path, Any]]
+SHORT = ["--beams", "2", "--min-tokens", "1", "--max-tokens", "5"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six pictures with captions and questions, as JSONL."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    lines = []
+    for n in range(6):
+        Image.fromarray(rng.integers(0, 255, (50, 50, 3), dtype=np.uint8)).save(folder / f"{n}.png")
+        captions = ["a dog on the grass", "two cats sleep"] if n % 2 else ["a red sofa on the grass"]
+        asked = [
+            {"question": "what is it?", "answers": ["dog"] * 9 + ["cat"]},
+            {"question": "how many?", "answers": ["2"]},
+        ]
+        lines.append(json.dumps({"key": f"k{n}", "image": f"{n}.png", "captions": captions, "qa": asked[: 1 + n % 2]}))
+    (folder / "set.jsonl").write_text("\n".join(lines))
+    return folder / "set.jsonl"
+
+
+def last(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return found
+
+
+def test_captioning(hf: HF, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = str(hf("opt")[0]), tmp_path / "e"
+    command = [
+        "evaluate",
+        "caption",
+        "--model",
+        source,
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--dtype",
+        "fp32",
+        *SHORT,
+    ]
+    assert main([*command, "--json"]) == 0
+    result = last(capsys)
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [f"k{n}" for n in range(6)]
+    said, wanted = [line["caption"] for line in lines], [line["references"] for line in lines]
+    assert result["metrics"]["bleu1"] == pytest.approx(bleu(said, wanted)["bleu1"], abs=0.01)
+    assert result["metrics"]["cider"] == pytest.approx(cider(said, wanted), abs=0.01)
+    assert (result["task"], result["n"], result["settings"]["beams"]) == ("caption", 6, 2)
+    for name in ("meteor", "spice"):
+        assert result["metrics"][name] is not None or result["missing"][name]
+    model = blip2.load(source, dtype="fp32")
+    pictures = [data.parent / f"{n}.png" for n in range(6)]
+    assert said == model.caption(pictures, beams=2, min_tokens=1, max_tokens=5)
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 6
+    # a folder of other settings is refused, the same is complete at once
+    assert main([*command, "--repetition-penalty", "2"]) == 2
+    assert "choose another --out" in capsys.readouterr().err
+    (out / "predictions.jsonl").write_text("\n".join(json.dumps(line) for line in lines[:3]) + '\n{"id": "k3", "cap')
+    assert main([*command, "--json"]) == 0
+    assert last(capsys)["metrics"] == result["metrics"]
+
+
+def test_questions(hf: HF, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["evaluate", "vqa", "--model", str(hf("t5")[0]), "--data", str(data), "--dtype", "fp32", "--json", *SHORT]
+    assert main([*base, "--out", str(tmp_path / "free")]) == 0
+    free = last(capsys)
+    assert free["n"] == 9
+    assert free["metrics"]["per_type"].keys() == {"other", "number"}
+    assert free["metrics"]["majority"] == pytest.approx(100 * 6 * 1.0 / 9, abs=0.01)
+    (tmp_path / "answers.txt").write_text("dog\n2\n")
+    ranked = [*base, "--out", str(tmp_path / "ranked"), "--candidates", str(tmp_path / "answers.txt")]
+    assert main(ranked) == 0
+    assert last(capsys)["n"] == 9
+    lines = [json.loads(line) for line in (tmp_path / "ranked" / "predictions.jsonl").read_text().splitlines()]
+    assert {line["answer"] for line in lines} <= {"dog", "2"}
+    assert main([*base, "--out", str(tmp_path / "shuffled"), "--shuffle", "--limit", "4"]) == 0
+    assert last(capsys)["settings"]["shuffled"] is True
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_ranking_follows_the_likelihood(hf: HF, data: Path, kind: str) -> None:
+    model = blip2.load(hf(kind)[0], dtype="fp32")
+    assert model.stage2 is not None
+    picture, candidates = data.parent / "1.png", ["a dog", "two cats sleep", "it"]
+    prompt = model.config.language.question.format("what is it?")
+    soft = model.stage2.soft_prompts(model.features(picture))
+    scores = []
+    for text in candidates:
+        tokenizer, language = model.language_tokenizer, model.stage2.language_model
+        if kind == "t5":
+            parts = tokenizer.pairs([prompt], [text])
+            mean = language.encoder_decoder_loss(soft, *parts)
+            scores.append(-float(mean) * int(parts[3].sum()))
+        else:
+            parts3 = tokenizer.targets([prompt], [text])
+            scores.append(-float(language.decoder_loss(soft, *parts3)) * int(parts3[2].sum()))
+    assert model.rank_answers(picture, "what is it?", candidates) == [candidates[int(np.argmax(scores))]]
+
+
+def test_retrieval(hf: HF, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(hf("itm")[0])
+    command = ["evaluate", "retrieval", "--model", source, "--data", str(data), "--dtype", "fp32", "--json", "-k", "3"]
+    assert main([*command, "--out", str(tmp_path / "e")]) == 0
+    result = last(capsys)
+    model = blip2.load(source, dtype="fp32")
+    entries = [json.loads(line) for line in data.read_text().splitlines()]
+    texts = [text for entry in entries for text in entry["captions"]]
+    owners = np.array([n for n, entry in enumerate(entries) for _ in entry["captions"]])
+    pictures = [data.parent / entry["image"] for entry in entries]
+    similarity = model.similarity(pictures, texts).numpy()
+    # the plain procedure: every pair by itself
+    match = np.empty_like(similarity)
+    for i, picture in enumerate(pictures):
+        kv = model.image_kv(model.features(picture))
+        for t, text in enumerate(texts):
+            match[i, t] = model.match_logits(kv, [text])[0, 1]
+    by_image, by_text = np.full_like(similarity, -np.inf), np.full_like(similarity, -np.inf)
+    for i in range(len(pictures)):
+        best = np.argsort(-similarity[i])[:3]
+        by_image[i, best] = similarity[i, best] + match[i, best]
+    for t in range(len(texts)):
+        best = np.argsort(-similarity[:, t])[:3]
+        by_text[best, t] = similarity[best, t] + match[best, t]
+    first, second = recall_at_k(by_image, owners), recall_at_k(by_text, owners)
+    expected = {name: (first if name.startswith("i2t") else second)[name] for name in first}
+    assert result["metrics"]["reranked"] == pytest.approx(expected, abs=0.01)
+    assert result["metrics"]["itc"] == pytest.approx(recall_at_k(similarity, owners), abs=0.01)
+
+
+def test_pairs_are_joined_and_each_direction_keeps_its_own() -> None:
+    similarity = np.array([[0.9, 0.1, 0.2], [0.3, 0.8, 0.7]])
+    pairs = candidate_pairs(similarity, 1)
+    assert [p.tolist() for p in pairs] == [[0], [1, 2]]
+    entries = [{"texts": [0], "itm": [1.0]}, {"texts": [1, 2], "itm": [2.0, 3.0]}]
+    by_image, by_text = reranked_scores(similarity, entries, 1)
+    assert np.isneginf(by_image).tolist() == [[False, True, True], [True, False, True]]
+    assert np.isneginf(by_text).tolist() == [[False, True, True], [True, False, False]]
+    assert by_text[1, 2] == pytest.approx(3.7)
+
+
+def test_two_processes_give_the_same(hf: HF, data: Path, tmp_path: Path) -> None:
+    command = ["-m", "blip2", "evaluate", "caption", "--model", str(hf("opt")[0]), "--data", str(data), *SHORT]
+    command += ["--batch", "2", "--dtype", "fp32", "--json"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    results = []
+    for name, before in (("one", []), ("two", launcher)):
+        arguments = [sys.executable, *before, *command, "--out", str(tmp_path / name)]
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-2000:]
+        results.append(json.loads(done.stdout.splitlines()[-1])["metrics"])
+        assert sorted(p.name for p in (tmp_path / name).glob("predictions*")) == ["predictions.jsonl"]
+    assert results[0] == results[1]
+    assert (tmp_path / "one/predictions.jsonl").read_text() == (tmp_path / "two/predictions.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("task", "lines", "message"),
+    [
+        ("caption", [{"image": "0.png", "question": "q", "answers": ["a"]}], "has no caption to compare with"),
+        ("vqa", [{"image": "0.png", "captions": ["a"]}], "no questions in it"),
+        ("vqa", [{"image": "0.png", "captions": ["a"], "question": "q"}], "has a question without answers: 'q'"),
+        ("retrieval", [{"image": "0.png", "captions": ["a"]}], "retrieval needs two or more"),
+        ("caption", [], "nothing in it"),
+    ],
+)
+def test_refused_before_a_model_is_loaded(
+    task: str, lines: list[dict[str, Any]], message: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = data.parent / "other.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    assert main(["evaluate", task, "--model", "no/model/here", "--data", str(path)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("blip2: ")
+    assert message in error
+    assert "\n" not in error
+
+
+def test_the_papers_values() -> None:
+    assert published("vqa", "Salesforce/blip2-flan-t5-xl", "gqa/testdev.tar") == {"accuracy": 44.2}
+    assert published("caption", "blip2-opt-2.7b-coco", "coco:test")["cider"] == 145.8
+    assert published("caption", "runs/s2", "flickr8k:dev") == {}

@@ -1,0 +1,193 @@
+"""Published checkpoints without their weights: keys, shapes and counts, all on the meta device.
+
+What Hugging Face's files hold follows from transformers' own classes; what LAVIS's hold is written out
+here from its code (`Blip2Qformer`, `Blip2OPT`, `Blip2T5`), not from the maps under test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from blip2.apps.estimate import build_on_meta
+from blip2.configs import LanguageConfig, RunConfig
+from blip2.models.freezing import parameter_table
+from blip2.models.towers import TOWERS
+from blip2.recipes import recipe
+from blip2.weights import names
+from blip2.weights.loading import trained_state
+
+Shapes = dict[str, tuple[int, ...]]
+ENCODERS = {"vitg": 1408, "vitl": 1024}
+LANGUAGES = {"opt-2.7b": 2560, "opt-6.7b": 4096, "flan-t5-xl": 2048, "flan-t5-xxl": 4096}
+DEPTH, D, WORDS = 12, 768, 30523
+
+
+def run(stage: str, vision: str, language: str = "opt-2.7b") -> RunConfig:
+    base = recipe(f"{vision}-opt2.7b/{stage}")
+    return replace(base, language=LanguageConfig(name=language))
+
+
+def ours(stage: str, vision: str, language: str = "opt-2.7b") -> tuple[Any, Shapes]:
+    model = build_on_meta(run(stage, vision, language))
+    return model, {name: tuple(value.shape) for name, value in trained_state(model).items()}
+
+
+def linear(name: str, rows: int, columns: int) -> Shapes:
+    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+
+def norm(name: str, width: int = D) -> Shapes:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def lavis_qformer(width: int, *, text: bool) -> Shapes:
+    """`Qformer.bert.*` of LAVIS; stage 2 drops the text's embeddings, feed-forwards and head."""
+    found: Shapes = {"query_tokens": (1, 32, D), **norm("ln_vision", width)}
+    found |= norm("Qformer.bert.embeddings.LayerNorm")
+    for n in range(DEPTH):
+        layer = f"Qformer.bert.encoder.layer.{n}"
+        for attention in ["attention", *(["crossattention"] if n % 2 == 0 else [])]:
+            source = width if attention == "crossattention" else D
+            found |= linear(f"{layer}.{attention}.self.query", D, D)
+            found |= linear(f"{layer}.{attention}.self.key", D, source)
+            found |= linear(f"{layer}.{attention}.self.value", D, source)
+            found |= linear(f"{layer}.{attention}.output.dense", D, D) | norm(f"{layer}.{attention}.output.LayerNorm")
+        for suffix in ["_query", *([""] if text else [])]:
+            found |= linear(f"{layer}.intermediate{suffix}.dense", 4 * D, D)
+            found |= linear(f"{layer}.output{suffix}.dense", D, 4 * D) | norm(f"{layer}.output{suffix}.LayerNorm")
+    return found
+
+
+def lavis_stage1(width: int) -> Shapes:
+    embeddings, head = "Qformer.bert.embeddings", "Qformer.cls.predictions"
+    return {
+        **lavis_qformer(width, text=True),
+        "temp": (),
+        f"{embeddings}.position_ids": (1, 512),
+        f"{embeddings}.word_embeddings.weight": (WORDS, D),
+        f"{embeddings}.position_embeddings.weight": (512, D),
+        f"{head}.bias": (WORDS,),
+        **linear(f"{head}.transform.dense", D, D),
+        **norm(f"{head}.transform.LayerNorm"),
+        **linear(f"{head}.decoder", WORDS, D),
+        **linear("vision_proj", 256, D),
+        **linear("text_proj", 256, D),
+        **linear("itm_head", 2, D),
+    }
+
+
+def same_but_for_form(ours: Shapes, theirs: Shapes, table: dict[str, str]) -> None:
+    """Every tensor of ours is theirs under the table's name; queries and temperature differ by an axis of one."""
+    for name, shape in ours.items():
+        want = theirs[table[name]]
+        assert shape == want or [n for n in shape if n != 1] == [n for n in want if n != 1], name
+
+
+@pytest.mark.parametrize("vision", ENCODERS)
+def test_lavis_stage_1(vision: str) -> None:
+    _, mine = ours("stage1", vision)
+    theirs = lavis_stage1(ENCODERS[vision])
+    table = names.lavis(DEPTH)
+    same_but_for_form(mine, theirs, table)
+    left = {name for name in theirs if name not in {table[n] for n in mine}}
+    assert all(names.listed(name, names.LAVIS_IGNORED) for name in left)
+    assert left == {
+        "Qformer.bert.embeddings.position_ids",
+        "Qformer.cls.predictions.decoder.weight",
+        "Qformer.cls.predictions.decoder.bias",
+    }
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("vision", ENCODERS)
+def test_lavis_stage_2(vision: str, language: str) -> None:
+    _, mine = ours("stage2", vision, language)
+    projection = "opt_proj" if language.startswith("opt") else "t5_proj"
+    theirs = lavis_qformer(ENCODERS[vision], text=False) | linear(projection, LANGUAGES[language], D)
+    table = names.lavis(DEPTH, projection)
+    same_but_for_form(mine, theirs, table)
+    assert {table[n] for n in mine} == theirs.keys()
+
+
+def huggingface(kind: str, language: str = "opt-2.7b") -> Shapes:
+    """Tensors of transformers' own model at the published sizes."""
+    import transformers
+    from transformers import Blip2Config
+
+    text = TOWERS[language].config()
+    stage1 = kind == "Blip2ForImageTextRetrieval"
+    config = Blip2Config(
+        text_config=text.to_dict(), qformer_config={"vocab_size": WORDS, "use_qformer_text_input": stage1}
+    )
+    with torch.device("meta"):
+        return {name: tuple(v.shape) for name, v in getattr(transformers, kind)(config).state_dict().items()}
+
+
+def test_hugging_face_retrieval() -> None:
+    model, mine = ours("stage1", "vitg")
+    theirs = huggingface("Blip2ForImageTextRetrieval")
+    table = names.huggingface(DEPTH)
+    known = {name: shape for name, shape in mine.items() if not names.listed(name, names.HF_WITHOUT)}
+    same_but_for_form(known, theirs, table)
+    bridge = {n for n in theirs if not names.listed(n, names.HF_TOWERS) or "post_layernorm" in n}
+    assert {table[name] for name in known} == bridge
+    vision = {f"vision_model.{n}": tuple(v.shape) for n, v in model.vision.model.state_dict().items()}
+    assert vision == {n: s for n, s in theirs.items() if n.startswith("vision_model.")}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_hugging_face_generation(language: str) -> None:
+    model, mine = ours("stage2", "vitg", language)
+    theirs = huggingface("Blip2ForConditionalGeneration", language)
+    table = names.huggingface(DEPTH)
+    same_but_for_form(mine, theirs, table)
+    bridge = {n for n in theirs if not names.listed(n, names.HF_TOWERS) or "post_layernorm" in n}
+    assert {table[name] for name in mine} == bridge
+    towers = {f"language_model.{n}": tuple(v.shape) for n, v in model.language_model.model.state_dict().items()}
+    assert towers == {n: s for n, s in theirs.items() if n.startswith("language_model.")}
+
+
+def test_eva_vit_g_of_lavis() -> None:
+    model = build_on_meta(run("stage1", "vitg"))
+    mine = {name: tuple(value.shape) for name, value in model.vision.model.state_dict().items()}
+    width, inner = 1408, 6144
+    theirs: Shapes = {
+        "visual_encoder.cls_token": (1, 1, width),
+        "visual_encoder.pos_embed": (1, 257, width),
+        "visual_encoder.patch_embed.proj.weight": (width, 3, 14, 14),
+        "visual_encoder.patch_embed.proj.bias": (width,),
+    }
+    for n in range(39):
+        block = f"visual_encoder.blocks.{n}"
+        theirs |= norm(f"{block}.norm1", width) | norm(f"{block}.norm2", width)
+        theirs |= {f"{block}.attn.qkv.weight": (3 * width, width)} | linear(f"{block}.attn.proj", width, width)
+        theirs |= linear(f"{block}.mlp.fc1", inner, width) | linear(f"{block}.mlp.fc2", width, inner)
+    table = names.eva(39)
+    assert set(table.values()) == theirs.keys()
+    for name, their in table.items():
+        assert mine[name] == theirs[their], name
+    rest = {name for name in mine if name not in table}
+    assert rest == {f"encoder.layers.{n}.self_attn.qkv.bias" for n in range(39)} | {
+        "post_layernorm.weight",
+        "post_layernorm.bias",
+    }
+    assert mine["encoder.layers.0.self_attn.qkv.bias"] == (3 * width,)
+
+
+@pytest.mark.parametrize(("vision", "least", "most"), [("vitg", 186e6, 188e6), ("vitl", 180e6, 188e6)])
+def test_stage_1_trains_188_million(vision: str, least: float, most: float) -> None:
+    model, _ = ours("stage1", vision)
+    assert least < sum(row.trainable for row in parameter_table(model)) < most
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("vision", ENCODERS)
+def test_stage_2_trains_103_to_108_million(vision: str, language: str) -> None:
+    model, _ = ours("stage2", vision, language)
+    trained = sum(row.trainable for row in parameter_table(model))
+    # the paper counts ViT-L's bridges at 103M and more, ViT-g's up to 108M (table 2)
+    assert 103e6 < trained < 108.5e6
