@@ -10,7 +10,6 @@ from torch import nn
 
 from blip2.configs import OptimConfig
 
-
 # Parts whose learning rate `optim.qformer_scale` multiplies.
 _QFORMER = ("qformer", "ln_vision")
 
