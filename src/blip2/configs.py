@@ -218,6 +218,8 @@ class OptimConfig:
 
     Args:
         lr, min_lr, warmup_lr: peak, final and first learning rate.
+        qformer_scale: of the learning rate of the Q-Former, relative to that of what else trains
+            (stage 2: the projection).
         warmup: steps of linear warm-up.
         betas, weight_decay: of AdamW.
         clip: largest global gradient norm; None does not clip.
@@ -227,6 +229,7 @@ class OptimConfig:
     min_lr: float = 1e-5
     warmup_lr: float = 1e-6
     warmup: int = 2000
+    qformer_scale: float = 1.0
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.05
     clip: float | None = 1.0
@@ -235,6 +238,7 @@ class OptimConfig:
         _require(self.lr > 0, "optim.lr", self.lr, "positive")
         _require(0 <= self.min_lr <= self.lr, "optim.min_lr", self.min_lr, f"between 0 and optim.lr ({self.lr})")
         _require(0 <= self.warmup_lr <= self.lr, "optim.warmup_lr", self.warmup_lr, "between 0 and optim.lr")
+        _require(self.qformer_scale >= 0, "optim.qformer_scale", self.qformer_scale, "0 or more")
         _require(self.warmup >= 0, "optim.warmup", self.warmup, "0 or more")
         _require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
         _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")

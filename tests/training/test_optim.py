@@ -67,3 +67,13 @@ def test_every_parameter_is_in_one_group() -> None:
 def test_parameters_of_one_kind_make_one_group() -> None:
     optimizer = build_optimizer([("bias", nn.Parameter(torch.ones(3)))], OptimConfig())
     assert len(optimizer.param_groups) == 1
+
+
+def test_the_qformer_may_have_a_rate_of_its_own() -> None:
+    model = nn.ModuleDict({"qformer": Part(), "language_proj": nn.Linear(2, 3), "ln_vision": nn.LayerNorm(2)})
+    optimizer = build_optimizer(model.named_parameters(), OptimConfig(qformer_scale=0.1))
+    scales = {id(p): group["scale"] for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        assert scales[id(p)] == (1.0 if name.startswith("language_proj") else 0.1), name
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert all((decays[id(p)] > 0) == (p.ndim >= 2) for p in model.parameters())

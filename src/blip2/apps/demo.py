@@ -75,14 +75,17 @@ def _unseen(photographs: bool) -> Collection:
 
 
 def _show(model: Blip2, unseen: Collection, folder: Path) -> None:
-    captions = model.caption([sample.read() for sample in unseen.samples])
+    pixels = [sample.read() for sample in unseen.samples]
+    first, second = load(folder / "stage1").caption(pixels), model.caption(pixels)
     pictures = folder / "captioned"
     pictures.mkdir(parents=True, exist_ok=True)
-    for sample, caption in zip(unseen.samples, captions, strict=True):
+    for sample, before, caption in zip(unseen.samples, first, second, strict=True):
         name = Path(sample.key).name
         target = pictures / (name if Path(name).suffix.lower() in SUFFIXES else f"{name}.jpg")
         write_thumbnail(sample, target.with_suffix(".jpg"))
-        print(f"{target.with_suffix('.jpg')}: {caption}")
+        print(f"{target.with_suffix('.jpg')}")
+        print(f"    stage 1, by its own text branch: {before}")
+        print(f"    stage 2, through the language model: {caption}")
         if sample.captions:
             print(f"    a person wrote: {sample.captions[0]}")
     answer = model.ask([unseen.samples[0].read()], ["What is in the picture?"])[0]

@@ -10,16 +10,25 @@ from torch import nn
 
 from blip2.configs import OptimConfig
 
+# Parts whose learning rate `optim.qformer_scale` multiplies.
+_QFORMER = ("qformer", "ln_vision")
+
 
 def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over named parameters; biases, norms and other tensors of one axis or none do not decay."""
+    """AdamW over named parameters; biases, norms and other tensors of one axis or none do not decay.
+
+    Every group has a `scale`: `config.qformer_scale` for the Q-Former and what stands in front of it, else 1.
+    """
     named = list(parameters)
-    groups = [
-        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in named:
+        scale = config.qformer_scale if any(part in _QFORMER for part in name.split(".")) else 1.0
+        groups.setdefault((config.weight_decay if p.ndim >= 2 else 0.0, scale), []).append(p)
     return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=_fused(p for _, p in named)
+        [{"params": found, "weight_decay": decay, "scale": scale} for (decay, scale), found in groups.items()],
+        lr=config.lr,
+        betas=config.betas,
+        fused=_fused(p for _, p in named),
     )
 
 

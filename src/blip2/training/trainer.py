@@ -134,7 +134,7 @@ class Trainer:
         waited = time.monotonic() - began
         rate = learning_rate(self.step, train.steps, self.config.optim)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         torch.manual_seed(_seed(train.seed, self.step, distributed.rank()))
         self.objective.train()
         losses = self._backward(batch)
