@@ -22,6 +22,8 @@ def from_dict(kind: type[Any], values: dict[str, Any], where: str = "config") ->
         ConfigError: an unknown key, a value of another type, or one that the class refuses; `where`
             names the file.
     """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: not a group of settings")
     hints = get_type_hints(kind)
     unknown = sorted(set(map(str, values)) - set(hints))
     if unknown:

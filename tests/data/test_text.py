@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from blip2.data.text import LanguageTokenizer, QFormerTokenizer
-from blip2.errors import ConfigError
+from blip2.errors import CheckpointError, ConfigError
 
 SENTENCES = ["a photo of a dog on the grass", "two cats sleep on a red sofa", "Question: what is it? Answer: a bird\n"]
 
@@ -151,3 +151,23 @@ def test_pairs_for_encoder_decoder(tmp_path: Path) -> None:
         assert (ids[~mask] == tokenizer.pad_id).all()
     # A prompt for generation is tokenized as the encoder's text in training.
     assert tokenizer.prompts(["a dog"])[0][0].tolist() == enc[0].tolist()
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "t5", "bert"])
+def test_a_folder_without_tokenizer_is_no_empty_one(tmp_path: Path, model_type: str) -> None:
+    """transformers makes one up that knows nothing but its special tokens."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(
+        CheckpointError, match=f"^{tmp_path}: (no tokenizer in it|its tokenizer cannot be read)"
+    ) as caught:
+        LanguageTokenizer(str(tmp_path), end=None, max_text=8, encoder_decoder=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model": {"type": "BPE"}}'])
+def test_a_damaged_tokenizer_is_one_line(tmp_path: Path, text: str) -> None:
+    folder = build(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(CheckpointError, match=f"^{folder}: its tokenizer cannot be read") as caught:
+        LanguageTokenizer(folder, end=None, max_text=8, encoder_decoder=False)
+    assert "\n" not in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,11 @@ from blip2.apps.cli import main
 from blip2.errors import CheckpointError
 from blip2.models.stage1 import Stage1
 from blip2.weights.checkpoints import open_checkpoint
-from blip2.weights.tensors import Tensors, as_bytes
+from blip2.weights.tensors import LazyTensor, Tensors, as_bytes
 
 HF = Callable[[str], tuple[Path, Any]]
 KINDS = ("opt", "t5", "itm")
+WIDTH = 32  # of the image encoder
 
 
 def equal(one: Tensors, other: Tensors) -> bool:
@@ -192,6 +194,47 @@ def test_another_encoder_cannot_go_to_transformers(ours: Callable[[str], Path], 
     with pytest.raises(CheckpointError, match="vision.pool 2 have no place"):
         blip2.convert(pooled, tmp_path / "hf", "hf")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_eva_vit_g_of_a_lavis_file(ours: Callable[[str], Path], tmp_path: Path) -> None:
+    """Its keys are EVA's; transformers' one bias of q, k and v is cat(q, 0, v)."""
+    blip2.convert(ours("itm"), tmp_path / "itm.pth", "lavis")
+    raw = torch.load(tmp_path / "itm.pth", weights_only=True)["model"]
+    found = open_checkpoint(tmp_path / "itm.pth").vision
+    for n in range(2):
+        q, v = (raw[f"visual_encoder.blocks.{n}.attn.{kind}_bias"] for kind in "qv")
+        joined = found[f"encoder.layers.{n}.self_attn.qkv.bias"]
+        assert joined.shape == (3 * WIDTH,)
+        assert torch.equal(joined.read(), torch.cat([q, torch.zeros(WIDTH), v]))
+        assert q.abs().max() > 0 < v.abs().max()
+        assert torch.equal(
+            found[f"encoder.layers.{n}.mlp.fc1.weight"].read(), raw[f"visual_encoder.blocks.{n}.mlp.fc1.weight"]
+        )
+    taken = {name for name in raw if name.startswith("visual_encoder.")}
+    assert len(found) == len(taken) - 2  # two biases become one in each of two blocks
+
+
+@pytest.mark.parametrize("to", ["blip2", "hf"])
+def test_converting_holds_a_tensor_or_two(ours: Callable[[str], Path], tmp_path: Path, to: str) -> None:
+    """What is read is let go: one tensor being written, or one read back beside its source."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def counted(lazy: LazyTensor) -> LazyTensor:
+        def read() -> torch.Tensor:
+            nonlocal most
+            value = lazy.read().clone()
+            alive.append(weakref.ref(value))
+            most = max(most, sum(ref() is not None for ref in alive))
+            return value
+
+        return LazyTensor(lazy.shape, lazy.dtype, read)
+
+    found = open_checkpoint(ours("itm"))
+    tensors = {name: counted(lazy) for name, lazy in found.tensors.items()}
+    blip2.convert(replace(found, tensors=tensors), tmp_path / "x", to)
+    assert len(alive) == 2 * len(tensors)
+    assert most <= 2
 
 
 def test_the_command(hf: HF, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

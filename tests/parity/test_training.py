@@ -70,25 +70,55 @@ def test_a_stage_starts_from_stage_1(
         assert "start fresh (language_proj)" in said
 
 
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_a_published_lavis_file_holds_no_encoder(
-    hf: HF, stage1: dict[str, Path], pictures: Path, tmp_path: Path
+    stage: str, hf: HF, stage1: dict[str, Path], pictures: Path, tmp_path: Path
 ) -> None:
     whole = torch.load(stage1["lavis"], weights_only=True)
     whole["model"] = {n: v for n, v in whole["model"].items() if not n.startswith("visual_encoder.")}
     torch.save(whole, tmp_path / "stage1.pth")
-    assert main(command("stage2", hf, pictures, tmp_path / "run", tmp_path / "stage1.pth")) == 0
+    assert main(command(stage, hf, pictures, tmp_path / "run", tmp_path / "stage1.pth")) == 0
+    before = open_checkpoint(stage1["blip2"]).tensors
+    after = native.read(runs.checkpoints(tmp_path / "run")[-1][1] / runs.WEIGHTS)
+    assert after.keys() - before.keys() == (
+        {"language_proj.weight", "language_proj.bias"} if stage == "stage2" else set()
+    )
+    for name in after.keys() & before.keys():
+        torch.testing.assert_close(after[name], before[name].read(), atol=1e-6, rtol=0)
+
+
+def test_a_bare_qformer_starts_stage_1(hf: HF, pictures: Path, tmp_path: Path, capsys: Any) -> None:
+    from transformers import Blip2QFormerModel
+
+    torch.manual_seed(5)
+    Blip2QFormerModel(hf("itm")[1].config.qformer_config).save_pretrained(tmp_path / "q")
+    assert main(command("stage1", hf, pictures, tmp_path / "run", tmp_path / "q")) == 0
+    said = capsys.readouterr().err
+    before = open_checkpoint(tmp_path / "q").tensors
+    after = native.read(runs.checkpoints(tmp_path / "run")[-1][1] / runs.WEIGHTS)
+    for name, lazy in before.items():
+        torch.testing.assert_close(after[name], lazy.read(), atol=1e-6, rtol=0)
+    fresh = {name for name in after if name not in before}
+    assert {"temp", "qformer.query_tokens", "vision_proj.weight", "qformer.embeddings.word.weight"} <= fresh
+    assert not any(name.startswith("qformer.layers.") for name in fresh)
+    assert f"{len(before)} tensors from {tmp_path / 'q'}; {len(fresh)} start fresh" in said
 
 
 def test_other_queries_are_adapted_and_another_width_is_refused(
     hf: HF, stage1: dict[str, Path], pictures: Path, tmp_path: Path, capsys: Any
 ) -> None:
+    from transformers import Dinov2Config, Dinov2Model
+
     more = ["--qformer.queries", "3"]
     assert main(command("stage2", hf, pictures, tmp_path / "run", stage1["hf"], *more)) == 0
     assert "5 queries in the checkpoint, 3 here: the first 3 are used" in capsys.readouterr().err
-    other = ["--vision.name", "dinov2-s", "--vision.image_size", "224"]
+    sizes = {"hidden_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
+    Dinov2Model(Dinov2Config(image_size=56, patch_size=14, **sizes)).save_pretrained(tmp_path / "vit")
+    capsys.readouterr()
+    other = ["--vision.name", str(tmp_path / "vit")]
     assert main(command("stage2", hf, pictures, tmp_path / "other", stage1["hf"], *other)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.endswith("made for an image encoder 32 wide, this model's is 384 wide")
+    assert error == f"blip2: {stage1['hf']}: made for an image encoder 32 wide, this model's is 40 wide"
 
 
 def test_stage_1_does_not_start_from_stage_2(hf: HF, pictures: Path, tmp_path: Path, capsys: Any) -> None:

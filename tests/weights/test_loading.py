@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from blip2.configs import BERT_WORDS
 from blip2.errors import CheckpointError
 from blip2.models.qformer import QFormer
 from blip2.models.stage1 import Stage1
-from blip2.weights.loading import STAGE1_ONLY, Allowed, fill, trained_state
+from blip2.weights.loading import STAGE1_ONLY, Allowed, compare, fill, trained_state
 
 
 def model(*, words: int = 20, queries: int = 3, width: int = 6) -> Stage1:
@@ -73,6 +74,33 @@ def test_another_encoder_names_both_widths() -> None:
     before = copy(target)
     with pytest.raises(CheckpointError, match="^x: made for an image encoder 6 wide, this model's is 7 wide$"):
         fill(target, "x", state())
+    assert unchanged(target, before)
+
+
+def test_the_vocabulary_of_bert_and_of_a_qformer() -> None:
+    """The real numbers: 30,522 words of BERT, and [DEC]."""
+    target, given = model(words=BERT_WORDS + 1), state(words=BERT_WORDS)
+    report = fill(target, "x", given, Allowed(adapt=True))
+    assert report.reshaped == ("30522 words in the checkpoint, 30523 here: 1 start fresh",)
+    assert torch.equal(target.qformer.embeddings.word.weight[:BERT_WORDS], given["qformer.embeddings.word.weight"])
+    assert torch.equal(target.qformer.head.bias[:BERT_WORDS], given["qformer.head.bias"])
+
+
+def test_another_language_model_names_both_widths() -> None:
+    """As tensors alone: a stage 2 is compared without its language model."""
+    own = {"language_proj.weight": torch.zeros(20, 8), "language_proj.bias": torch.zeros(20)}
+    given = {"language_proj.weight": torch.zeros(12, 8), "language_proj.bias": torch.zeros(12)}
+    with pytest.raises(CheckpointError, match="^x: made for a language model 12 wide, this model's is 20 wide$"):
+        compare(own, "x", given, Allowed(adapt=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_weights_are_floats(dtype: torch.dtype) -> None:
+    target = model()
+    before, given = copy(target), state()
+    given["ln_vision.bias"] = torch.zeros(6, dtype=dtype)
+    with pytest.raises(CheckpointError, match="x: ln_vision.bias is of type .*, not a float"):
+        fill(target, "x", given)
     assert unchanged(target, before)
 
 

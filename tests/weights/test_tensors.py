@@ -14,6 +14,7 @@ from torch import Tensor
 from blip2.errors import CheckpointError
 from blip2.weights.tensors import (
     INDEX,
+    PICKLED_INDEX,
     LazyTensor,
     as_bytes,
     open_folder,
@@ -30,15 +31,24 @@ DTYPES = (
     torch.float64,
     torch.int64,
     torch.int32,
+    torch.int16,
+    torch.int8,
     torch.uint8,
     torch.bool,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
 )
 
 
 def values() -> dict[str, Tensor]:
-    """Every dtype, a scalar, an empty tensor, one that is not contiguous."""
+    """Every dtype, a scalar, an empty tensor, one that is not contiguous, and what is equal to nothing."""
     found = {str(dtype): (torch.randn(3, 5) * 9).to(dtype) for dtype in DTYPES}
-    return found | {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "turned": torch.randn(4, 3).T}
+    return found | {
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 4),
+        "turned": torch.randn(4, 3).T,
+        "nan": torch.tensor([torch.nan, -0.0]),
+    }
 
 
 def lazy(tensors: dict[str, Tensor]) -> dict[str, LazyTensor]:
@@ -122,6 +132,81 @@ def test_a_pickle_without_tensors(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "b.pth")
     with pytest.raises(CheckpointError, match="b.pth: holds no tensors"):
         open_pickled(tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(2, dtype=torch.complex64),
+        torch.zeros(2, dtype=torch.uint16),
+        torch.eye(2).to_sparse(),
+        torch.zeros(2, device="meta"),
+    ],
+    ids=["complex", "uint16", "sparse", "meta"],
+)
+def test_what_no_weights_file_of_ours_can_hold_is_refused_when_it_is_opened(tmp_path: Path, value: Tensor) -> None:
+    torch.save({"good": torch.zeros(1), "odd": value}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="a.pth: odd is of a type that is not supported"):
+        open_pickled(tmp_path / "a.pth")
+
+
+def test_a_safetensors_type_that_we_do_not_know_is_named(tmp_path: Path) -> None:
+    save_file({"odd": torch.zeros(2, dtype=torch.uint16)}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="a.safetensors: odd is of type U16, which is not supported"):
+        open_safetensors(tmp_path / "a.safetensors")
+
+
+def test_pickles_in_shards(tmp_path: Path) -> None:
+    expected = {"a": torch.randn(3), "b": torch.randn(2, 2)}
+    places = {name: f"pytorch_model-0000{n}-of-00002.bin" for n, name in enumerate(expected, 1)}
+    for name, file in places.items():
+        torch.save({name: expected[name]}, tmp_path / file)
+    (tmp_path / PICKLED_INDEX).write_text(json.dumps({"weight_map": places}))
+    found = open_folder(tmp_path)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name].read(), value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "[]",
+        "{",
+        "null",
+        "\xff",
+        '{"weight_map": {}}',
+        '{"weight_map": ["a"]}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": [1]}}',
+        '{"weight_map": {"a": ""}}',
+        '{"weight_map": {"a": "../other/model.safetensors"}}',
+        '{"weight_map": {"a": "/etc/passwd"}}',
+    ],
+)
+def test_an_index_that_is_none_or_leads_out_of_the_folder(tmp_path: Path, index: str) -> None:
+    (tmp_path / INDEX).write_text(index, "latin-1")
+    with pytest.raises(CheckpointError, match=f"{INDEX}: not an index of shards$"):
+        open_folder(tmp_path)
+
+
+def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
+    """Opening a file of 64 MB takes little memory, and so does reading its tensors one after the other."""
+    size = 4_000_000
+    made = {f"t{n}": LazyTensor((size,), torch.float32, lambda: torch.zeros(size)) for n in range(4)}
+    write_safetensors(tmp_path / "a.safetensors", made)
+    found = open_safetensors(tmp_path / "a.safetensors")
+    alive: list[weakref.ref[Tensor]] = []
+    for lazy in found.values():
+        alive.append(weakref.ref(lazy.read()))
+        assert [ref for ref in alive if ref() is not None] == []
+    assert (tmp_path / "a.safetensors").stat().st_size > 4 * 4 * size
+
+
+def test_another_shape_of_the_same_values() -> None:
+    value = torch.arange(6.0)
+    turned = LazyTensor.of(value).reshaped(1, 2, 3)
+    assert (turned.shape, turned.nbytes) == ((1, 2, 3), 24)
+    assert torch.equal(turned.read(), value.reshape(1, 2, 3))
 
 
 def test_a_failing_read_leaves_nothing(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from blip2.weights.tensors import (
     write_folder,
     write_safetensors,
 )
+from blip2.weights.whole import require_whole
 
 Progress = Callable[[int], object]
 
@@ -98,6 +99,7 @@ def _require_possible(found: Checkpoint, target: Path, to: Format) -> None:
         )
     if to == "lavis" and target.suffix not in (".pth", ".pt"):
         raise CheckpointError(f"{target}: a LAVIS checkpoint is one file: give a name that ends in .pth")
+    require_whole(found)
 
 
 def _verify(written: dict[Path, Tensors], progress: Progress | None) -> tuple[int, int]:

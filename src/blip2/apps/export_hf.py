@@ -20,7 +20,7 @@ from blip2.weights import names
 from blip2.weights.adapters import has_adapters, merged, without_adapters
 from blip2.weights.checkpoint import Checkpoint
 from blip2.weights.huggingface import SIDE_FILE
-from blip2.weights.parts import Tower, folder_of, language_tower, vision_tower
+from blip2.weights.parts import Tower, folder_of, language_tower, require_tokenizer, vision_tower
 from blip2.weights.tensors import LazyTensor, Tensors, write_folder, write_safetensors
 
 Progress = Callable[[int], object]
@@ -130,6 +130,7 @@ def _write_stage1(config: Any, run: RunConfig, place: Path) -> None:
     from transformers import AutoTokenizer
 
     source = folder_of(run.qformer.init)
+    require_tokenizer(source)
     with hub.readable(str(source)):
         tokenizer = AutoTokenizer.from_pretrained(source)
         if "[DEC]" not in tokenizer.get_vocab():

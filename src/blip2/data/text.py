@@ -5,13 +5,14 @@ Shape letters: B texts, T tokens.
 
 from __future__ import annotations
 
+from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from blip2.configs import BERT_WORDS
-from blip2.errors import ConfigError
+from blip2.errors import CheckpointError, ConfigError
 
 # OPT has no token for the end of a caption of its own: the checkpoints were trained to end in a
 # new line (CHECKPOINTS: "captions end in \n, whose id ends generation").
@@ -142,7 +143,15 @@ class LanguageTokenizer:
 def _load(folder: str) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises nothing more special
+        reason = shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
+        raise CheckpointError(f"{folder}: its tokenizer cannot be read ({reason})") from error
+    # for want of files transformers makes up special tokens, and for T5 the word "▁"
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
+        raise CheckpointError(f"{folder}: no tokenizer in it: copy its files there")
+    return tokenizer
 
 
 def _config(folder: str) -> Any:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -36,15 +37,18 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def readable(source: str) -> Iterator[None]:
     """Quiet, and turn what transformers raises for a bad source into one line that names it."""
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         with quiet():
             yield
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if Path(source).is_dir():
-            reason = str(error).strip().split("\n")[0]
-            raise CheckpointError(f"{source}: not a folder that transformers can load ({reason})") from error
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, StrictDataclassError) as error:
+        if Path(source).exists():
+            reason = shorten(str(error), 200, placeholder=" ...")
+            kind = "folder" if Path(source).is_dir() else "file"
+            raise CheckpointError(f"{source}: not a {kind} that transformers can load ({reason})") from error
         raise CheckpointError(
             f"{source}: no such folder, and it cannot be loaded as a hub id (unknown, or the hub is not reachable)"
         ) from error
@@ -106,13 +110,20 @@ def load_model(kind: Any, source: str, config: Any, dtype: torch.dtype, **option
         CheckpointError: as `load_config`, or a weight of the model is missing or of another shape.
     """
     with readable(source):
-        model, report = kind.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True, **options)
-    for problem in ("missing_keys", "mismatched_keys"):
-        if report[problem]:
-            name = sorted(map(str, report[problem]))[0]
+        model, report = kind.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported here, where they can be named
+            **options,
+        )
+    for problem, words in (("missing_keys", "missing"), ("mismatched_keys", "of another shape than its config says")):
+        found = report[problem]
+        if found:
+            name = min(entry if isinstance(entry, str) else str(entry[0]) for entry in found)
             raise CheckpointError(
-                f"{source}: {len(report[problem])} weights of {type(model).__name__} are "
-                f"{problem.split('_')[0]}, the first is {name}"
+                f"{source}: {len(found)} weights of {type(model).__name__} are {words}, the first is {name}"
             )
     return model
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from blip2.configs import RunConfig
+from blip2.configs import RunConfig, from_dict
 from blip2.errors import CheckpointError
 from blip2.weights.loading import Allowed
 from blip2.weights.names import listed
@@ -51,6 +52,32 @@ def renamed(theirs: Tensors, both: Mapping[str, str], ignored: tuple[str, ...], 
     if unknown:
         raise CheckpointError(f"{source}: {unknown[0]} is no tensor of BLIP-2 ({len(unknown)} such)")
     return {back[name]: lazy for name, lazy in theirs.items() if name in back}
+
+
+def stored_config(text: str, where: str) -> RunConfig:
+    """A run's configuration from the JSON that lies beside its tensors; `where` names the file.
+
+    Raises:
+        CheckpointError: not JSON.
+        ConfigError: a setting that is unknown or refused.
+    """
+    run: RunConfig = from_dict(RunConfig, stored_json(text, where), where)
+    return run
+
+
+def stored_json(text: str, where: str) -> dict[str, Any]:
+    """A JSON object that lies beside tensors.
+
+    Raises:
+        CheckpointError: not one.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{where}: the configuration stored in it cannot be read")
+    return values
 
 
 def one_batch(tensors: Tensors) -> Tensors:

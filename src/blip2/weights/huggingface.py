@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from blip2.configs import LanguageConfig, QFormerConfig, RunConfig, VisionConfig, from_dict
-from blip2.errors import CheckpointError
+from blip2.configs import LanguageConfig, QFormerConfig, RunConfig, VisionConfig
+from blip2.errors import CheckpointError, ConfigError
 from blip2.models import hub
 from blip2.weights import names
-from blip2.weights.checkpoint import OPT_END, T5_QUESTION, Checkpoint, one_batch, renamed
+from blip2.weights.checkpoint import OPT_END, T5_QUESTION, Checkpoint, one_batch, renamed, stored_config
 from blip2.weights.loading import STAGE2_ONLY, Allowed
 from blip2.weights.native import read_metadata
 from blip2.weights.tensors import Tensors, open_folder, open_safetensors
@@ -39,7 +38,10 @@ def open_huggingface(source: str, folder: Path) -> Checkpoint:
         side = folder / SIDE_FILE
         tensors |= open_safetensors(side) if side.is_file() else {}
         allowed = Allowed(fresh=names.HF_WITHOUT)
-    run = _side_config(folder) or _huggingface_config(config, str(folder), tensors)
+    try:
+        run = _side_config(folder) or _huggingface_config(config, str(folder), tensors)
+    except ConfigError as error:
+        raise CheckpointError(f"{source}: its configuration cannot be used: {error}") from error
     return Checkpoint(source, "hf", run, one_batch(tensors), allowed=allowed)
 
 
@@ -74,7 +76,7 @@ def _side_config(folder: Path) -> RunConfig | None:
     stored = read_metadata(side).get("config") if side.is_file() else None
     if stored is None:
         return None
-    run: RunConfig = from_dict(RunConfig, json.loads(stored), str(side))
+    run = stored_config(stored, str(side))
     language = run.language if run.stage == "stage1" else replace(run.language, name=str(folder))
     return replace(
         run,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from blip2.configs import LanguageConfig, QFormerConfig, RunConfig, VisionConfig, from_dict
+from blip2.configs import LanguageConfig, QFormerConfig, RunConfig, VisionConfig
 from blip2.errors import CheckpointError
 from blip2.weights import names
-from blip2.weights.checkpoint import OPT_END, T5_QUESTION, Checkpoint, one_batch, renamed
+from blip2.weights.checkpoint import OPT_END, T5_QUESTION, Checkpoint, one_batch, renamed, stored_config, stored_json
 from blip2.weights.tensors import LazyTensor, Tensors, open_pickled
 
 # Language models of LAVIS by projection and width, image encoders by width: a `.pth` names neither.
@@ -38,16 +38,16 @@ def open_lavis(path: Path) -> Checkpoint:
     vision_names = [n for n in theirs if n.startswith(names.LAVIS_VISION)]
     both = names.lavis(names.depth_of(theirs), projection or names.LAVIS_PROJECTIONS[0])
     tensors = renamed(theirs, both, (*names.LAVIS_IGNORED, names.LAVIS_VISION), str(path))
-    if "temp" in tensors:
+    if "temp" in tensors and tensors["temp"].shape == ():
         tensors["temp"] = tensors["temp"].reshaped(1)
     vision = _eva({name: theirs[name] for name in vision_names}, path) if vision_names else {}
     stored = beside.get("blip2")
     if isinstance(stored, str):
-        run: RunConfig = from_dict(RunConfig, json.loads(stored), str(path))
-        run = replace(run, init=None)
+        run = replace(stored_config(stored, str(path)), init=None)
     else:
         run = _lavis_config(path, tensors, projection, vision)
-    own = json.loads(beside["blip2_vision"]) if isinstance(beside.get("blip2_vision"), str) else None
+    settings = beside.get("blip2_vision")
+    own = stored_json(settings, str(path)) if isinstance(settings, str) else None
     return Checkpoint(str(path), "lavis", run, one_batch(tensors), vision, own)
 
 
@@ -55,7 +55,8 @@ def _require_blip2(path: Path, theirs: Tensors) -> None:
     for part, model in names.LAVIS_OTHERS.items():
         if any(name.startswith(part) for name in theirs):
             raise CheckpointError(f"{path}: a checkpoint of {model}, not of BLIP-2")
-    if "query_tokens" not in theirs or not any(name.startswith("Qformer.") for name in theirs):
+    queries = theirs.get("query_tokens")
+    if queries is None or len(queries.shape) != 3 or not any(name.startswith("Qformer.") for name in theirs):
         raise CheckpointError(f"{path}: not a LAVIS BLIP-2 checkpoint (no query_tokens and Qformer.* in it)")
 
 
@@ -66,7 +67,9 @@ def _lavis_config(path: Path, tensors: Tensors, projection: str | None, vision: 
             f"{path}: its Q-Former is {width} wide with {names.depth_of(tensors)} layers, and LAVIS's only is "
             "BERT-base (768, 12)"
         )
-    features = tensors[_KEY].shape[1]
+    if _KEY not in tensors:
+        raise CheckpointError(f"{path}: {_KEY} is missing: the checkpoint is of another model, or incomplete")
+    features = tensors[_KEY].shape[-1]
     if features not in _LAVIS_VISION:
         raise CheckpointError(
             f"{path}: made for an image encoder {features} wide; LAVIS has 1408 (ViT-g), 1024 (ViT-L)"
@@ -93,15 +96,16 @@ def _lavis_config(path: Path, tensors: Tensors, projection: str | None, vision: 
 
 def _eva(theirs: Tensors, path: Path) -> Tensors:
     """EVA ViT-g under the names of `Blip2VisionModel`; the bias of q, k, v becomes cat(q, 0, v)."""
-    blocks = [int(name.split(".")[2]) for name in theirs if name.startswith("visual_encoder.blocks.")]
-    if not blocks:
+    depth = len({m[1] for name in theirs if (m := re.match(r"visual_encoder\.blocks\.(\d+)\.", name))})
+    if not depth:
         raise CheckpointError(f"{path}: its image encoder is not EVA ViT-g; convert a checkpoint without one")
-    both = names.eva(max(blocks) + 1)
-    biases = tuple(
-        f"visual_encoder.blocks.{n}.attn.{kind}" for n in range(max(blocks) + 1) for kind in ("q_bias", "v_bias")
-    )
+    both = names.eva(depth)
+    biases = tuple(f"visual_encoder.blocks.{n}.attn.{kind}" for n in range(depth) for kind in ("q_bias", "v_bias"))
     out = renamed(theirs, both, biases, str(path))
-    for n in range(max(blocks) + 1):
+    missing = [name for name in (*both.values(), *biases) if name not in theirs]
+    if missing:
+        raise CheckpointError(f"{path}: {missing[0]} is missing ({len(missing)} such): its image encoder is incomplete")
+    for n in range(depth):
         q, v = (theirs[f"visual_encoder.blocks.{n}.attn.{kind}"] for kind in ("q_bias", "v_bias"))
 
         def join(q: LazyTensor = q, v: LazyTensor = v) -> torch.Tensor:

@@ -99,8 +99,23 @@ def fill(
     Raises:
         CheckpointError: names the first missing, unexpected or differently shaped tensor.
     """
-    allowed = allowed or Allowed()
     own = trained_state(model)
+    report = compare(own, source, state, allowed or Allowed())
+    with torch.no_grad():
+        for name, target in own.items():
+            if name in state:
+                _copy(target, state[name])
+    return report
+
+
+def compare(
+    own: Mapping[str, Tensor], source: str, state: Mapping[str, Tensor | LazyTensor], allowed: Allowed
+) -> LoadReport:
+    """What filling a stage's tensors from a checkpoint's would do; reads names, shapes and types only.
+
+    Raises:
+        CheckpointError: as `fill`.
+    """
     unexpected, missing = [n for n in state if n not in own], [n for n in own if n not in state]
     dropped = [n for n in unexpected if _droppable(n, allowed.left_out)]
     started = [n for n in missing if listed(n, allowed.fresh)]
@@ -114,9 +129,6 @@ def fill(
         raise CheckpointError(f"{source}: {name} has no place in this model: {cause}")
     shared = [name for name in own if name in state]
     reshaped = [line for name in shared if (line := _compare(source, name, state[name], own[name], allowed.adapt))]
-    with torch.no_grad():
-        for name in shared:
-            _copy(own[name], state[name])
     return LoadReport(source, len(shared), tuple(dropped), tuple(started), tuple(dict.fromkeys(reshaped)))
 
 
@@ -127,10 +139,12 @@ def _droppable(name: str, left_out: tuple[str, ...]) -> bool:
 def _compare(source: str, name: str, theirs: Tensor | LazyTensor, ours: Tensor, adapt: bool) -> str | None:
     """None where the shapes are equal, a line where the difference is adapted, else an error."""
     have, want = tuple(theirs.shape), tuple(ours.shape)
+    if not theirs.dtype.is_floating_point:
+        raise CheckpointError(f"{source}: {name} is of type {str(theirs.dtype).removeprefix('torch.')}, not a float")
     if have == want:
         return None
     for part, (axis, what) in _WIDTHS.items():
-        if name.endswith(part) and have[axis] != want[axis]:
+        if name.endswith(part) and len(have) == len(want) and have[axis] != want[axis]:
             raise CheckpointError(f"{source}: made for {what} {have[axis]} wide, this model's is {want[axis]} wide")
     rows = _BY_ROWS.get(name)
     if adapt and rows and have[1:] == want[1:] and (rows == "queries" or abs(have[0] - want[0]) == 1):

@@ -31,8 +31,8 @@ LAVIS_OTHERS = {"llm_proj.": "InstructBLIP", "vicuna_proj.": "InstructBLIP", "un
 
 def depth_of(names: Iterable[str]) -> int:
     """Number of Q-Former layers among tensor names of any of the formats."""
-    found = [int(m[1]) for name in names if (m := re.search(r"(?:qformer\.layers|encoder\.layer)\.(\d+)\.", name))]
-    return max(found, default=-1) + 1
+    # counted, not the highest: one stray name must not make a table of a billion layers
+    return len({m[1] for name in names if (m := re.search(r"(?:qformer\.layers|encoder\.layer)\.(\d+)\.", name))})
 
 
 def huggingface(depth: int) -> dict[str, str]:

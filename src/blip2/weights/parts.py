@@ -18,16 +18,13 @@ from blip2.models.language_model import load_language_model
 from blip2.weights.checkpoint import Checkpoint
 from blip2.weights.tensors import LazyTensor, Tensors, open_folder
 
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 TOKENIZER_FILES = (
-    "tokenizer.json",
+    *VOCABULARIES,
+    "merges.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "tokenizer.model",
 )
 
 
@@ -55,12 +52,17 @@ def vision_tower(found: Checkpoint) -> Tower:
     settings = found.config.vision
     if found.vision:
         norm = {f"post_layernorm.{k}": found.tensors[f"ln_vision.{k}"] for k in ("weight", "bias")}
-        return Tower(eva_config(found), found.vision | norm, None)
+        config = eva_config(found)
+        _require_complete(found.source, config, found.vision | norm)
+        return Tower(config, found.vision | norm, None)
     folder = folder_of(settings.name)
     config = hub.load_config(str(folder))
     part = hub.part_of_blip2(config, "vision_config")
     tensors = open_folder(folder)
-    return Tower(part, tensors if part is config else _below(tensors, "vision_model."), folder)
+    tensors = tensors if part is config else _below(tensors, "vision_model.")
+    if part.model_type == "blip_2_vision_model":
+        _require_complete(str(folder), part, tensors)
+    return Tower(part, tensors, folder)
 
 
 def language_tower(config: RunConfig) -> Tower:
@@ -75,9 +77,12 @@ def language_tower(config: RunConfig) -> Tower:
     tensors = open_folder(folder)
     if part is not whole:
         tensors = _below(tensors, "language_model.")
-    names, tied = _names_of(part)
-    if set(tensors) <= names and names - set(tensors) <= tied:
+    shapes, tied = _shapes_of(part)
+    if tensors.keys() <= shapes.keys() and shapes.keys() - tensors.keys() <= tied:
+        _require_shapes(str(folder), "language model", shapes, tensors)
         return Tower(part, tensors, folder)
+    if not tensors:
+        raise CheckpointError(f"{folder}: no language model in it")
     dtype = next(iter(tensors.values())).dtype
     model = load_language_model(replace(config.language, quantize=None), dtype).model
     return Tower(part, unshared(model.state_dict()), folder)
@@ -98,7 +103,8 @@ def eva_config(found: Checkpoint) -> Any:
     from transformers import Blip2VisionConfig
 
     if found.vision_config is not None:
-        return Blip2VisionConfig(**found.vision_config)
+        with hub.readable(found.source):
+            return Blip2VisionConfig(**found.vision_config)
     vision = found.vision
     config = towers.TOWERS["vitg"].config()
     config.hidden_size = vision["embeddings.class_embedding"].shape[-1]
@@ -110,10 +116,21 @@ def eva_config(found: Checkpoint) -> Any:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer files of a folder."""
+    """Copy the tokenizer files of a folder.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    require_tokenizer(source)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def require_tokenizer(folder: Path) -> None:
+    """Refuse a folder without tokenizer, for which transformers makes up an empty one."""
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        raise CheckpointError(f"{folder}: no tokenizer in it ({', '.join(VOCABULARIES)}): copy its files there")
 
 
 def unshared(state: dict[str, torch.Tensor]) -> Tensors:
@@ -130,12 +147,33 @@ def _below(tensors: Tensors, prefix: str) -> Tensors:
     return {name.removeprefix(prefix): lazy for name, lazy in tensors.items() if name.startswith(prefix)}
 
 
-def _names_of(config: Any) -> tuple[set[str], set[str]]:
-    """(all tensor names, those that are tied to another) of a language model of this config."""
+def _require_complete(source: str, vision: Any, tensors: Tensors) -> None:
+    """Every tensor of the image encoder is there; what is there besides does no harm."""
+    from transformers import Blip2VisionModel
+
+    with torch.device("meta"), hub.readable(source):
+        model: Any = Blip2VisionModel(vision)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    missing = [name for name in shapes if name not in tensors]
+    if missing:
+        raise CheckpointError(f"{source}: {missing[0]} of its image encoder is missing ({len(missing)} such)")
+    _require_shapes(source, "image encoder", shapes, tensors)
+
+
+def _require_shapes(source: str, what: str, shapes: dict[str, tuple[int, ...]], tensors: Tensors) -> None:
+    wrong = next((n for n, lazy in tensors.items() if n in shapes and lazy.shape != shapes[n]), None)
+    if wrong is not None:
+        raise CheckpointError(
+            f"{source}: {wrong} of its {what} is {tensors[wrong].shape}, and {shapes[wrong]} by its configuration"
+        )
+
+
+def _shapes_of(config: Any) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """(shapes of all tensors, names of those that are tied to another) of a language model of this config."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"), hub.quiet():
         model = kind.from_config(config)
     tied: Iterable[str] = getattr(model, "all_tied_weights_keys", None) or model._tied_weights_keys or ()
-    return set(model.state_dict()), set(tied)
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}, set(tied)

@@ -106,6 +106,9 @@ def open_pickled(path: Path) -> tuple[Tensors, dict[str, Any]]:
     found = {str(name): LazyTensor.of(value) for name, value in inner.items() if isinstance(value, Tensor)}
     if not found:
         raise CheckpointError(f"{path}: holds no tensors")
+    odd = next((n for n, lazy in found.items() if not _plain(lazy.read())), None)
+    if odd is not None:
+        raise CheckpointError(f"{path}: {odd} is of a type that is not supported ({_kind(found[odd].read())})")
     return found, {str(k): v for k, v in whole.items() if v is not inner and not isinstance(v, Tensor)}
 
 
@@ -249,6 +252,15 @@ def _load_pickled(path: Path) -> Any:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or _first_line(error)}") from error
 
 
+def _plain(tensor: Tensor) -> bool:
+    return tensor.dtype in _CODES and tensor.layout is torch.strided and not tensor.is_meta
+
+
+def _kind(tensor: Tensor) -> str:
+    words = [str(part).removeprefix("torch.") for part in (tensor.dtype, tensor.layout, tensor.device)]
+    return ", ".join(words)
+
+
 def _pickled_tensors(path: Path) -> Tensors:
     return open_pickled(path)[0]
 
@@ -257,6 +269,8 @@ def _sharded(folder: Path, index: str, open_one: Callable[[Path], Tensors]) -> T
     try:
         places = json.loads((folder / index).read_text("utf-8"))["weight_map"]
         files = sorted(set(places.values()))
+        if not files or any(not file or Path(file).name != file for file in files):
+            raise ValueError("no files, or not of this folder")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{folder / index}: not an index of shards") from error
     missing = [file for file in files if not (folder / file).is_file()]

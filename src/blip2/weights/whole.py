@@ -1,0 +1,76 @@
+"""Whether a checkpoint holds all that its model has, before anything is built, read or written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip2.errors import CheckpointError
+from blip2.models.bert_init import qformer_sizes
+from blip2.models.build import EXTRA_TOKENS, bert_config, build_qformer
+from blip2.models.stage1 import Stage1
+from blip2.models.towers import TOWERS
+from blip2.weights import names
+from blip2.weights.checkpoint import Checkpoint
+from blip2.weights.loading import compare
+
+
+def require_whole(found: Checkpoint) -> None:
+    """Compare a checkpoint's tensors with those that its stage trains, which are laid out on the meta device.
+
+    Raises:
+        CheckpointError: names the first missing, unexpected or differently shaped tensor.
+    """
+    compare(_trained(found), found.source, found.tensors, found.allowed)
+
+
+def _trained(found: Checkpoint) -> dict[str, Tensor]:
+    """What trains of the checkpoint's stage; widths of its towers are taken from its own tensors."""
+    settings, first = found.config.qformer, found.config.stage == "stage1"
+    bert = _bert(found)
+    width = _shape(found, "ln_vision.weight", 1)[0]
+    with torch.device("meta"):
+        qformer = build_qformer(settings, width, bert, text=first)
+        if first:
+            return Stage1(qformer, embed_dim=settings.embed_dim).state_dict()
+        hidden = _shape(found, "language_proj.weight", 2)[0]
+        state = {f"qformer.{name}": value for name, value in qformer.state_dict().items()}
+        norm, projection = torch.nn.LayerNorm(width), torch.nn.Linear(qformer.width, hidden)
+        state |= {f"ln_vision.{name}": value for name, value in norm.state_dict().items()}
+        return state | {f"language_proj.{name}": value for name, value in projection.state_dict().items()}
+
+
+def _bert(found: Checkpoint) -> Any:
+    """Sizes of its Q-Former: of the BERT that it names where that one's config is at hand, else as its tensors are."""
+    from transformers import BertConfig
+
+    init = found.config.qformer.init
+    if init in TOWERS or Path(init).is_dir():
+        bert = bert_config(init, weights=False)
+        sizes = qformer_sizes(bert)
+        if sizes["width"] % sizes["heads"]:
+            raise CheckpointError(
+                f"{found.source}: its Q-Former is {sizes['width']} wide, which {sizes['heads']} heads do not divide"
+            )
+        return bert
+    stage1 = found.config.stage == "stage1"
+    return BertConfig(
+        hidden_size=_shape(found, "qformer.query_tokens", 2)[1],
+        num_hidden_layers=names.depth_of(found.tensors),
+        num_attention_heads=1,
+        intermediate_size=_shape(found, "qformer.layers.0.query_ff.up.weight", 2)[0],
+        vocab_size=_shape(found, "qformer.embeddings.word.weight", 2)[0] - EXTRA_TOKENS if stage1 else 1,
+        max_position_embeddings=_shape(found, "qformer.embeddings.position.weight", 2)[0] if stage1 else 1,
+    )
+
+
+def _shape(found: Checkpoint, name: str, axes: int) -> tuple[int, ...]:
+    lazy = found.tensors.get(name)
+    if lazy is None:
+        raise CheckpointError(f"{found.source}: {name} is missing: the checkpoint is of another model or stage")
+    if len(lazy.shape) != axes:
+        raise CheckpointError(f"{found.source}: {name} has {len(lazy.shape)} axes, not {axes}")
+    return lazy.shape
