@@ -175,7 +175,7 @@ def test_command_prints_the_same_numbers_twice(capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     assert f"{numbers['trained']:,}" in text
     assert f"{numbers['frozen']:,}" in text
-    assert "batch 64 (recipe)" in text
+    assert f"batch {numbers['assumptions']['recipe_batch']} (recipe)" in text
     assert all(f"{row['total_gb']:.2f}" in text for row in numbers["memory"])
     assert all(f"{fit['card_gb']:>4} GB  {fit['micro_batch']:,}\n" in text for fit in numbers["fits"])
 

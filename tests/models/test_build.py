@@ -12,7 +12,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT2Model, LlamaConfig
 
 from blip2.configs import LoraConfig, LossConfig, QFormerConfig, RunConfig
-from blip2.errors import CheckpointError
+from blip2.errors import CheckpointError, ConfigError
 from blip2.models import build as builder
 from blip2.models.freezing import is_adapter, trainable_parameters
 from blip2.models.language_model import language_model_from_config
@@ -105,3 +105,9 @@ def test_text_decides_the_vocabulary() -> None:
     bert = SimpleNamespace(**BERT.to_dict())
     assert builder.build_qformer(QFormerConfig(), 6, bert, text=False).head is None
     assert builder.build_qformer(QFormerConfig(), 6, bert, text=True).head.bias.shape == (18,)
+
+
+def test_heads_that_do_not_divide_the_width_are_named() -> None:
+    bert = BertConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=5)
+    with pytest.raises(ConfigError, match="^qformer.init is 'minilm-l6': 24 wide, which 5 heads do not divide$"):
+        builder.build_qformer(QFormerConfig(), 6, bert, text=False)

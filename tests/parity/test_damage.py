@@ -142,7 +142,7 @@ def test_configs_that_say_nothing(folder: Path, refused: Refused, text: str) -> 
     ("part", "setting", "value", "message"),
     [
         ("qformer_config", "hidden_size", "wide", "not a folder that transformers can load"),
-        ("qformer_config", "num_attention_heads", 5, "its Q-Former is 24 wide, which 5 heads do not divide"),
+        ("qformer_config", "num_attention_heads", 5, ": 24 wide, which 5 heads do not divide"),
         ("qformer_config", "num_hidden_layers", 7, "qformer.layers.3.self_attention.query.weight is missing"),
         ("qformer_config", "cross_attention_frequency", 1, "qformer.layers.1.cross_attention.query.weight is missing"),
         ("qformer_config", "hidden_dropout_prob", 3, "its configuration cannot be used: qformer.dropout is 3"),

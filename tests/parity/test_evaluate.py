@@ -133,12 +133,14 @@ def test_retrieval(hf: HF, data: Path, tmp_path: Path, capsys: pytest.CaptureFix
     owners = np.array([n for n, entry in enumerate(entries) for _ in entry["captions"]])
     pictures = [data.parent / entry["image"] for entry in entries]
     similarity = model.similarity(pictures, texts).numpy()
+    lines = [json.loads(line) for line in (tmp_path / "e" / "predictions.jsonl").read_text().splitlines()]
     # the plain procedure: every pair by itself
-    match = np.empty_like(similarity)
-    for i, picture in enumerate(pictures):
+    match = np.full_like(similarity, -np.inf)
+    for i, (picture, line) in enumerate(zip(pictures, lines, strict=True)):
         kv = model.image_kv(model.features(picture))
-        for t, text in enumerate(texts):
-            match[i, t] = model.match_logits(kv, [text])[0, 1]
+        for t, found in zip(line["texts"], line["itm"], strict=True):
+            assert found == pytest.approx(float(model.match_logits(kv, [texts[t]])[0, 1]), rel=1e-4, abs=1e-5)
+            match[i, t] = found  # random weights score alike: rounding must not decide a rank here
     by_image, by_text = np.full_like(similarity, -np.inf), np.full_like(similarity, -np.inf)
     for i in range(len(pictures)):
         best = np.argsort(-similarity[i])[:3]

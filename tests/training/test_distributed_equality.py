@@ -1,6 +1,7 @@
 """Two processes give what one gives at the same global batch: losses and weights, DDP and FSDP2.
 
-Real gloo processes through `torchrun`, the real `Trainer`, and features made here.
+Real gloo processes through `torchrun`, the real `Trainer`, and features made here. Starting a
+process takes seconds and training next to nothing, so that one launch does every run.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ import torch
 
 from blip2.weights import native, runs
 
+# What trains, and over what; adapters on quantized weights are for DDP alone.
+JOBS = {kind: ("ddp", "fsdp2") for kind in ("stage1", "stage2", "t5", "stage2+lora")} | {"stage2+int8": ("ddp",)}
+NEEDS = {"stage2+lora": ("peft",), "stage2+int8": ("peft", "torchao")}
+STEPS, BATCH = 4, 8
 SCRIPT = '''
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +32,7 @@ from transformers import LlamaConfig, T5Config
 
 from blip2.configs import LanguageConfig, LoraConfig, LossConfig, OptimConfig, RunConfig, TrainConfig
 from blip2.data.dataset import Batch
-from blip2.models.language_model import language_model_from_config, load_language_model
+from blip2.models.language_model import LanguageModel, language_model_from_config, load_language_model
 from blip2.models.qformer import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
@@ -38,8 +42,6 @@ from blip2.training.parallel import process_group
 from blip2.training.trainer import Trainer
 
 WORDS = "a dog runs through the green grass near two men on some old bikes".split()
-kind, parallel, out = sys.argv[1:]
-stage, _, extra = kind.partition("+")
 BATCH = 8
 
 
@@ -82,99 +84,129 @@ def batches(step: int) -> Iterator[Batch]:
         step += 1
 
 
-torch.manual_seed(0)
-config = RunConfig(
-    stage="stage1" if stage == "stage1" else "stage2",
-    optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup=1),
-    train=TrainConfig(steps=4, batch=BATCH, save_every=4, eval_every=4, parallel=parallel, precision="fp32"),
-)
-sizes = {"width": 16, "depth": 3, "heads": 2, "inner": 32, "image_width": 12, "queries": 4, "dropout": 0.0}
-sizes["attention_dropout"] = 0.0
-if stage == "stage1":
-    model = Stage1(QFormer(**sizes, vocab=4 + len(WORDS), positions=16), embed_dim=8)
-    objective = Stage1Objective(model, Words(), LossConfig(), seed=0)
-elif stage == "t5":
-    t5 = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0)
-    model = Stage2(QFormer(**sizes, vocab=None), language_model_from_config(t5))
-    objective = Stage2Objective(model, Words(), LanguageConfig(prompt=""), seed=0)
-else:
-    llama = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    language_model = language_model_from_config(llama)
-    if extra == "int8":
-        language_model.model.save_pretrained(folder := f"{out}-{os.environ.get('RANK', 0)}")
-        language_model = load_language_model(LanguageConfig(name=folder, quantize="int8"), torch.float32)
-    model = Stage2(QFormer(**sizes, vocab=None), language_model)
-    if extra:
+def language_model(kind: str, out: Path) -> LanguageModel:
+    text = {"vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if kind == "t5":
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+        return language_model_from_config(T5Config(**text, **sizes))
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    made = language_model_from_config(LlamaConfig(**text, **sizes))
+    if kind == "stage2+int8":
+        made.model.save_pretrained(folder := f"{out}-{distributed.rank()}")
+        made = load_language_model(LanguageConfig(name=folder, quantize="int8"), torch.float32)
+    return made
+
+
+def objective_of(kind: str, out: Path):
+    torch.manual_seed(0)
+    sizes = {"width": 16, "depth": 3, "heads": 2, "inner": 32, "image_width": 12, "queries": 4}
+    sizes |= {"dropout": 0.0, "attention_dropout": 0.0}
+    if kind == "stage1":
+        model = Stage1(QFormer(**sizes, vocab=4 + len(WORDS), positions=16), embed_dim=8)
+        return Stage1Objective(model, Words(), LossConfig(), seed=0)
+    language = language_model(kind, out)
+    model = Stage2(QFormer(**sizes, vocab=None), language)
+    if "+" in kind:
         from blip2.models.lora import add_lora
 
-        add_lora(language_model, LoraConfig(rank=2))
-    objective = Stage2Objective(model, Words(), LanguageConfig(prompt=""), seed=0)
-frozen = [model.language_model] if stage == "stage2" else []
-with process_group(torch.device("cpu")):
-    Path(out).mkdir(parents=True, exist_ok=True)
+        add_lora(language, LoraConfig(rank=2))
+    return Stage2Objective(model, Words(), LanguageConfig(prompt=""), seed=0)
 
-    def evaluate(step: int) -> dict[str, float]:
-        with torch.no_grad():  # before the first step too, when FSDP2 has not run yet
-            return {"loss": float(sum(objective(next(batches(99)), 0).values()))}
 
-    device = torch.device("cpu")
-    trainer = Trainer(objective, batches, config, Path(out), device=device, frozen=frozen, evaluate=evaluate)
-    if parallel == "fsdp2" and stage != "stage1":
-        assert not model.language_model.split_lengths
+def run(kind: str, parallel: str, out: Path) -> None:
+    config = RunConfig(
+        stage=kind if kind == "stage1" else "stage2",
+        optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup=1),
+        train=TrainConfig(steps=4, batch=BATCH, save_every=4, eval_every=4, parallel=parallel, precision="fp32"),
+    )
+    objective = objective_of(kind, out)
+    model = objective.model
+
+    def evaluate(step: int) -> dict[str, object]:
+        """As on dev, before the first step too, when FSDP2 has not run yet: text and loss of two batches."""
+        found: dict[str, object] = {"loss": 0.0, "text": []}
+        for batch in (next(batches(98)), next(batches(99))):
+            if kind != "stage1":
+                soft, none = model.soft_prompts(batch.features), torch.zeros(BATCH, 0, dtype=torch.int64)
+                options = {"beams": 2, "min_tokens": 3, "max_tokens": 3, "end_id": 2, "pad_id": 0}
+                found["text"] += model.language_model.generate(soft, none, none, **options).tolist()
+            found["loss"] += float(sum(objective(batch, 0).values())) / 2
+        return found
+
+    out.mkdir(parents=True)
+    frozen = [model.language_model] if kind in ("stage2", "t5") else []
+    trainer = Trainer(objective, batches, config, out, device=torch.device("cpu"), frozen=frozen, evaluate=evaluate)
+    # FSDP2's processes must run a block equally often, whatever the lengths of their texts
+    assert kind == "stage1" or model.language_model.split_lengths == (parallel == "ddp")
     trainer.resume()
     trainer.run()
+
+
+out, *jobs = sys.argv[1:]
+with process_group(torch.device("cpu")):
+    for job in jobs:
+        run(*job.split("/"), Path(out) / job)
 '''
 
 
-def train(
-    kind: str, parallel: str, processes: int, folder: Path
-) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    """Losses of every step and the final weights of a run of the script above."""
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with every kind trained by one plain process."""
+    return train(tmp_path_factory.mktemp("one"), [], [f"{kind}/ddp" for kind in kinds()])
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the same by two processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    jobs = [f"{kind}/{parallel}" for kind in kinds() for parallel in JOBS[kind]]
+    return train(tmp_path_factory.mktemp("two"), launcher, jobs)
+
+
+def kinds() -> list[str]:
+    """What can be trained with the libraries that are there."""
+    return [kind for kind in JOBS if all(find_spec(library) for library in NEEDS.get(kind, ()))]
+
+
+def train(folder: Path, launcher: list[str], jobs: list[str]) -> Path:
+    """Run the script above; returns the folder of its runs, in which what came after an error is missing."""
     script = folder / "train.py"
     script.write_text(SCRIPT)
-    out = folder / f"{kind}-{parallel}-{processes}"
-    command = [sys.executable, str(script), kind, parallel, str(out)]
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command = [sys.executable, *launcher, *command[1:]]
+    command = [sys.executable, *launcher, str(script), str(folder), *jobs]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    (folder / "stderr.txt").write_text(done.stderr)
+    return folder
+
+
+def results(folder: Path, job: str) -> tuple[list[dict[str, float]], list[object], dict[str, torch.Tensor]]:
+    """Losses of every step and evaluation, what was generated, and the final weights."""
+    found = runs.checkpoints(folder / job)
+    assert found, (folder / "stderr.txt").read_text()[-4000:]
+    lines = [json.loads(line) for line in (folder / job / "metrics.jsonl").read_text().splitlines()]
     names = ("loss", "itc", "itm", "itg", "lm", "grad_norm")
     losses = [{name: line[name] for name in names if name in line} for line in lines]
-    return losses, native.read(runs.checkpoints(out)[-1][1] / runs.WEIGHTS)
+    texts = [row for line in lines if line["kind"] == "dev" for row in line["text"]]
+    return losses, texts, native.read(found[-1][1] / runs.WEIGHTS)
 
 
-def needs(library: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(find_spec(library) is None, reason=f"{library} is not installed")
-
-
-KINDS = [
-    "stage1",
-    "stage2",
-    "t5",
-    pytest.param("stage2+lora", marks=[pytest.mark.slow, needs("peft")]),
-    pytest.param("stage2+int8", marks=[pytest.mark.slow, needs("peft"), needs("torchao")]),
-]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_equal_one(kind: str, tmp_path: Path) -> None:
-    """DDP and FSDP2 over two processes against one process; adapters on quantized weights under DDP alone.
+@pytest.mark.parametrize(("kind", "parallel"), [(kind, parallel) for kind in JOBS for parallel in JOBS[kind]])
+def test_two_processes_equal_one(kind: str, parallel: str, one: Path, two: Path) -> None:
+    """DDP and FSDP2 over two processes against one process, evaluation before the first step included.
 
     Tolerances: the orders of summation differ, which float32 shows at 1e-6 a step and AdamW's
     division by the root of a small second moment enlarges; a lost gather or a wrong average shows
     at 1e-2 and more.
     """
-    losses, weights = train(kind, "ddp", 1, tmp_path)
-    assert len(losses) == 4 + 2  # steps, and evaluations before the first and after the last
-    for parallel in ("ddp",) if kind.endswith("int8") else ("ddp", "fsdp2"):
-        others, other_weights = train(kind, parallel, 2, tmp_path)
-        for mine, theirs in zip(losses, others, strict=True):
-            assert theirs == pytest.approx(mine, rel=2e-4, abs=2e-4), parallel
-        assert set(weights) == set(other_weights)
-        for name, value in weights.items():
-            torch.testing.assert_close(
-                other_weights[name], value, atol=2e-3, rtol=2e-3, msg=lambda m, n=name: f"{n}: {m}"
-            )
+    if kind not in kinds():
+        pytest.skip(f"{' or '.join(NEEDS[kind])} is not installed")
+    losses, texts, weights = results(one, f"{kind}/ddp")
+    assert len(losses) == STEPS + 2  # evaluations before the first and after the last
+    assert len(texts) == (0 if kind == "stage1" else 2 * 2 * BATCH)
+    others, other_texts, other_weights = results(two, f"{kind}/{parallel}")
+    for mine, theirs in zip(losses, others, strict=True):
+        assert theirs == pytest.approx(mine, rel=2e-4, abs=2e-4)
+    assert other_texts == texts
+    assert set(weights) == set(other_weights)
+    for name, value in weights.items():
+        torch.testing.assert_close(other_weights[name], value, atol=2e-3, rtol=2e-3, msg=lambda m, n=name: f"{n}: {m}")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip2.configs import QFormerConfig, RunConfig
+from blip2.configs import LoraConfig, QFormerConfig, RunConfig
 from blip2.errors import CheckpointError
 from blip2.models.qformer import QFormer
 from blip2.models.stage1 import Stage1
@@ -68,6 +68,29 @@ def test_one_tensor_too_many_is_named() -> None:
     extra = {"language_proj.weight": LazyTensor((20, 8), torch.float32, read)}
     with pytest.raises(CheckpointError, match="^x: language_proj.weight has no place in this model"):
         require_whole(replace(found, tensors=found.tensors | extra))
+
+
+A, B = (f"language_model.model.layers.0.fc1.lora_{kind}.default.weight" for kind in "AB")
+
+
+def adapted(shapes: dict[str, tuple[int, ...]], rank: int = 2) -> Checkpoint:
+    found = checkpoint("stage2")
+    extra = {name: LazyTensor(shape, torch.float32, read) for name, shape in shapes.items()}
+    config = replace(found.config, lora=LoraConfig(rank=rank))
+    return replace(found, config=config, tensors=found.tensors | extra)
+
+
+def test_adapters_pass_in_pairs_of_the_rank_of_their_run() -> None:
+    require_whole(adapted({A: (2, 5), B: (7, 2)}))
+    for shapes, message in (
+        ({A: (2, 5)}, f"{B} is missing"),
+        ({B: (7, 2)}, f"{A} is missing"),
+        ({A: (2, 5), B: (7,)}, f"{B} has 1 axes, not 2"),
+        ({A: (3, 5), B: (7, 3)}, r"is \(3, 5\) and \(7, 3\), and lora.rank of its run is 2"),
+        ({A: (2, 5), B: (7, 3)}, "and lora.rank of its run is 2"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            require_whole(adapted(shapes))
 
 
 def test_what_the_format_does_not_hold_may_be_missing() -> None:

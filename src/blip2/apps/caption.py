@@ -14,11 +14,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from blip2.configs import DecodingConfig
+from blip2.data.samples import printable
 from blip2.errors import ConfigError, DataError, RunError
 from blip2.inference import Blip2, load, open_image
 from blip2.weights import runs
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_START = b'{"image": "'  # of every line of a captions file
 
 
 def caption_command(options: argparse.Namespace) -> int:
@@ -144,30 +146,40 @@ def _not_done(paths: list[str], options: argparse.Namespace) -> list[str]:
         return paths
     target = Path(options.out)
     done = {entry["image"] for entry in _whole_lines(target)} if target.exists() else set()
-    return [p for p in paths if p not in done]
+    return [p for p in paths if printable(p) not in done]
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """Entries of a captions file; a last line cut short by a kill is dropped from it.
 
     Raises:
-        DataError: a line that is not one of ours.
+        DataError: it cannot be read, or a line is not one of ours; the file is left as it is.
     """
-    lines = path.read_text("utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        beside = path.with_name(f".{path.name}.tmp")
-        beside.write_text("".join(lines[:-1]), "utf-8")
-        beside.replace(path)
-        lines.pop()
-    entries = []
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-            entry["image"], entry["captions"]
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{path}: line {number} is not a caption line; choose another --out") from None
-        entries.append(entry)
+    try:
+        *lines, rest = path.read_bytes().split(b"\n")
+        entries = [_entry(path, number, line) for number, line in enumerate(lines, 1)]
+        if rest:
+            if not rest.startswith(_START[: len(rest)]):
+                raise _not_ours(path, len(lines) + 1)
+            beside = path.with_name(f".{path.name}.tmp")
+            beside.write_bytes(b"".join(line + b"\n" for line in lines))
+            beside.replace(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read and continued: {error.strerror}") from error
     return entries
+
+
+def _entry(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        entry: dict[str, Any] = json.loads(line)
+        entry["image"], entry["captions"]
+    except (ValueError, KeyError, TypeError):
+        raise _not_ours(path, number) from None
+    return entry
+
+
+def _not_ours(path: Path, number: int) -> DataError:
+    return DataError(f"{path}: line {number} is not a caption line; choose another --out")
 
 
 def _open_sink(options: argparse.Namespace) -> Any:
@@ -178,11 +190,11 @@ def _open_sink(options: argparse.Namespace) -> Any:
         return lambda image, captions: _append(Path(options.out), image, captions)
     if options.json:
         return lambda image, captions: print(_line(image, captions), flush=True)
-    return lambda image, captions: print(*(f"{image}: {text}" for text in captions), sep="\n", flush=True)
+    return lambda image, captions: print(*(f"{printable(image)}: {text}" for text in captions), sep="\n", flush=True)
 
 
 def _line(image: str, captions: list[str]) -> str:
-    return json.dumps({"image": image, "captions": captions}, ensure_ascii=False)
+    return json.dumps({"image": printable(image), "captions": captions}, ensure_ascii=False)
 
 
 def _append(path: Path, image: str, captions: list[str]) -> None:

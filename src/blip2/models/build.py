@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from blip2.configs import BERT_WORDS, QFormerConfig, RunConfig
-from blip2.errors import CheckpointError
+from blip2.errors import CheckpointError, ConfigError
 from blip2.models import hub, towers
 from blip2.models.bert_init import load_bert, qformer_sizes
 from blip2.models.language_model import LanguageModel, load_language_model
@@ -23,9 +23,18 @@ EXTRA_TOKENS = 1
 
 
 def build_qformer(config: QFormerConfig, image_width: int, bert: Any, *, text: bool) -> QFormer:
-    """A freshly initialised Q-Former whose sizes follow a transformers BERT config."""
+    """A freshly initialised Q-Former whose sizes follow a transformers BERT config.
+
+    Raises:
+        ConfigError: its heads do not divide its width.
+    """
+    sizes = qformer_sizes(bert)
+    if sizes["width"] % sizes["heads"]:
+        raise ConfigError(
+            f"qformer.init is {config.init!r}: {sizes['width']} wide, which {sizes['heads']} heads do not divide"
+        )
     return QFormer(
-        **qformer_sizes(bert),
+        **sizes,
         image_width=image_width,
         queries=config.queries,
         cross_every=config.cross_every,

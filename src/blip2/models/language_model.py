@@ -148,7 +148,7 @@ class LanguageModel(nn.Module):
         targets = dec_mask_BT.bool()
         return F.cross_entropy(logits_BTV[targets].float(), dec_ids_BT[targets], reduction=reduction)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: a block that FSDP2 gathers first in it cannot be trained through
     def generate(
         self,
         prompt_BQH: Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 from blip2.errors import CheckpointError
-from blip2.models.bert_init import qformer_sizes
 from blip2.models.build import EXTRA_TOKENS, bert_config, build_qformer
+from blip2.models.freezing import is_adapter
 from blip2.models.stage1 import Stage1
 from blip2.models.towers import TOWERS
 from blip2.weights import names
@@ -21,10 +22,25 @@ from blip2.weights.loading import compare
 def require_whole(found: Checkpoint) -> None:
     """Compare a checkpoint's tensors with those that its stage trains, which are laid out on the meta device.
 
+    Adapters are compared with each other: their language model is not at hand here.
+
     Raises:
         CheckpointError: names the first missing, unexpected or differently shaped tensor.
     """
-    compare(_trained(found), found.source, found.tensors, found.allowed)
+    own = {name: lazy for name, lazy in found.tensors.items() if not is_adapter(name)}
+    compare(_trained(found), found.source, own, found.allowed)
+    _require_pairs(found)
+
+
+def _require_pairs(found: Checkpoint) -> None:
+    """Every adapter has both its matrices, [rank, in] and [out, rank]."""
+    rank = found.config.lora.rank
+    for name in filter(is_adapter, found.tensors):
+        first, second = (_shape(found, re.sub(r"\.lora_[AB]\.", f".lora_{kind}.", name), 2) for kind in "AB")
+        if (first[0], second[1]) != (rank, rank):
+            raise CheckpointError(
+                f"{found.source}: the adapter of {name} is {first} and {second}, and lora.rank of its run is {rank}"
+            )
 
 
 def _trained(found: Checkpoint) -> dict[str, Tensor]:
@@ -49,13 +65,7 @@ def _bert(found: Checkpoint) -> Any:
 
     init = found.config.qformer.init
     if init in TOWERS or Path(init).is_dir():
-        bert = bert_config(init, weights=False)
-        sizes = qformer_sizes(bert)
-        if sizes["width"] % sizes["heads"]:
-            raise CheckpointError(
-                f"{found.source}: its Q-Former is {sizes['width']} wide, which {sizes['heads']} heads do not divide"
-            )
-        return bert
+        return bert_config(init, weights=False)
     stage1 = found.config.stage == "stage1"
     return BertConfig(
         hidden_size=_shape(found, "qformer.query_tokens", 2)[1],
