@@ -92,7 +92,9 @@ def language_model(kind: str, out: Path) -> LanguageModel:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     made = language_model_from_config(LlamaConfig(**text, **sizes))
     if kind == "stage2+int8":
-        made.model.save_pretrained(folder := f"{out}-{distributed.rank()}")
+        folder = f"{out}-model"
+        made.model.save_pretrained(folder)  # among several processes the first one writes
+        distributed.barrier()
         made = load_language_model(LanguageConfig(name=folder, quantize="int8"), torch.float32)
     return made
 
@@ -133,7 +135,7 @@ def run(kind: str, parallel: str, out: Path) -> None:
             found["loss"] += float(sum(objective(batch, 0).values())) / 2
         return found
 
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     frozen = [model.language_model] if kind in ("stage2", "t5") else []
     trainer = Trainer(objective, batches, config, out, device=torch.device("cpu"), frozen=frozen, evaluate=evaluate)
     # FSDP2's processes must run a block equally often, whatever the lengths of their texts
