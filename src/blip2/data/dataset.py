@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from blip2.data.features import FeatureCache
-from blip2.data.images import ImageSpec, augmented_view, decode_image, plain_view
+from blip2.data.images import ImageSpec, decode_augmented, decode_image, plain_view
 from blip2.data.samples import BadSample, BadSampleError, Collection
 from blip2.errors import DataError
 
@@ -148,10 +148,10 @@ class _Steps(Dataset[Batch]):
 
     def _pixels(self, index: int, rng: np.random.Generator) -> Tensor:
         assert self.spec is not None
-        picture = decode_image(self.collection.samples[index].read())
+        data = self.collection.samples[index].read()
         if self.augment:
-            return augmented_view(picture, self.spec, rng, self.crop_min)
-        return plain_view(picture, self.spec)
+            return decode_augmented(data, self.spec, rng, self.crop_min)
+        return plain_view(decode_image(data), self.spec)
 
     def _batch(self, items: list[_Item], skipped: list[BadSample]) -> Batch:
         pixels = [item.pixels for item in items if item.pixels is not None]

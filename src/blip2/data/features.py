@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from blip2.data.images import ImageSpec, augmented_view, decode_image, plain_view
+from blip2.data.images import ImageSpec, decode_augmented, decode_image, plain_view
 from blip2.data.samples import BadSample, BadSampleError, Collection
 from blip2.errors import DataError
 
@@ -220,12 +220,12 @@ class _Builder:
         """The normalised view at a place, or the reason why there is none."""
         view, index = divmod(place, len(self.collection.samples))
         try:
-            picture = decode_image(self.collection.samples[index].read())
+            data = self.collection.samples[index].read()
+            if view == 0:
+                return plain_view(decode_image(data), self.spec)
+            return decode_augmented(data, self.spec, np.random.default_rng([self.seed, view, index]), self.crop_min)
         except BadSampleError as error:
             return error.reason
-        if view == 0:
-            return plain_view(picture, self.spec)
-        return augmented_view(picture, self.spec, np.random.default_rng([self.seed, view, index]), self.crop_min)
 
     def _open(self, shape: Sequence[int]) -> np.memmap:
         path = self.folder / _FEATURES
