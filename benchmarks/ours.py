@@ -39,12 +39,12 @@ def load_batch(settings: dict[str, Any]) -> Batch:
     ).to(torch.device(settings["device"]))
 
 
-def stage1_objective(settings: dict[str, Any]) -> Stage1Objective:
-    """ITC (with LAVIS's one-sided gradient, so that gradients can be compared), ITM and ITG."""
+def stage1_objective(settings: dict[str, Any], *, one_sided: bool = True) -> Stage1Objective:
+    """ITC (by default with LAVIS's one-sided gradient, so that gradients can be compared), ITM and ITG."""
     size = models.size_of(settings)
     model = models.read_stage1(settings["folder"], size).to(settings["device"])
     tokenizer: Any = ids.QFormerIds(size.words, size.max_text)
-    return Stage1Objective(model, tokenizer, LossConfig(itc_one_sided=True)).train()
+    return Stage1Objective(model, tokenizer, LossConfig(itc_one_sided=one_sided)).train()
 
 
 def with_fixed_negatives(objective: Stage1Objective, batch: Batch) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Bytes that a process sends to the others in a stage-1 step: our side and LAVIS's, counted by wrapping collectives.
 
 Counted per process, as a ring or direct exchange sends them among W processes: all_gather of n bytes
-sends n (W - 1), all_reduce 2 n (W - 1) / W, all_to_all what is not kept. The gradient exchange of the
+sends n (W - 1), all_reduce 2 n (W - 1) / W, all_to_all and scatter what is not kept. The gradient exchange of the
 weights is the same on both sides and left out. Torch only: this also runs in LAVIS's environment.
 """
 
@@ -55,9 +55,18 @@ class Counter:
 
         return call
 
+    def scatter(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(out: Tensor, parts: list[Tensor] | None = None, src: int = 0, *args: Any, **kwargs: Any) -> Any:
+            if src == dist.get_rank() and parts is not None:
+                sent = [x.numel() * x.element_size() for rank, x in enumerate(parts) if rank != src]
+                self.add("scatter", sum(sent))
+            return real(out, parts, src, *args, **kwargs)
+
+        return call
+
     def patches(self) -> list[Any]:
         """Patches of `torch.distributed` that count."""
-        names = ("all_gather", "all_reduce", "all_to_all_single")
+        names = ("all_gather", "all_reduce", "all_to_all_single", "scatter")
         return [mock.patch.object(dist, name, getattr(self, name)(getattr(dist, name))) for name in names]
 
 
@@ -71,7 +80,7 @@ def ours(settings: dict[str, Any], batch_of: slice) -> tuple[Tensor, Callable[[]
     batch = Batch(
         whole.keys[batch_of], whole.image_ids[batch_of], whole.captions[batch_of], features=whole.features[batch_of]
     )
-    objective = stage1_objective(settings)
+    objective = stage1_objective(settings, one_sided=False)  # our default: vectors' gradients travel too
     drawn = _negatives(len(whole.captions))
     objective._negatives = lambda *_: tuple(x[batch_of] for x in drawn)  # type: ignore[method-assign,assignment]
     losses = objective(batch, 0)
