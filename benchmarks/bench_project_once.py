@@ -2,73 +2,78 @@
 
 One image is matched with k texts (re-ranking, section 6 of the design): once through one `ImageKV`
 that all texts read in place, once with the image's features repeated for every pair, as LAVIS and
-transformers do it. Same module, same random weights, float32; outputs must agree.
+transformers do it. Same module, same random weights.
 
-    python benchmarks/bench_project_once.py [--texts 32] [--repeats 5]
+    python -m benchmarks.bench_project_once [--size tiny] [--repeats 5]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
+import tempfile
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from blip2.models.qformer import QFormer
+from benchmarks import ids
+from benchmarks.common import (
+    Peer,
+    captions,
+    compare,
+    features,
+    parse,
+    precision_of,
+    run_script,
+    settings_of,
+    show,
+    sized,
+)
+from benchmarks.models import read_stage1, size_of, write_stage1
+from benchmarks.ours import load_batch
+from benchmarks.worker import Side
+from blip2.training.parallel import autocast
 
-TOLERANCE = 1e-4
+TEXTS = 32
 
 
 def main() -> None:
-    """Time both in turn and print one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--texts", type=int, default=32, help="texts per image")
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    qformer = QFormer().eval()  # the paper's: 12 layers, width 768, 32 queries, 257 x 1408 features
-    features = torch.randn(1, 257, 1408)
-    lengths = torch.randint(8, 17, (options.texts,))
-    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
-    ids = torch.randint(1000, 30000, mask.shape)
-
-    def once() -> Tensor:
-        return qformer.encode_pair(ids, mask, qformer.project_image(features))
-
-    def every_time() -> Tensor:
-        return qformer.encode_pair(ids, mask, qformer.project_image(features.expand(options.texts, -1, -1)))
-
-    with torch.inference_mode():
-        difference = float((once() - every_time()).abs().max())
-        assert difference < TOLERANCE, f"outputs differ by {difference}"
-        times = [(timed(once), timed(every_time)) for _ in range(options.repeats)]
-    ours, peer = (statistics.median(column) for column in zip(*times, strict=True))
-    print(
-        json.dumps(
-            {
-                "claim": "match one image with k texts: project once against project per pair",
-                "ratio": round(peer / ours, 2),
-                "ours_s": round(ours, 4),
-                "peer_s": round(peer, 4),
-                "peer": "the same Q-Former, features repeated per pair",
-                "size": f"12 layers, 768 wide, 32 queries, 257 x 1408, k={options.texts}",
-                "threads": torch.get_num_threads(),
-                "max_abs_diff": difference,
-            }
-        )
-    )
+    """Measure and print one JSON line."""
+    options = parse(__doc__)
+    size = sized(options)
+    with tempfile.TemporaryDirectory() as folder:
+        write_stage1(folder, size)
+        inputs = {"features": features(1, size).numpy(), "captions": captions(TEXTS, size)}
+        np.savez(Path(folder) / "inputs.npz", **inputs)
+        claim = {
+            "claim": "match one image with k texts: project once against project per pair",
+            "target": 1.0,
+            "size": f"{size}, k={TEXTS}",
+        }
+        settings = settings_of(options, size, folder, once=True)
+        side = "benchmarks.bench_project_once:match"
+        peers = {"the same Q-Former, features repeated per pair": Peer(side, settings={"once": False})}
+        tolerance = 1e-4 if precision_of(options) == "fp32" else 5e-2
+        show(compare(claim, Peer(side), peers, settings, repeats=options.repeats, tolerance=tolerance))
 
 
-def timed(function: Callable[[], Tensor]) -> float:
-    """Seconds of one call."""
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
+def match(settings: dict[str, Any]) -> Side:
+    """ITM logits of one image with all texts."""
+    size, batch = size_of(settings), load_batch(settings)
+    model = read_stage1(settings["folder"], size).to(settings["device"]).eval()
+    token_ids, mask = (x.to(settings["device"]) for x in ids.QFormerIds(size.words, size.max_text)(batch.captions))
+    assert batch.features is not None
+    image = batch.features
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        with autocast(torch.device(settings["device"]), settings["precision"]):
+            kv = model.project_image(image if settings["once"] else image.expand(len(token_ids), -1, -1))
+            return model.match_logits(token_ids, mask, kv)
+
+    return Side(run, lambda: {"logits": run().float().cpu().numpy()})
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -44,9 +44,7 @@ def main() -> None:
     ours = Peer("benchmarks.ours:rerank", settings={"precision": "bf16"} if bf16 else None)
     with tempfile.TemporaryDirectory() as folder:
         write_stage1(folder, size)
-        np.savez(
-            Path(folder) / "inputs.npz", features=features(images, size).numpy(), captions=captions(images, size)
-        )
+        np.savez(Path(folder) / "inputs.npz", features=features(images, size).numpy(), captions=captions(images, size))
         part = f", one of {share} processes" if share > 1 else ""
         claim = {
             "claim": "retrieval re-ranking" + (", ours in bf16 autocast" if bf16 else ""),

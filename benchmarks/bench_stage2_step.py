@@ -13,8 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import Peer, captions, compare, features, parse, precision_of, run_script, settings_of
-from benchmarks.common import show, sized
+from benchmarks.common import (
+    Peer,
+    captions,
+    compare,
+    features,
+    parse,
+    precision_of,
+    run_script,
+    settings_of,
+    show,
+    sized,
+)
 from benchmarks.language import text_config, write_bridge
 
 

@@ -143,7 +143,8 @@ class Worker:
             stderr=self._errors,
             text=True,
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"},
+            env=os.environ
+            | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"},
         )
         self._what = peer.side
         self._read()
