@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,7 @@ class Worker:
 
     def __init__(self, peer: Peer, settings: dict[str, Any]) -> None:
         threads = str(settings["threads"])
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in `close`)
         self._process = subprocess.Popen(
             [peer.python or sys.executable, "-m", "benchmarks.worker", peer.side, json.dumps(settings)],
             stdin=subprocess.PIPE,
@@ -147,15 +147,17 @@ class Worker:
             | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"},
         )
         self._what = peer.side
-        self._read()
+        try:
+            self._read()
+        except BenchmarkError:
+            self.close()
+            raise
 
     def ask(self, **command: Any) -> dict[str, Any]:
         """Give one command and wait for its answer."""
         assert self._process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # it ended: `_read` says why
             print(json.dumps(command), file=self._process.stdin, flush=True)
-        except BrokenPipeError:
-            pass
         return self._read()
 
     def _read(self) -> dict[str, Any]:

@@ -220,7 +220,8 @@ def rerank(settings: dict[str, Any]) -> Side:
 
     @torch.no_grad()
     def scores() -> tuple[np.ndarray, np.ndarray]:
-        with mock.patch.object(base.dist_utils, "get_world_size", lambda: settings["share"]), _autocast(settings):
+        shared = mock.patch.object(base.dist_utils, "get_world_size", return_value=settings["share"])
+        with shared, _autocast(settings):
             found: tuple[np.ndarray, np.ndarray] = base.compute_sim_matrix(model, loader, k_test=settings["k"])
         return found
 

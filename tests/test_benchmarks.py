@@ -1,0 +1,94 @@
+"""What the benchmarks rest on: inputs as stated, sides that take turns, and a difference that is not passed over."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks import bench_growth, run
+from benchmarks.common import SIZES, BenchmarkError, Peer, captions, compare, settings_of, text_lengths
+
+TINY = SIZES["tiny"]
+
+
+@pytest.mark.parametrize(("count", "mean"), [(16, 12), (3, 9), (200, 12)])
+def test_lengths_of_captions_have_the_stated_mean(count: int, mean: int) -> None:
+    lengths = text_lengths(count, replace(SIZES["paper"], mean_text=mean))
+    assert lengths.sum() == mean * count
+    assert lengths.min() >= 4
+    assert lengths.max() <= 32
+    assert len(set(lengths.tolist())) > 1
+    assert [len(text.split()) for text in captions(count, replace(SIZES["paper"], mean_text=mean))] == lengths.tolist()
+
+
+SIDE = """
+import time
+import numpy as np
+from benchmarks.worker import Side
+
+def side(settings):
+    values = np.full((2, 2), settings["value"])
+    held = []
+    def run():
+        held[:] = [np.ones(int(settings["mb"] * 125_000))]
+        time.sleep(settings["value"] / 50)
+    return Side(run, lambda: {"values": values})
+"""
+
+
+@pytest.fixture
+def both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Compare a side that gives 1.0 and sleeps 20 ms with one of other settings."""
+    (tmp_path / "plain_side.py").write_text(SIDE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    options = argparse.Namespace(device="cpu", threads=1)
+    settings = settings_of(options, TINY, tmp_path, value=1.0, mb=10)
+
+    def run_both(**theirs: Any) -> dict[str, Any]:
+        peers = {"peer": Peer("plain_side:side", settings=theirs)}
+        return compare({}, Peer("plain_side:side"), peers, settings, repeats=3, tolerance=0.01)
+
+    return run_both
+
+
+def test_sides_are_compared_timed_and_weighed(both: Callable[..., dict[str, Any]]) -> None:
+    record = both(value=1.005, mb=210)
+    assert record["max_abs_diff"] == pytest.approx(0.005)
+    assert record["ours_s"] >= 0.02
+    assert record["peer_s"] >= 0.02
+    assert 180 < record["peer_peak_mb"] - record["ours_peak_mb"] < 420  # an old array may outlive a new one
+
+
+def test_other_outputs_are_an_error(both: Callable[..., dict[str, Any]]) -> None:
+    with pytest.raises(BenchmarkError, match=r"values differs between ours and peer by 0\.5"):
+        both(value=1.5)
+
+
+def test_a_side_that_ends_is_an_error(both: Callable[..., dict[str, Any]]) -> None:
+    with pytest.raises(BenchmarkError, match=r"(?s)plain_side:side ended: .*TypeError"):
+        both(mb=None)
+
+
+def test_exponent_is_the_slope_of_the_upper_half() -> None:
+    points = [{"batch": n, "s": max(1.0, 0.5 * n**2)} for n in (1, 2, 4, 8)]
+    assert bench_growth.exponent(points, "batch", "s") == 2.0
+
+
+def test_table_shows_misses_and_reasons() -> None:
+    record = {"claim": "c", "ratio": 1.5, "target": 2.0, "ours_s": 1, "peer_s": 1.5, "peer": "p", "max_abs_diff": 0.0}
+    found = {"machine": {"cores": 2, "gpu": None}, "claims": {"a": record, "b": {"skipped": "no peer"}}}
+    text = run.table("title", found)
+    assert "| c | 1.5 (missed) | at least 2.0 |" in text
+    assert "- b: not run: no peer" in text
+    assert "gpu" not in text
+
+
+def test_every_claim_names_a_script_and_messages_lose_their_paths() -> None:
+    for module, *_ in run.CLAIMS.values():
+        assert (run.ROOT / "benchmarks" / f"{module}.py").is_file()
+    assert run.without_paths("no /home/someone/x/y.py here") == "no .../y.py here"
