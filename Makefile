@@ -47,7 +47,7 @@ format: $(READY) ## format the code and apply safe lint fixes
 	@$(BIN)/ruff check --fix-only -q .
 	@$(BIN)/ruff format .
 
-bench: $(READY) ## measure every claim of speed at the paper's sizes (about an hour); resumable
+bench: $(READY) ## measure every claim of speed at the paper's sizes; resumable
 	@$(BIN)/python -m benchmarks.run
 
 bench-peers: .venv-lavis/.ready ## make .venv-lavis with LAVIS and the transformers it needs, for bench

@@ -28,7 +28,7 @@ AXES = {
         "text": (8, 16, 32, 64),
         "patches": (65, 129, 257, 577),
     },
-    "tiny": {"batch": (2, 4, 8), "queries": (4, 8), "text": (8, 16), "patches": (17, 65)},
+    "tiny": {"batch": (2, 8), "patches": (17, 65)},
 }
 BASE_BATCH = 4
 SIDE = Peer("benchmarks.ours:growth_step")
