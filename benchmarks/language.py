@@ -63,12 +63,21 @@ def text_config(shape: str) -> Any:
 
 
 def language_model(shape: str) -> Any:
-    """The same random language model in every process, frozen."""
+    """The same random language model in every process, frozen.
+
+    Its blocks are drawn wide enough that what it writes depends on what it reads: with the usual start a
+    tied head repeats the last token whatever the image, and equal ids would prove nothing.
+    """
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(text_config(shape), dtype=torch.float32)
     models.shake(model)
+    embedded = model.get_input_embeddings().weight
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2 and parameter is not embedded:
+                parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5)
     return model.requires_grad_(False).eval()
 
 
@@ -88,6 +97,11 @@ def write_bridge(folder: str | Path, size: Size, shape: str) -> None:
         }
     )
     models.shake(bridge)
+    with torch.no_grad():
+        for layer in bridge["qformer"].layers:  # queries that tell random images apart
+            if layer.cross_attention is not None:
+                layer.cross_attention.output.weight *= 20
+                layer.cross_attention.value.weight *= 5
     save_file(bridge.state_dict(), Path(folder) / models.WEIGHTS)
 
 
@@ -275,7 +289,12 @@ def generate_ours(settings: dict[str, Any]) -> Side:
                 return model.ask(asked, questions, decoding=ANSWER)
             return model.caption(pictures, decoding=CAPTION)
 
-    return Side(run, lambda: _padded_ids(ids.rows_of(run(), 1000)))
+    def check() -> Outputs:
+        texts = run()
+        assert len(set(texts)) > 1, "every row is the same: equal ids would prove nothing"
+        return _padded_ids(ids.rows_of(texts, 1000))
+
+    return Side(run, check)
 
 
 def generate_transformers(settings: dict[str, Any]) -> Side:
