@@ -114,12 +114,14 @@ def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         _add_model(command)
 
 
-def _add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--model",
-        help="run folder, preset, Hugging Face folder or hub id, or LAVIS .pth "
-        "(default: $BLIP2_MODEL, else the newest in runs/)",
-    )
+def _add_model(command: argparse.ArgumentParser, *, named: bool = True) -> None:
+    """Which model and how it is loaded; `named`: with `--model` itself."""
+    if named:
+        command.add_argument(
+            "--model",
+            help="run folder, preset, Hugging Face folder or hub id, or LAVIS .pth "
+            "(default: $BLIP2_MODEL, else the newest in runs/)",
+        )
     _add_towers(command)
     command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the frozen towers")
     command.add_argument(
@@ -135,15 +137,20 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     caption = tasks.add_parser("caption", help="BLEU, METEOR, ROUGE-L, CIDEr, SPICE against all references")
     vqa = tasks.add_parser("vqa", help="VQA accuracy over people's answers, or exact match")
     retrieval = tasks.add_parser("retrieval", help="recall by ITC, and re-ranked by ITM, both ways")
-    for task in (caption, vqa, retrieval):
+    prompts = tasks.add_parser("prompts", help="instructed generation: prompts of a file, side by side over models")
+    prompts.add_argument("--prompts", required=True, metavar="FILE", help="one prompt per line")
+    prompts.add_argument(
+        "--models", required=True, nargs="+", metavar="MODEL", help="one or more, as --model elsewhere"
+    )
+    for task in (caption, vqa, retrieval, prompts):
         task.add_argument("--data", required=True, help="named set, shards, folder or JSONL file")
         task.add_argument("--split", help="of a named set")
         task.add_argument("--limit", type=int, help="first N images only")
         task.add_argument("--out", metavar="DIR", help="default: runs/evaluate/TASK-MODEL-DATA; resumed where it is")
         task.add_argument("--json", action="store_true", help="one JSON object last on stdout")
-        _add_model(task)
+        _add_model(task, named=task is not prompts)
         task.set_defaults(run=_evaluate)
-    for task in (caption, vqa):
+    for task in (caption, vqa, prompts):
         for option, kind in (
             ("beams", int),
             ("min-tokens", int),
@@ -156,6 +163,12 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     vqa.add_argument("--questions", type=int, metavar="N", help="first N questions only")
     vqa.add_argument("--shuffle", action="store_true", help="ask about another image: what the language alone knows")
     vqa.add_argument("--candidates", metavar="FILE|data", help="rank these answers (one per line) instead of writing")
+    vqa.add_argument(
+        "--lemmas",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="compare base forms of words; auto does for OK-VQA, whose answers are such (default: %(default)s)",
+    )
     retrieval.add_argument("-k", type=int, default=128, help="candidates re-ranked per query (default: %(default)s)")
     retrieval.add_argument(
         "--itc-weight",
@@ -265,6 +278,10 @@ def _ask(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
+    if options.task == "prompts":
+        from blip2.apps.evaluate.prompts import prompts_command
+
+        return prompts_command(options)
     from blip2.apps.evaluate.command import evaluate_command
 
     return evaluate_command(options)
