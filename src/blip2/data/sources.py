@@ -62,6 +62,24 @@ def index(spec: str) -> Collection:
     raise DataError(f"{spec}: no such file or folder, and not a named set ({', '.join(NAMED)})")
 
 
+def shard_paths(spec: str) -> list[Path]:
+    """The tar shards that a data set's name, path, glob, brace range or folder means.
+
+    Raises:
+        DataError: there are none.
+    """
+    name, _, split = spec.partition(":")
+    if name == "flickr8k" and split in ("train", "dev"):
+        return _named_shards("flickr8k", split)
+    path = Path(spec).expanduser()
+    if spec.endswith(".tar"):
+        return _expand(os.path.expanduser(spec))
+    shards = sorted(path.glob("*.tar")) if path.is_dir() else []
+    if not shards:
+        raise DataError(f"{spec}: no .tar shards: make them with `blip2 data convert`")
+    return shards
+
+
 def _expand(spec: str) -> list[Path]:
     found: list[Path] = []
     try:
