@@ -41,6 +41,10 @@ class CapFiltSettings:
     def __post_init__(self) -> None:
         for name, least in (("samples", 0), ("keep", 1), ("batch", 1), ("seed", 0), ("max_tokens", 1)):
             if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}: it must be {least} or more")
+                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}: it must be {least} or more")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ConfigError(
+                f"min-tokens is {self.min_tokens}: it must be between 0 and max-tokens ({self.max_tokens})"
+            )
         if self.itm_threshold is not None and not 0 <= self.itm_threshold <= 1:
             raise ConfigError(f"itm-threshold is {self.itm_threshold}: it must be between 0 and 1")
