@@ -153,8 +153,8 @@ class DataConfig:
 
     Args:
         train, dev: a named set (`flickr8k:train`), tar shards (path, glob or brace range), a folder
-            of images with sidecar texts, or a JSONL file.
-        limit, dev_limit: use only the first N usable images; None uses all.
+            of images with sidecar texts, or a JSONL file; or a weighted mixture (`a.tar*2+b.tar`).
+        limit, dev_limit: use only the first N usable images (of each part of a mixture); None uses all.
         augment: random resized crop and horizontal flip (needs the images: with a feature cache
             it takes effect through `cache_views`).
         crop_min: smallest share of the image's area that a random crop keeps.

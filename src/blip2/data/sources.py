@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import importlib.util
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -12,6 +13,7 @@ from braceexpand import braceexpand
 from blip2.cache import cache_folder
 from blip2.data.easyvqa import build_easy_vqa
 from blip2.data.folders import read_folder, read_jsonl
+from blip2.data.mixture import Part, parse_mixture
 from blip2.data.samples import Collection, Sample
 from blip2.data.shards import read_shards
 from blip2.errors import DataError
@@ -22,7 +24,7 @@ _PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.p
 
 
 def open_collection(spec: str) -> Collection:
-    """Index a data set.
+    """Index a data set, or a mixture of several (`a.tar*2+b.tar`, see `mixture`).
 
     Args:
         spec: `flickr8k:train|dev`, `easy-vqa:train|test`, `skimage`, shards (a file, glob, brace
@@ -31,6 +33,9 @@ def open_collection(spec: str) -> Collection:
     Raises:
         DataError: not found, unknown, or without a single usable sample; says what to do.
     """
+    parts = parse_mixture(spec)
+    if len(parts) > 1 or parts[0].spec != spec:
+        return _mixed(spec, parts)
     collection = index(spec)
     if not collection.samples:
         if collection.bad:
@@ -38,6 +43,17 @@ def open_collection(spec: str) -> Collection:
             raise DataError(f"{spec}: every sample is bad, the first: {first.key}: {first.reason}")
         raise DataError(f"{spec}: nothing in it: expected .tar shards, or images with a .txt beside each")
     return collection
+
+
+def _mixed(spec: str, parts: list[Part]) -> Collection:
+    """All parts one after the other; equal image ids of two data sets are two images."""
+    mixed = Collection(spec, [])
+    for number, part in enumerate(parts):
+        found = open_collection(part.spec)
+        mixed.samples += [replace(sample, image_id=f"{number}:{sample.image_id}") for sample in found.samples]
+        mixed.bad += found.bad
+        mixed.mixture += ((len(found.samples), part.weight),)
+    return mixed
 
 
 def index(spec: str) -> Collection:
