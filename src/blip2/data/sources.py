@@ -14,6 +14,7 @@ from blip2.cache import cache_folder
 from blip2.data.easyvqa import build_easy_vqa
 from blip2.data.folders import read_folder, read_jsonl
 from blip2.data.mixture import Part, parse_mixture
+from blip2.data.remote import fetch_all, is_remote
 from blip2.data.samples import Collection, Sample
 from blip2.data.shards import read_shards
 from blip2.errors import DataError
@@ -28,7 +29,7 @@ def open_collection(spec: str) -> Collection:
 
     Args:
         spec: `flickr8k:train|dev`, `easy-vqa:train|test`, `skimage`, shards (a file, glob, brace
-            range, or folder of .tar), a folder of images with sidecar texts, or a .jsonl file.
+            range, address, or folder of .tar), a folder of images with sidecar texts, or a .jsonl file.
 
     Raises:
         DataError: not found, unknown, or without a single usable sample; says what to do.
@@ -71,6 +72,8 @@ def index(spec: str) -> Collection:
         return read_shards(spec, shards) if shards else read_folder(path)
     if path.suffix == ".jsonl":
         return read_jsonl(path)
+    if is_remote(spec):
+        return _remote(spec)
     if spec.endswith(".tar"):
         return read_shards(spec, _expand(os.path.expanduser(spec)))
     if path.exists():
@@ -108,6 +111,19 @@ def _expand(spec: str) -> list[Path]:
             raise DataError(f"{pattern}: no such shard")
         found += map(Path, matches)
     return found
+
+
+def _remote(spec: str) -> Collection:
+    """Shards of an address with braces; what could not be fetched is among the bad samples."""
+    try:
+        urls = list(braceexpand(spec))
+    except ValueError as error:
+        raise DataError(f"{spec}: not a brace pattern that can be expanded: {error}") from error
+    if not all(url.endswith(".tar") for url in urls):
+        raise DataError(f"{spec}: not shards: give addresses that end in .tar, with braces for several")
+    paths, bad = fetch_all(urls)
+    collection = read_shards(spec, paths)
+    return Collection(spec, collection.samples, [*bad, *collection.bad])
 
 
 def _named_shards(name: str, split: str) -> list[Path]:
