@@ -116,5 +116,5 @@ def test_stores_of_fsspec(tmp_path: Path, jpeg: Callable[..., bytes]) -> None:
     assert [s.captions for s in found.samples] == [("a",)]
     with pytest.raises(DataError, match="shard is not there"):
         open_collection("memory://bucket/y.tar")
-    with pytest.raises(DataError, match="nostore://bucket/y.tar: no store of this kind"):
+    with pytest.raises(DataError, match="nostore://.*: no store of this kind"):
         open_collection("nostore://bucket/y.tar")

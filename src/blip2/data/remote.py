@@ -170,6 +170,8 @@ def _stream(url: str, start: int) -> Iterator[bytes]:
                 yield chunk
     except FileNotFoundError:
         raise _NotThereError from None
+    except Exception as error:  # stores raise what their packages define (botocore's errors are no OSError)
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def _http(url: str, start: int) -> Iterator[bytes]:
