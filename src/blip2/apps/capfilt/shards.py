@@ -142,7 +142,7 @@ def _judged(
     pictures = [one.picture for one in batch]
     drawn: list[list[str]] = [[] for _ in batch]
     if captioner is not None and settings.samples:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed_of(settings.seed, [one.key for one in batch]))
             drawn = captioner.captions(pictures, settings.samples)
     candidates = [pool(one.web, texts) for one, texts in zip(batch, drawn, strict=True)]
