@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_use(commands)
     _add_evaluate(commands)
+    _add_ablate(commands)
     _add_convert(commands)
     _add_data(commands)
     _add_capfilt(commands)
@@ -116,12 +117,14 @@ def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         _add_model(command)
 
 
-def _add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--model",
-        help="run folder, preset, Hugging Face folder or hub id, or LAVIS .pth "
-        "(default: $BLIP2_MODEL, else the newest in runs/)",
-    )
+def _add_model(command: argparse.ArgumentParser, *, named: bool = True) -> None:
+    """Which model and how it is loaded; `named`: with `--model` itself."""
+    if named:
+        command.add_argument(
+            "--model",
+            help="run folder, preset, Hugging Face folder or hub id, or LAVIS .pth "
+            "(default: $BLIP2_MODEL, else the newest in runs/)",
+        )
     _add_towers(command)
     command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the frozen towers")
     command.add_argument(
@@ -137,15 +140,20 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     caption = tasks.add_parser("caption", help="BLEU, METEOR, ROUGE-L, CIDEr, SPICE against all references")
     vqa = tasks.add_parser("vqa", help="VQA accuracy over people's answers, or exact match")
     retrieval = tasks.add_parser("retrieval", help="recall by ITC, and re-ranked by ITM, both ways")
-    for task in (caption, vqa, retrieval):
+    prompts = tasks.add_parser("prompts", help="instructed generation: prompts of a file, side by side over models")
+    prompts.add_argument("--prompts", required=True, metavar="FILE", help="one prompt per line")
+    prompts.add_argument(
+        "--models", required=True, nargs="+", metavar="MODEL", help="one or more, as --model elsewhere"
+    )
+    for task in (caption, vqa, retrieval, prompts):
         task.add_argument("--data", required=True, help="named set, shards, folder or JSONL file")
         task.add_argument("--split", help="of a named set")
         task.add_argument("--limit", type=int, help="first N images only")
         task.add_argument("--out", metavar="DIR", help="default: runs/evaluate/TASK-MODEL-DATA; resumed where it is")
         task.add_argument("--json", action="store_true", help="one JSON object last on stdout")
-        _add_model(task)
+        _add_model(task, named=task is not prompts)
         task.set_defaults(run=_evaluate)
-    for task in (caption, vqa):
+    for task in (caption, vqa, prompts):
         for option, kind in (
             ("beams", int),
             ("min-tokens", int),
@@ -158,7 +166,40 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     vqa.add_argument("--questions", type=int, metavar="N", help="first N questions only")
     vqa.add_argument("--shuffle", action="store_true", help="ask about another image: what the language alone knows")
     vqa.add_argument("--candidates", metavar="FILE|data", help="rank these answers (one per line) instead of writing")
+    vqa.add_argument(
+        "--lemmas",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="compare base forms of words; auto does for OK-VQA, whose answers are such (default: %(default)s)",
+    )
     retrieval.add_argument("-k", type=int, default=128, help="candidates re-ranked per query (default: %(default)s)")
+    retrieval.add_argument(
+        "--itc-weight",
+        default="1",
+        metavar="W|auto",
+        help="of the ITC similarity beside the ITM logit; 1 as LAVIS, auto is 1 / temperature (default: %(default)s)",
+    )
+
+
+def _add_ablate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    ablate = commands.add_parser("ablate", help="what stage 1, ITM, ITG and the Q-Former are worth: a table and a plot")
+    ablate.add_argument("base", help="whose recipes: tiny")
+    ablate.add_argument(
+        "--data", default="flickr8k", help="named set, or folder with train/ and dev/ (default: %(default)s)"
+    )
+    ablate.add_argument(
+        "--out", default="runs/ablate", metavar="DIR", help="resumed where it is (default: %(default)s)"
+    )
+    ablate.add_argument(
+        "--steps1", type=int, default=240, help="steps of stage 1, 16 pairs each (default: %(default)s)"
+    )
+    ablate.add_argument(
+        "--steps2", type=int, default=240, help="steps of stage 2, 16 pairs each (default: %(default)s)"
+    )
+    ablate.add_argument("--images", type=int, default=250, help="dev images (default: %(default)s)")
+    ablate.add_argument("--only", metavar="NAME,NAME", help="only these variants")
+    ablate.add_argument("--json", action="store_true", help="one JSON list last on stdout")
+    ablate.set_defaults(run=_ablate)
 
 
 def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -298,9 +339,19 @@ def _ask(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
+    if options.task == "prompts":
+        from blip2.apps.evaluate.prompts import prompts_command
+
+        return prompts_command(options)
     from blip2.apps.evaluate.command import evaluate_command
 
     return evaluate_command(options)
+
+
+def _ablate(options: argparse.Namespace, rest: list[str]) -> int:
+    from blip2.apps.ablate import ablate_command
+
+    return ablate_command(options)
 
 
 def _convert(options: argparse.Namespace, rest: list[str]) -> int:

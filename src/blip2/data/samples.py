@@ -57,6 +57,7 @@ class Sample:
     Args:
         image_id: samples of the same image share it.
         questions: asked about it.
+        domain: part of the data set that it counts for (NoCaps: `in`, `near`, `out`).
         path, offset, size: file and bytes that hold the image; offset 0 and size -1 is a whole file.
     """
 
@@ -67,6 +68,7 @@ class Sample:
     offset: int = 0
     size: int = -1
     questions: tuple[Question, ...] = ()
+    domain: str | None = None
 
     def read(self) -> bytes:
         """The image's bytes.

@@ -95,7 +95,8 @@ def texts_of(entry: dict[str, Any]) -> dict[str, Any]:
         raise BadSampleError("no caption")
     for text in (*kept, *(t for q in questions for t in (q.text, *q.answers))):
         _require_utf8(text)
-    return {"captions": kept, "questions": questions}
+    domain = entry.get("domain")
+    return {"captions": kept, "questions": questions, "domain": domain if isinstance(domain, str) else None}
 
 
 def _question(entry: dict[str, Any]) -> Question | None:
