@@ -171,8 +171,8 @@ class DataConfig:
 
     Args:
         train, dev: a named set (`flickr8k:train`), tar shards (path, glob or brace range), a folder
-            of images with sidecar texts, or a JSONL file.
-        limit, dev_limit: use only the first N usable images; None uses all.
+            of images with sidecar texts, or a JSONL file; or a weighted mixture (`a.tar*2+b.tar`).
+        limit, dev_limit: use only the first N usable images (of each part of a mixture); None uses all.
         texts: what is learned: `captions`, or `questions` with their answers (stage 2). One of an
             image's is drawn at each step, and of a question's answers one, as often as people gave it.
         augment: random resized crop and horizontal flip (needs the images: with a feature cache

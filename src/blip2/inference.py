@@ -143,15 +143,25 @@ class Blip2:
             prompts = [self.config.language.question.format(q.strip()) for q in asked[start : start + self.batch]]
             with torch.no_grad():
                 soft = self.soft_prompts(features, asked[start : start + self.batch])
-                likely = torch.stack([self._log_likelihood(soft, prompts, candidate) for candidate in candidates])
+                likely = torch.stack([self._likelihood(soft, prompts, [c] * len(prompts)) for c in candidates])
             best += [candidates[n] for n in likely.argmax(dim=0).tolist()]
         return best
 
-    def _log_likelihood(self, soft_BQH: Tensor, prompts: list[str], text: str) -> Tensor:
-        """Log-probability [B] of one text after each prompt."""
+    def log_likelihood(
+        self,
+        features_BPC: Tensor,
+        prompts: Sequence[str],
+        texts: Sequence[str],
+        *,
+        questions: Sequence[str] | None = None,
+    ) -> Tensor:
+        """Log-probability [B] of a text after each prompt, its end token included."""
+        with torch.no_grad():
+            return self._likelihood(self.soft_prompts(features_BPC, questions), list(prompts), list(texts))
+
+    def _likelihood(self, soft_BQH: Tensor, prompts: list[str], texts: list[str]) -> Tensor:
         assert self.stage2 is not None
         tokenizer, model = self.language_tokenizer, self.stage2.language_model
-        texts = [text] * len(prompts)
         if model.encoder_decoder:
             parts = tuple(x.to(self.device) for x in tokenizer.pairs(prompts, texts))
             loss_M, rows = model.encoder_decoder_loss(soft_BQH, *parts, reduction="none"), parts[3]

@@ -1,8 +1,9 @@
 """Batches as a pure function of (seed, step): any number of processes or workers sees the same.
 
-Step N takes the N-th slice of the epochs' permutations. The caption, the crop and the cached view
-of a sample are drawn from a generator seeded by (seed, epoch, sample). Resuming needs the step
-alone, and a process takes its contiguous share of the global batch.
+Step N takes the N-th slice of the epochs' permutations (of a mixture: of `mixture.epoch_order`).
+The caption, the crop and the cached view of a sample are drawn from a generator seeded by (seed,
+epoch, sample). Resuming needs the step alone, and a process takes its contiguous share of the
+global batch.
 
 Shape letters: B samples, S side in pixels, P patches, C image-encoder channels.
 """
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from blip2.data.features import FeatureCache
 from blip2.data.images import ImageSpec, decode_augmented, decode_image, plain_view
+from blip2.data.mixture import epoch_order, epoch_size
 from blip2.data.samples import BadSample, BadSampleError, Collection, Question, Sample
 from blip2.errors import DataError
 
@@ -109,7 +111,10 @@ class _Steps(Dataset[Batch]):
         names = {name: n for n, name in enumerate(dict.fromkeys(s.image_id for s in collection.samples))}
         self.image_ids = [names[sample.image_id] for sample in collection.samples]
         self.seen_bad: set[str] = set()
-        self._order: tuple[int, np.ndarray] | None = None
+        self._order: tuple[int, np.ndarray, np.ndarray | None] | None = None
+        self._places: int | None = None  # of an epoch of a mixture
+        self._ends = np.cumsum([size for size, _ in collection.mixture])
+        self._weights = tuple(weight for _, weight in collection.mixture)
 
     def drop_silent(self) -> list[BadSample]:
         """Leave out what has no text of the wanted kind (a bare photograph): nothing can be learned from it."""
@@ -117,6 +122,7 @@ class _Steps(Dataset[Batch]):
         told = np.array([bool(_answered(samples[i]) if asks else samples[i].captions) for i in self.usable], bool)
         silent = [samples[index] for index in self.usable[~told]]
         self.usable = self.usable[told]
+        self._places, self._order = None, None
         reason = "no question with an answer" if asks else "no caption"
         return [BadSample(sample.key, sample.path, reason) for sample in silent]
 
@@ -132,30 +138,49 @@ class _Steps(Dataset[Batch]):
 
     @property
     def per_epoch(self) -> int:
-        return len(self.usable) // self.batch
+        if not self._weights:
+            return len(self.usable) // self.batch
+        if self._places is None:
+            self._places = epoch_size(self._parts(), self._weights)
+        return self._places // self.batch
 
     def __getitem__(self, step: int) -> Batch:
         epoch, number = divmod(step, self.per_epoch)
         share = self.batch // self.world
         start = number * self.batch + self.rank * share
-        places = self._permutation(epoch)[start : start + share]
+        places, turns = self._permutation(epoch)
         skipped: list[BadSample] = []
-        items = [self._item(int(place), epoch, skipped) for place in places]
+        items = [
+            self._item(int(places[n]), epoch, skipped, () if turns is None else (int(turns[n]),))
+            for n in range(start, start + share)
+        ]
         fresh = [bad for bad in skipped if bad.key not in self.seen_bad]
         self.seen_bad |= {bad.key for bad in fresh}
         return self._batch(items, fresh)
 
-    def _permutation(self, epoch: int) -> np.ndarray:
+    def _permutation(self, epoch: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Places of an epoch in order; in a mixture also which turn of its part each belongs to."""
         if self._order is None or self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.usable))
-        return self._order[1]
+            if self._weights:
+                self._order = epoch, *epoch_order(self._parts(), self._weights, self.seed, epoch)
+            else:
+                order = np.random.default_rng([self.seed, epoch]).permutation(len(self.usable))
+                self._order = epoch, order, None
+        return self._order[1], self._order[2]
 
-    def _item(self, place: int, epoch: int, skipped: list[BadSample]) -> _Item:
-        """The sample at a place of the usable ones, or the next one that can be decoded."""
+    def _parts(self) -> np.ndarray:
+        """Which part of the mixture each usable sample belongs to."""
+        return np.searchsorted(self._ends, self.usable, side="right")
+
+    def _item(self, place: int, epoch: int, skipped: list[BadSample], turn: tuple[int, ...] = ()) -> _Item:
+        """The sample at a place of the usable ones, or the next one that can be decoded.
+
+        A mixture may have a sample several times in an epoch: its turn makes each another draw.
+        """
         for offset in range(len(self.usable)):
             index = int(self.usable[(place + offset) % len(self.usable)])
             sample = self.collection.samples[index]
-            rng = np.random.default_rng([self.seed, epoch, index])
+            rng = np.random.default_rng([self.seed, epoch, index, *turn])
             text, question = self.text_of(index, rng)
             if self.features is not None:
                 view = int(rng.integers(self.features.views))

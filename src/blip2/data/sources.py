@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import importlib.util
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -12,6 +13,8 @@ from braceexpand import braceexpand
 from blip2.cache import cache_folder
 from blip2.data.easyvqa import build_easy_vqa
 from blip2.data.folders import read_folder, read_jsonl
+from blip2.data.mixture import Part, parse_mixture
+from blip2.data.remote import fetch_all, is_remote
 from blip2.data.samples import Collection, Sample
 from blip2.data.shards import read_shards
 from blip2.errors import DataError
@@ -24,15 +27,18 @@ _PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.p
 
 
 def open_collection(spec: str) -> Collection:
-    """Index a data set.
+    """Index a data set, or a mixture of several (`a.tar*2+b.tar`, see `mixture`).
 
     Args:
         spec: `flickr8k:train|dev`, `easy-vqa:train|dev|test`, `skimage`, shards (a file, glob, brace
-            range, or folder of .tar), a folder of images with sidecar texts, or a .jsonl file.
+            range, address, or folder of .tar), a folder of images with sidecar texts, or a .jsonl file.
 
     Raises:
         DataError: not found, unknown, or without a single usable sample; says what to do.
     """
+    parts = parse_mixture(spec)
+    if len(parts) > 1 or parts[0].spec != spec:
+        return _mixed(spec, parts)
     collection = index(spec)
     if not collection.samples:
         if collection.bad:
@@ -40,6 +46,17 @@ def open_collection(spec: str) -> Collection:
             raise DataError(f"{spec}: every sample is bad, the first: {first.key}: {first.reason}")
         raise DataError(f"{spec}: nothing in it: expected .tar shards, or images with a .txt beside each")
     return collection
+
+
+def _mixed(spec: str, parts: list[Part]) -> Collection:
+    """All parts one after the other; equal image ids of two data sets are two images."""
+    mixed = Collection(spec, [])
+    for number, part in enumerate(parts):
+        found = open_collection(part.spec)
+        mixed.samples += [replace(sample, image_id=f"{number}:{sample.image_id}") for sample in found.samples]
+        mixed.bad += found.bad
+        mixed.mixture += ((len(found.samples), part.weight),)
+    return mixed
 
 
 def index(spec: str) -> Collection:
@@ -57,11 +74,31 @@ def index(spec: str) -> Collection:
         return read_shards(spec, shards) if shards else read_folder(path)
     if path.suffix == ".jsonl":
         return read_jsonl(path)
+    if is_remote(spec):
+        return _remote(spec)
     if spec.endswith(".tar"):
         return read_shards(spec, _expand(os.path.expanduser(spec)))
     if path.exists():
         raise DataError(f"{spec}: not a data set: give .tar shards, a .jsonl file, or a folder of images")
     raise DataError(f"{spec}: no such file or folder, and not a named set ({', '.join(NAMED)})")
+
+
+def shard_paths(spec: str) -> list[Path]:
+    """The tar shards that a data set's name, path, glob, brace range or folder means.
+
+    Raises:
+        DataError: there are none.
+    """
+    name, _, split = spec.partition(":")
+    if name == "flickr8k" and split in ("train", "dev"):
+        return _named_shards("flickr8k", split)
+    path = Path(spec).expanduser()
+    if spec.endswith(".tar"):
+        return _expand(os.path.expanduser(spec))
+    shards = sorted(path.glob("*.tar")) if path.is_dir() else []
+    if not shards:
+        raise DataError(f"{spec}: no .tar shards: make them with `blip2 data convert`")
+    return shards
 
 
 def _expand(spec: str) -> list[Path]:
@@ -76,6 +113,19 @@ def _expand(spec: str) -> list[Path]:
             raise DataError(f"{pattern}: no such shard")
         found += map(Path, matches)
     return found
+
+
+def _remote(spec: str) -> Collection:
+    """Shards of an address with braces; what could not be fetched is among the bad samples."""
+    try:
+        urls = list(braceexpand(spec))
+    except ValueError as error:
+        raise DataError(f"{spec}: not a brace pattern that can be expanded: {error}") from error
+    if not all(url.endswith(".tar") for url in urls):
+        raise DataError(f"{spec}: not shards: give addresses that end in .tar, with braces for several")
+    paths, bad = fetch_all(urls)
+    collection = read_shards(spec, paths)
+    return Collection(spec, collection.samples, [*bad, *collection.bad])
 
 
 def _named_shards(name: str, split: str) -> list[Path]:

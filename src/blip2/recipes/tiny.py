@@ -85,7 +85,7 @@ def vqa() -> RunConfig:
         qformer=replace(base.qformer, question=True),
         data=replace(base.data, train="easy-vqa:train", dev="easy-vqa:dev", texts="questions"),
         optim=OptimConfig(lr=3e-4, min_lr=1e-5, warmup=40, betas=(0.9, 0.999)),
-        train=replace(base.train, steps=1200, batch=24, eval_every=150, save_every=50),
+        train=replace(base.train, steps=560, batch=24, eval_every=140, save_every=35),
         eval=replace(base.eval, best="accuracy"),
     )
 
@@ -103,7 +103,7 @@ def retrieval() -> RunConfig:
         recipe="tiny/retrieval",
         loss=LossConfig(itg=0.0, itm_ramp=500),
         optim=OptimConfig(lr=2e-4, min_lr=1e-5, warmup=40),
-        train=replace(base.train, steps=800, batch=32, eval_every=200),
+        train=replace(base.train, steps=640, batch=32, eval_every=200),
         eval=replace(base.eval, best="recall"),
     )
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from blip2.apps.evaluate.work import Folder, work_through
 from blip2.configs import DecodingConfig
 from blip2.data.samples import Collection, Question, Sample
-from blip2.errors import DataError
+from blip2.errors import ConfigError, DataError
 from blip2.evaluation import vqa
 from blip2.evaluation.captioning import bleu, cider, cider_per_image, rouge_l
 from blip2.evaluation.official import official_scores
@@ -84,7 +84,24 @@ def caption(model: Blip2, data: Collection, folder: Folder, decoding: DecodingCo
         notes.append("BLEU, ROUGE-L and CIDEr by blip2's own scorers (no Java: its tokeniser differs in rare cases)")
     metrics = {name: official.get(name, own.get(name)) for name in names}
     missing = {name: reason for name, reason in missing.items() if metrics[name] is None}
+    domains = [sample.domain for sample in data.samples]
+    if any(domains):
+        metrics |= {"per_domain": _per_domain(candidates, references, domains)}
     return Outcome(metrics, missing, entries, len(entries), tuple(notes))
+
+
+def _per_domain(
+    candidates: list[str], references: list[list[str]], domains: list[str | None]
+) -> dict[str, dict[str, float | None]]:
+    """The metrics of each part of the data set by itself, as NoCaps counts them."""
+    out: dict[str, dict[str, float | None]] = {}
+    for domain in sorted({domain for domain in domains if domain}):
+        said = [c for c, d in zip(candidates, domains, strict=True) if d == domain]
+        people = [r for r, d in zip(references, domains, strict=True) if d == domain]
+        own: dict[str, float | None] = {"cider": cider(said, people), "bleu4": bleu(said, people)["bleu4"]}
+        official, _ = official_scores(said, people)
+        out[domain] = {name: official.get(name, own.get(name)) for name in (*own, "spice")}
+    return out
 
 
 # -- visual question answering --------------------------------------------------------------------
@@ -113,10 +130,12 @@ def answer(
     *,
     shuffled: bool = False,
     candidates: Sequence[str] = (),
+    lemmas: bool = False,
 ) -> Outcome:
     """Answer every question.
 
     Args:
+        lemmas: compare the base forms of answers' words, as OK-VQA's were.
         shuffled: show each question another image than its own: what the language alone knows.
         candidates: rank these by their likelihood instead of writing freely.
     """
@@ -139,6 +158,8 @@ def answer(
     names = [f"{sample.key}#{n}" for n, (sample, _) in enumerate(asked)]
     entries = work_through(names, folder, predict, batch=model.batch, what="question")
     said, answers = [e["answer"] for e in entries], [e["answers"] for e in entries]
+    if lemmas:
+        said, answers = lemmatised(said), [lemmatised(found) for found in answers]
     several = any(len(found) > 1 for found in answers)
     scores = vqa.vqa_accuracy(said, answers) if several else vqa.exact_match(said, answers)
     kinds: dict[str, list[float]] = {}
@@ -153,7 +174,21 @@ def answer(
         "majority": _percent(blind([common] * len(answers), answers)),
     }
     rule = "official VQA accuracy over several people's answers" if several else "exact match after normalising"
+    rule += ", on the base forms of words (simplemma)" if lemmas else ""
     return Outcome(metrics, {}, entries, len(entries), (rule, f"majority answer: {common!r}"))
+
+
+def lemmatised(texts: Sequence[str]) -> list[str]:
+    """Texts with every word in its base form.
+
+    Raises:
+        ConfigError: simplemma is not installed.
+    """
+    try:
+        from simplemma import lemmatize
+    except ImportError:
+        raise ConfigError("lemmas need simplemma: pip install simplemma, or give --lemmas off") from None
+    return [" ".join(lemmatize(word, lang="en") for word in text.split()) for text in texts]
 
 
 def _percent(scores: Sequence[float]) -> float:
