@@ -244,7 +244,7 @@ def compare(
         **several,
         "threads": settings["threads"],
         "device": settings["device"],
-        "precision": settings["precision"],
+        "precision": _precision(ours, settings),
         "max_abs_diff": float(f"{difference:.3g}"),
         "ours_peak_mb": round(peaks["ours"]),
         "peer_peak_mb": round(peaks[fastest]),
@@ -274,6 +274,12 @@ def _difference(workers: dict[str, Worker], peer: str, folder: Path, tolerance: 
             raise BenchmarkError(f"{key} differs between ours and {peer} by {gap:.3g}")
         largest = max(largest, gap)
     return largest
+
+
+def _precision(ours: Peer, settings: dict[str, Any]) -> str:
+    """Of both sides, or of each where they differ."""
+    theirs, mine = settings["precision"], (ours.settings or {}).get("precision", settings["precision"])
+    return str(theirs) if mine == theirs else f"ours {mine}, peer {theirs}"
 
 
 def _round(value: float) -> float:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from benchmarks import ids, models
 from benchmarks.worker import Side
-from blip2.apps.evaluate.tasks import candidate_pairs, reranked_scores
 from blip2.configs import LossConfig, OptimConfig
 from blip2.data.dataset import Batch
+from blip2.evaluation.retrieval import candidate_pairs, reranked_scores
 from blip2.models.stage1 import Stage1
 from blip2.ops.contrastive import query_text_similarity
 from blip2.training.objectives import Stage1Objective
@@ -102,11 +102,11 @@ def rerank(settings: dict[str, Any]) -> Side:
         with autocast(torch.device(settings["device"]), settings["precision"]):
             similarity_IT = _similarity(model, features, ids_TT, mask_TT, size.batch)
             pairs = candidate_pairs(similarity_IT, settings["k"])
-            entries = [
-                {"texts": chosen, "itm": _matches(model, features[n : n + 1], ids_TT[chosen], mask_TT[chosen])}
+            matches = [
+                (chosen, _matches(model, features[n : n + 1], ids_TT[chosen], mask_TT[chosen]))
                 for n, chosen in enumerate(pairs[:mine])
             ]
-        return reranked_scores(similarity_IT, entries, settings["k"])
+        return reranked_scores(similarity_IT, matches, settings["k"])
 
     def check() -> dict[str, np.ndarray]:
         return dict(zip(("i2t", "t2i"), scores(), strict=True))
