@@ -7,7 +7,7 @@ H width of the input embeddings, V vocabulary, M target positions, L new tokens.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -155,8 +155,9 @@ class LanguageModel(nn.Module):
         ids_BT: Tensor,
         mask_BT: Tensor,
         *,
-        end_id: int,
+        end_id: int | Sequence[int],
         pad_id: int,
+        images_B: Tensor | None = None,
         beams: int = 5,
         num_return: int = 1,
         min_tokens: int = 1,
@@ -169,11 +170,17 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """New tokens after soft prompts and text, without gradient.
 
+        The ids of transformers' `generate`, but every row is read once, not once per beam, and
+        leaves the batch when it is done.
+
         Args:
+            prompt_BQH: soft prompts, a row for each of `ids_BT` unless `images_B` is given.
             ids_BT, mask_BT: text (T may be 0) and its mask, padded on either side; the padding is
                 moved so that each row's soft prompts and text are adjacent.
-            end_id: token that ends a row; it is part of the result.
-            pad_id: fills the rest of a row.
+            end_id: token or tokens that end a row; part of the result.
+            pad_id: fills the rest of a row (beam search fills with the end where it is 0).
+            images_B: the row of `prompt_BQH` that each text is about; a decoder-only model then
+                reads the soft prompts of an image once for all its texts.
             beams: beams of beam search; ignored when sampling.
             num_return: results per row, best first.
             min_tokens, max_tokens: bounds of L, end token included.
@@ -187,30 +194,27 @@ class LanguageModel(nn.Module):
         Raises:
             ConfigError: more results asked than beams.
         """
+        from blip2.models import generation
+
         if not sample and num_return > beams:
             raise ConfigError(f"{num_return} results asked of {beams} beams: beams must be as many or more")
-        embeds_BSH, mask_BS = self._join(prompt_BQH, ids_BT, mask_BT)
-        # decoders continue at the right end, encoders are trained with padding there
-        order_BS = torch.argsort(mask_BS, dim=1, stable=True, descending=self.encoder_decoder)
-        embeds_BSH = embeds_BSH.gather(1, order_BS[..., None].expand_as(embeds_BSH))
-        options: dict[str, Any] = {"do_sample": True, "top_p": top_p, "top_k": 0, "temperature": temperature}
-        if not sample:
-            options = {"do_sample": False, "num_beams": beams}
-            if beams > 1:
-                options["length_penalty"] = length_penalty
-        with hub.quiet():
-            out: Tensor = self.model.generate(
-                inputs_embeds=embeds_BSH,
-                attention_mask=mask_BS.gather(1, order_BS),
-                eos_token_id=end_id,
-                pad_token_id=pad_id,
-                num_return_sequences=num_return,
-                min_new_tokens=min_tokens,
-                max_new_tokens=max_tokens,
-                repetition_penalty=repetition_penalty,
-                **options,
-            )
-        return out[:, 1:] if self.encoder_decoder else out
+        self._check_width(prompt_BQH)
+        text_BTH = self.embed(ids_BT)
+        prompts = generation.Prompts(prompt_BQH.to(text_BTH.dtype), text_BTH, mask_BT.to(torch.int64), images_B)
+        options = generation.Options(
+            ends=(end_id,) if isinstance(end_id, int) else tuple(end_id),
+            pad_id=pad_id,
+            beams=beams,
+            num=num_return,
+            min_tokens=min_tokens,
+            max_tokens=max_tokens,
+            length_penalty=length_penalty,
+            sample=sample,
+            top_p=top_p,
+            temperature=temperature,
+            repetition_penalty=repetition_penalty,
+        )
+        return generation.generate(self, prompts, options)
 
     def _target_losses(self, prompt_BQH: Tensor, ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor) -> Tensor:
         """Cross-entropy [M] of the labelled tokens, in the order of `ids_BT[labels_BT]`."""
@@ -234,12 +238,15 @@ class LanguageModel(nn.Module):
 
     def _join(self, prompt_BQH: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings [B, S, H] of soft prompts and text, and their int64 mask [B, S]."""
-        if prompt_BQH.shape[-1] != self.hidden_size:
-            raise ConfigError(f"soft prompts are {prompt_BQH.shape[-1]} wide, the language model {self.hidden_size}")
+        self._check_width(prompt_BQH)
         text_BTH = self.embed(ids_BT)
         ones_BQ = torch.ones(prompt_BQH.shape[:2], dtype=torch.int64, device=mask_BT.device)
         embeds_BSH = torch.cat([prompt_BQH.to(text_BTH.dtype), text_BTH], dim=1)
         return embeds_BSH, torch.cat([ones_BQ, mask_BT.to(torch.int64)], dim=1)
+
+    def _check_width(self, prompt_BQH: Tensor) -> None:
+        if prompt_BQH.shape[-1] != self.hidden_size:
+            raise ConfigError(f"soft prompts are {prompt_BQH.shape[-1]} wide, the language model {self.hidden_size}")
 
     def _head_is_plain(self) -> bool:
         config = self.model.config
