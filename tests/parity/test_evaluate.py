@@ -16,9 +16,8 @@ from PIL import Image
 import blip2
 from blip2.apps.cli import main
 from blip2.apps.evaluate.published import published
-from blip2.apps.evaluate.tasks import candidate_pairs, reranked_scores
 from blip2.evaluation.captioning import bleu, cider
-from blip2.evaluation.retrieval import recall_at_k
+from blip2.evaluation.retrieval import candidate_pairs, recall_at_k, reranked_scores
 
 HF = Callable[[str], tuple[Path, Any]]
 SHORT = ["--beams", "2", "--min-tokens", "1", "--max-tokens", "5"]
@@ -158,11 +157,12 @@ def test_pairs_are_joined_and_each_direction_keeps_its_own() -> None:
     similarity = np.array([[0.9, 0.1, 0.2], [0.3, 0.8, 0.7]])
     pairs = candidate_pairs(similarity, 1)
     assert [p.tolist() for p in pairs] == [[0], [1, 2]]
-    entries = [{"texts": [0], "itm": [1.0]}, {"texts": [1, 2], "itm": [2.0, 3.0]}]
-    by_image, by_text = reranked_scores(similarity, entries, 1)
+    matches = [(pairs[0], np.array([1.0])), (pairs[1], np.array([2.0, 3.0]))]
+    by_image, by_text = reranked_scores(similarity, matches, 1)
     assert np.isneginf(by_image).tolist() == [[False, True, True], [True, False, True]]
     assert np.isneginf(by_text).tolist() == [[False, True, True], [True, False, False]]
     assert by_text[1, 2] == pytest.approx(3.7)
+    assert reranked_scores(similarity, matches, 1, itc_weight=10.0)[1][1, 2] == pytest.approx(10.0)
 
 
 def test_two_processes_give_the_same(hf: HF, data: Path, tmp_path: Path) -> None:

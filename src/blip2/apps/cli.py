@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_use(commands)
     _add_evaluate(commands)
+    _add_ablate(commands)
     _add_convert(commands)
     _add_data(commands)
     demo = commands.add_parser("demo", help="train both stages on embedded defaults (about 10 minutes), then caption")
@@ -156,6 +157,33 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     vqa.add_argument("--shuffle", action="store_true", help="ask about another image: what the language alone knows")
     vqa.add_argument("--candidates", metavar="FILE|data", help="rank these answers (one per line) instead of writing")
     retrieval.add_argument("-k", type=int, default=128, help="candidates re-ranked per query (default: %(default)s)")
+    retrieval.add_argument(
+        "--itc-weight",
+        default="1",
+        metavar="W|auto",
+        help="of the ITC similarity beside the ITM logit; 1 as LAVIS, auto is 1 / temperature (default: %(default)s)",
+    )
+
+
+def _add_ablate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    ablate = commands.add_parser("ablate", help="what stage 1, ITM, ITG and the Q-Former are worth: a table and a plot")
+    ablate.add_argument("base", help="whose recipes: tiny")
+    ablate.add_argument(
+        "--data", default="flickr8k", help="named set, or folder with train/ and dev/ (default: %(default)s)"
+    )
+    ablate.add_argument(
+        "--out", default="runs/ablate", metavar="DIR", help="resumed where it is (default: %(default)s)"
+    )
+    ablate.add_argument(
+        "--steps1", type=int, default=240, help="steps of stage 1, 16 pairs each (default: %(default)s)"
+    )
+    ablate.add_argument(
+        "--steps2", type=int, default=240, help="steps of stage 2, 16 pairs each (default: %(default)s)"
+    )
+    ablate.add_argument("--images", type=int, default=250, help="dev images (default: %(default)s)")
+    ablate.add_argument("--only", metavar="NAME,NAME", help="only these variants")
+    ablate.add_argument("--json", action="store_true", help="one JSON list last on stdout")
+    ablate.set_defaults(run=_ablate)
 
 
 def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -240,6 +268,12 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     from blip2.apps.evaluate.command import evaluate_command
 
     return evaluate_command(options)
+
+
+def _ablate(options: argparse.Namespace, rest: list[str]) -> int:
+    from blip2.apps.ablate import ablate_command
+
+    return ablate_command(options)
 
 
 def _convert(options: argparse.Namespace, rest: list[str]) -> int:

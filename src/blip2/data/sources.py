@@ -16,7 +16,9 @@ from blip2.data.samples import Collection, Sample
 from blip2.data.shards import read_shards
 from blip2.errors import DataError
 
-NAMED = ("flickr8k:train", "flickr8k:dev", "easy-vqa:train", "easy-vqa:test", "skimage")
+NAMED = ("flickr8k:train", "flickr8k:dev", "easy-vqa:train", "easy-vqa:dev", "easy-vqa:test", "skimage")
+# Of easy-vqa's 4,000 training images, which the package does not split, the last ones are dev.
+_EASY_VQA_DEV = 400
 # Colour photographs that ship inside scikit-image's wheel.
 _PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
 
@@ -25,7 +27,7 @@ def open_collection(spec: str) -> Collection:
     """Index a data set.
 
     Args:
-        spec: `flickr8k:train|dev`, `easy-vqa:train|test`, `skimage`, shards (a file, glob, brace
+        spec: `flickr8k:train|dev`, `easy-vqa:train|dev|test`, `skimage`, shards (a file, glob, brace
             range, or folder of .tar), a folder of images with sidecar texts, or a .jsonl file.
 
     Raises:
@@ -45,8 +47,8 @@ def index(spec: str) -> Collection:
     name, _, split = spec.partition(":")
     if name == "flickr8k" and split in ("train", "dev"):
         return read_shards(spec, _named_shards("flickr8k", split))
-    if name == "easy-vqa" and split in ("train", "test"):
-        return read_shards(spec, sorted(build_easy_vqa(split, cache_folder() / "easy-vqa").glob(f"{split}-*.tar")))
+    if name == "easy-vqa" and split in ("train", "dev", "test"):
+        return _easy_vqa(spec, split)
     if spec == "skimage":
         return _skimage()
     path = Path(spec).expanduser()
@@ -90,6 +92,15 @@ def _named_shards(name: str, split: str) -> list[Path]:
         f"{name}:{split}: no shards {split}-*.tar found (looked in {looked}): put them there, or set BLIP2_DATA to the "
         f"folder that holds {name}/"
     )
+
+
+def _easy_vqa(spec: str, split: str) -> Collection:
+    packed = "test" if split == "test" else "train"
+    shards = sorted(build_easy_vqa(packed, cache_folder() / "easy-vqa").glob(f"{packed}-*.tar"))
+    found = read_shards(spec, shards)
+    cut = len(found.samples) - _EASY_VQA_DEV
+    kept = {"train": slice(0, cut), "dev": slice(cut, None), "test": slice(None)}[split]
+    return Collection(spec, found.samples[kept], found.bad)
 
 
 def _skimage() -> Collection:
