@@ -122,7 +122,7 @@ class Blip2:
             raise ConfigError(f"{len(asked)} questions for {len(pictures)} images: give one per image, or one in all")
         distinct, places = _distinct(pictures)
         # a Q-Former that reads questions has soft prompts of their own for each
-        if self.stage2 is not None and len(distinct) < len(pictures) and not getattr(self.stage2, "reads_questions", 0):
+        if self.stage2 is not None and len(distinct) < len(pictures) and not self.stage2.reads_questions:
             return self._ask_repeatedly(distinct, places, asked, config)
         prompts = [self.config.language.question.format(q.strip()) for q in asked]
         answers: list[str] = []
