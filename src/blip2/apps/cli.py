@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from blip2 import __version__
+from blip2.apps.index import options as index_options
 from blip2.errors import Blip2Error
 
 EXAMPLES = """\
@@ -19,6 +20,8 @@ examples:
   blip2 caption dog.jpg --model Salesforce/blip2-opt-2.7b
   blip2 evaluate caption --model runs/s2 --data flickr8k:dev
   blip2 convert runs/s2 bridge-hf --to hf
+  blip2 index build photos/ --out photos.index --model runs/s1
+  blip2 search photos.index "two dogs in the snow"
   blip2 ask dog.jpg "What is the dog doing?" --model runs/s2
 """
 
@@ -59,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_convert(commands)
     _add_data(commands)
+    index_options.add_commands(commands, _add_model)
     demo = commands.add_parser("demo", help="train both stages on embedded defaults (about 10 minutes), then caption")
     demo.add_argument("--out", default="runs/demo", help="folder of the two runs (default: %(default)s)")
     demo.set_defaults(run=_demo)

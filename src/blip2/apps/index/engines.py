@@ -14,9 +14,12 @@ Shape letters: Q queries, E contrastive width, M vectors of the query, R rows (q
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -26,13 +29,14 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from blip2.apps.index.store import Ids, Segment, Store, image_id, writable
-from blip2.errors import ConfigError
+from blip2.errors import ConfigError, DataError
 
 Float = npt.NDArray[np.float32]
 
 ENGINES = ("faiss", "exact", "lancedb")
 EXACT_BELOW = 20_000  # images up to which reading every vector is fast enough
 _SHARD = 250_000  # images of one IVF file: 2.4 GB of memory while it is made, at 32 x 256
+MISSING = "FAISS is not installed (pip install faiss-cpu)"
 _SHARDS = 8  # files above which all are made anew
 
 
@@ -56,17 +60,24 @@ def open_engine(store: Store) -> Engine:
         ConfigError: its package is not installed.
     """
     name = store.manifest.engine["name"]
-    return {"faiss": FaissEngine, "exact": ExactEngine, "lancedb": _lance}[name](store)
+    engines: dict[str, Callable[[Store], Engine]] = {"faiss": FaissEngine, "exact": ExactEngine, "lancedb": _lance}
+    return engines[name](store)
 
 
 def require_engine(name: str) -> None:
-    """Refuse an engine whose package is missing, before anything is encoded."""
-    if name == "faiss":
-        _faiss()
-    elif name == "lancedb":
+    """Refuse an engine whose package is missing, before anything is encoded.
+
+    FAISS may be missing: small indexes do without it, large ones are slower.
+    """
+    if name == "lancedb":
         from blip2.apps.index.lance import import_lancedb
 
         import_lancedb()
+
+
+def has_faiss() -> bool:
+    """Whether FAISS is installed."""
+    return importlib.util.find_spec("faiss") is not None
 
 
 def _lance(store: Store) -> Engine:
@@ -103,6 +114,8 @@ class FaissEngine:
         self._files: dict[str, Any] = {}
 
     def covered(self) -> set[int]:
+        if not has_faiss():  # what it made cannot be read: every vector is
+            return set()
         return {serial for shard in self.notes.get("shards", ()) for serial in shard["segments"]}
 
     def candidates(self, query_ME: Float, count: int) -> Ids:
@@ -128,7 +141,10 @@ class FaissEngine:
             try:
                 index = faiss.read_index(str(self.folder / name), flags)
             except RuntimeError as error:
-                raise ConfigError(f"{self.folder / name}: FAISS cannot read it: build the index again") from error
+                raise DataError(
+                    f"{self.folder / name}: FAISS cannot read it: search again if the index is being changed, else "
+                    "delete the folder `engine` and run `blip2 index add` on it"
+                ) from error
             index.nprobe = self.notes["nprobe"]
             self._files[name] = index
         return self._files[name]
@@ -140,7 +156,13 @@ class FaissEngine:
         if len(store) < self.notes.get("exact_below", EXACT_BELOW):
             self._note(store, {k: v for k, v in self.notes.items() if k in ("name", "exact_below")})
             return
-        shards = [shard for shard in self.notes.get("shards", ()) if _fresh(shard, store)]
+        if not has_faiss():
+            tqdm.write(f"{store.path}: {MISSING}; every search reads every vector until then", file=sys.stderr)
+            return
+        there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        if self.notes.get("trained") not in there:
+            self.notes = {k: v for k, v in self.notes.items() if k in ("name", "exact_below")}
+        shards = [s for s in self.notes.get("shards", ()) if s["file"] in there and _fresh(s, store)]
         if len(shards) > _SHARDS:
             shards = []
         have = {serial for shard in shards for serial in shard["segments"]}
@@ -193,6 +215,8 @@ class FaissEngine:
         with writable(self.folder):
             beside = self.folder / f".{name}.tmp"
             _faiss().write_index(index, str(beside))
+            with beside.open("rb") as handle:
+                os.fsync(handle.fileno())
             beside.replace(self.folder / name)
 
     def _note(self, store: Store, notes: dict[str, Any]) -> None:
@@ -244,5 +268,5 @@ def _faiss() -> ModuleType:
     try:
         import faiss
     except ImportError as error:
-        raise ConfigError("engine faiss: FAISS is not installed: pip install faiss-cpu, or --engine exact") from error
+        raise ConfigError(f"engine faiss: {MISSING}") from error
     return faiss

@@ -293,7 +293,12 @@ class Store:
     def _remaining(self, group: list[Segment]) -> Batch:
         lives = [self.live(segment) for segment in group]
         return Batch(
-            [row for s, live in zip(group, lives, strict=True) for row, kept in zip(s.rows(), live, strict=True) if kept],
+            [
+                row
+                for s, live in zip(group, lives, strict=True)
+                for row, kept in zip(s.rows(), live, strict=True)
+                if kept
+            ],
             np.concatenate([s.vectors[live] for s, live in zip(group, lives, strict=True)]),
             np.concatenate([s.caption_vectors[live[s.owners]] for s, live in zip(group, lives, strict=True)]),
         )
