@@ -120,7 +120,7 @@ def as_dict(hit: Hit) -> dict[str, Any]:
 
 def _model_of(store: Store, options: argparse.Namespace) -> Blip2:
     """The model to embed with: --model, else the index's own."""
-    options.model = options.model or os.environ.get("BLIP2_MODEL") or store.manifest.model.name
+    options.model = options.model or store.manifest.model.name
     model, name = load_model(options)
     require_same(store, identify(model, name))
     return model

@@ -10,6 +10,9 @@ from blip2.apps.index.store import ModelId, Store
 from blip2.errors import ConfigError
 from blip2.inference import Blip2
 
+# The image encoder, and what no embedding depends on (a checkpoint may lack it, to be filled at random).
+_APART = ("vision.", "temp", "itm_head.", "qformer.head.")
+
 
 def identify(model: Blip2, name: str) -> ModelId:
     """The identity of a model's stage 1: what every query embedding depends on.
@@ -18,11 +21,9 @@ def identify(model: Blip2, name: str) -> ModelId:
     whose weights are hashed.
     """
     stage1, vision = model.stage1, model.config.vision
-    digest = hashlib.sha256(
-        f"{vision.name}|{vision.layer}|{vision.pool}|{model.image_spec}|{stage1.temp.numel()}".encode()
-    )
+    digest = hashlib.sha256(f"{vision.name}|{vision.layer}|{vision.pool}|{model.image_spec}".encode())
     for key, tensor in sorted(stage1.state_dict().items()):
-        if not key.startswith("vision."):
+        if not key.startswith(_APART):
             digest.update(key.encode())
             digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return ModelId(name, digest.hexdigest()[:16], stage1.qformer.num_queries, stage1.vision_proj.out_features)

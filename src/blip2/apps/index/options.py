@@ -59,6 +59,10 @@ def add_commands(commands: Parsers[argparse.ArgumentParser], add_model: AddModel
     search.set_defaults(run=_run("search_command"))
     for command in (build, add, search):
         add_model(command)
+    for command in (add, search):
+        for action in command._actions:
+            if action.dest == "model":
+                action.help = "default: the one that the index was built with"
 
 
 def _run(name: str) -> Callable[[argparse.Namespace, list[str]], int]:

@@ -217,8 +217,9 @@ class Store:
         """Query embeddings [len(ids), Q, E]."""
         model = self.manifest.model
         out = np.empty((len(ids), model.queries, model.width), dtype=np.float16)
-        for n, image in enumerate(ids.tolist()):
-            out[n] = self.by_serial[image >> 32].vectors[image & 0xFFFFFFFF]
+        for serial in np.unique(ids >> 32).tolist():
+            here = ids >> 32 == serial
+            out[here] = self.by_serial[serial].vectors[ids[here] & 0xFFFFFFFF]
         return out
 
     def items(self) -> Iterator[tuple[int, Row]]:
