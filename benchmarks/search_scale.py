@@ -142,12 +142,13 @@ def flickr8k(model: str, path: str | None) -> None:
     from blip2.inference import load
 
     folder = Path(path) if path else Path(model).parent / "flickr8k-dev.index"
-    if not folder.exists():
+    if not folder.exists() or not Store(folder).manifest.engine.get("shards"):  # not there, or stopped
         loaded = load(model)
-        store = Store.create(folder, identify(loaded, model), "faiss", "data")
-        with store.writing():
-            store.note_engine({"name": "faiss", "exact_below": 500})
-        Builder(store, loaded).add(list_samples(["flickr8k:dev"])[0])
+        if not folder.exists():
+            store = Store.create(folder, identify(loaded, model), "faiss", "data")
+            with store.writing():
+                store.note_engine({"name": "faiss", "exact_below": 500})
+        Builder(Store(folder), loaded).add(list_samples(["flickr8k:dev"])[0])
     store = Store(folder)
     texts = np.concatenate([np.asarray(segment.caption_vectors) for segment in store.segments])
     chosen = np.random.default_rng(0).permutation(len(texts))[:1000]
