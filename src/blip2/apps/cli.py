@@ -22,6 +22,7 @@ examples:
   blip2 convert runs/s2 bridge-hf --to hf
   blip2 index build photos/ --out photos.index --model runs/s1
   blip2 search photos.index "two dogs in the snow"
+  blip2 explain dog.jpg "a dog in the grass" --model runs/s1 --out report.html
   blip2 ask dog.jpg "What is the dog doing?" --model runs/s2
 """
 
@@ -112,6 +113,13 @@ def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     ask.add_argument("question")
     ask.add_argument("--json", action="store_true", help="one JSON object on stdout")
     ask.set_defaults(run=_ask)
+    explain = commands.add_parser("explain", help="where the queries look, and what the scores with a text depend on")
+    explain.add_argument("image")
+    explain.add_argument("text", nargs="?", help="shows what ITC and ITM make of it (needs stage 1)")
+    explain.add_argument("--out", metavar="REPORT.html", help="a page with the maps")
+    explain.add_argument("--json", action="store_true", help="one JSON object with all maps on stdout")
+    explain.set_defaults(run=_explain)
+    _add_model(explain)
     for command in (caption, ask):
         command.add_argument("--beams", type=int, default=5, help="beam width (default: %(default)s)")
         _add_model(command)
@@ -238,6 +246,12 @@ def _ask(options: argparse.Namespace, rest: list[str]) -> int:
     from blip2.apps.caption import ask_command
 
     return ask_command(options)
+
+
+def _explain(options: argparse.Namespace, rest: list[str]) -> int:
+    from blip2.apps.explain.command import explain_command
+
+    return explain_command(options)
 
 
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
