@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_data(commands)
     index_options.add_commands(commands, _add_model)
+    doctor = commands.add_parser("doctor", help="versions, devices, memory, and what is missing for which feature")
+    doctor.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    doctor.set_defaults(run=_doctor)
     demo = commands.add_parser("demo", help="train both stages on embedded defaults (about 10 minutes), then caption")
     demo.add_argument("--out", default="runs/demo", help="folder of the two runs (default: %(default)s)")
     demo.set_defaults(run=_demo)
@@ -120,6 +123,13 @@ def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     explain.add_argument("--json", action="store_true", help="one JSON object with all maps on stdout")
     explain.set_defaults(run=_explain)
     _add_model(explain)
+    chat = commands.add_parser("chat", help="ask about an image, question after question")
+    chat.add_argument("image")
+    chat.add_argument("--beams", type=int, default=5, help="beam width (default: %(default)s)")
+    chat.add_argument("--max-tokens", type=int, default=20, help="of an answer (default: %(default)s)")
+    chat.add_argument("--repetition-penalty", type=float, default=1.0)
+    chat.set_defaults(run=_chat)
+    _add_model(chat)
     for command in (caption, ask):
         command.add_argument("--beams", type=int, default=5, help="beam width (default: %(default)s)")
         _add_model(command)
@@ -252,6 +262,18 @@ def _explain(options: argparse.Namespace, rest: list[str]) -> int:
     from blip2.apps.explain.command import explain_command
 
     return explain_command(options)
+
+
+def _chat(options: argparse.Namespace, rest: list[str]) -> int:
+    from blip2.apps.chat import chat_command
+
+    return chat_command(options)
+
+
+def _doctor(options: argparse.Namespace, rest: list[str]) -> int:
+    from blip2.apps.doctor import doctor_command
+
+    return doctor_command(options)
 
 
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
