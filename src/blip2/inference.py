@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -37,6 +37,9 @@ from blip2.models.vision_encoder import VisionEncoder
 from blip2.weights.assemble import assemble
 from blip2.weights.checkpoints import open_checkpoint, stage1_behind
 from blip2.weights.loading import LoadReport, fill
+
+if TYPE_CHECKING:
+    from blip2.explain import Attention
 
 ImageLike = str | Path | bytes | Image.Image
 _QUESTIONS = 4  # questions about repeated images that go together, for each image that does
@@ -325,6 +328,15 @@ class Blip2:
     def match_features(self, image_kv: ImageKV, texts: list[str]) -> Tensor:
         """ITM probabilities [N]; text n is paired with image n mod B."""
         return self.match_logits(image_kv, texts).softmax(dim=-1)[:, 1]
+
+    def attend(self, image: ImageLike, text: str | None = None) -> Attention:
+        """Where the model looks in one image, and with a text (needs stage 1) what its scores depend on.
+
+        Weights are computed again, beside the model: its own passes are as fast as before.
+        """
+        from blip2.explain import attend
+
+        return attend(self, image, text)
 
     # -- parts ----------------------------------------------------------------------------------
 
