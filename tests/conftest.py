@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import sys
@@ -56,3 +57,26 @@ def flickr8k() -> Path:
         if any(folder.glob("dev-*.tar")) and any(folder.glob("train-*.tar")):
             return folder
     pytest.skip(f"no Flickr8k shards in {' or '.join(map(str, candidates))}")
+
+
+def _tiny(kind: str, folder: Path) -> Path:
+    """A random model of the parity tests, as a folder of transformers."""
+    spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).parent / "parity" / "conftest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.save(kind, folder / kind)
+    return folder / kind
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random image-text retrieval model: 5 queries, width 16, 56 px, 4 x 4 patches."""
+    return _tiny("itm", tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random stage-2 model with a small OPT."""
+    return _tiny("opt", tmp_path_factory.mktemp("tiny"))

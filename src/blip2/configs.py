@@ -20,6 +20,7 @@ BERT_WORDS = 30_522
 STAGES = ("stage1", "stage2")
 PRECISIONS = ("auto", "fp32", "bf16")
 PARALLEL = ("ddp", "fsdp2")
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "sgd")
 RESIZES = ("squash", "crop")
 BRIDGES = ("qformer", "linear")
 TEXTS = ("captions", "questions")
@@ -244,16 +245,19 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up and a cosine down to `min_lr`; no decay on 1-D tensors.
+    """The optimizer, with linear warm-up and a cosine down to `min_lr`; no decay on 1-D tensors.
 
     Args:
+        name: `adamw` (8 bytes of state a parameter), `adamw8bit` (2, needs torchao), `sgd` (4; the
+            first of `betas` is its momentum), or `adafactor` (next to nothing; learning rates are
+            relative to the size of a tensor's weights).
         lr, min_lr, warmup_lr: peak, final and first learning rate.
         qformer_scale: of the learning rate of the Q-Former, relative to that of what else trains
             (stage 2: the projection).
         layer_decay: of an image encoder that trains: every block below its last has this times the
             learning rate of the block above it (1 treats all alike).
         warmup: steps of linear warm-up.
-        betas, weight_decay: of AdamW.
+        betas, weight_decay: of AdamW; the latter of all.
         clip: largest global gradient norm; None does not clip.
     """
 
@@ -266,8 +270,10 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.05
     clip: float | None = 1.0
+    name: str = "adamw"
 
     def __post_init__(self) -> None:
+        _require(self.name in OPTIMIZERS, "optim.name", self.name, f"one of {', '.join(OPTIMIZERS)}")
         _require(self.lr > 0, "optim.lr", self.lr, "positive")
         _require(0 <= self.min_lr <= self.lr, "optim.min_lr", self.min_lr, f"between 0 and optim.lr ({self.lr})")
         _require(0 <= self.warmup_lr <= self.lr, "optim.warmup_lr", self.warmup_lr, "between 0 and optim.lr")
@@ -293,6 +299,11 @@ class TrainConfig:
         eval_every, save_every, keep: steps between evaluations and checkpoints; checkpoints kept.
         seed: of initialisation, data order, dropout and negative sampling.
         device: `auto`, `cpu`, `cuda`.
+        checkpoint: compute the activations of Q-Former layers and language-model blocks again in the
+            backward pass instead of keeping them.
+        head_chunk: rows of logits of the output head (ITG, language model) held at a time, each chunk
+            computed again in the backward pass; None holds all.
+        compile: run Q-Former layers and language-model blocks compiled; needs a C++ compiler.
     """
 
     steps: int = 1000
@@ -305,8 +316,12 @@ class TrainConfig:
     keep: int = 2
     seed: int = 0
     device: str = "auto"
+    checkpoint: bool = False
+    head_chunk: int | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
+        _require(self.head_chunk is None or self.head_chunk >= 1, "train.head_chunk", self.head_chunk, "1 or more")
         for name in ("steps", "batch", "accumulate", "eval_every", "save_every", "keep"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
         _require(
@@ -423,6 +438,9 @@ class RunConfig:
             _require(self.lora.rank == 0, "lora.rank", self.lora.rank, "0 in stage 1, which has no language model")
             _require(quantize is None, "language.quantize", quantize, "null in stage 1, which has no language model")
         _require(not (sharded and quantize), "language.quantize", quantize, "null with train.parallel fsdp2; use ddp")
+        whole = self.optim.name in ("adamw", "sgd")
+        _require(whole or not sharded, "optim.name", self.optim.name, "adamw or sgd with train.parallel fsdp2")
+        _require(not (sharded and self.train.compile), "train.compile", True, "false with train.parallel fsdp2")
         cached = self.vision.train and self.data.cache_features
         _require(not cached, "data.cache_features", True, "false with vision.train: features change as it trains")
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -38,7 +38,11 @@ from blip2.weights.assemble import assemble
 from blip2.weights.checkpoints import open_checkpoint, stage1_behind
 from blip2.weights.loading import LoadReport, fill
 
+if TYPE_CHECKING:
+    from blip2.explain import Attention
+
 ImageLike = str | Path | bytes | Image.Image
+_QUESTIONS = 4  # questions about repeated images that go together, for each image that does
 
 
 class Blip2:
@@ -108,6 +112,9 @@ class Blip2:
     ) -> list[str]:
         """Answers to one question per image (or one question about all).
 
+        An image that comes several times is encoded once, and its soft prompts are read once for all
+        its questions by a decoder-only language model.
+
         Decoding defaults to the paper's for VQA: beam 5, length penalty -1, 1 to 10 tokens.
         """
         vqa = {"min_tokens": 1, "max_tokens": 10, "length_penalty": -1.0}
@@ -116,12 +123,59 @@ class Blip2:
         asked = [questions] * len(pictures) if isinstance(questions, str) else list(questions)
         if len(asked) != len(pictures):
             raise ConfigError(f"{len(asked)} questions for {len(pictures)} images: give one per image, or one in all")
+        distinct, places = _distinct(pictures)
+        # a Q-Former that reads questions has soft prompts of their own for each
+        if self.stage2 is not None and len(distinct) < len(pictures) and not self.stage2.reads_questions:
+            return self._ask_repeatedly(distinct, places, asked, config)
         prompts = [self.config.language.question.format(q.strip()) for q in asked]
         answers: list[str] = []
         for start, features in zip(range(0, len(pictures), self.batch), self._chunks(pictures), strict=True):
             part = slice(start, start + self.batch)
             texts = self.generate(features, prompts[part], config, questions=asked[part])
             answers += [t[0] for t in texts]
+        return answers
+
+    def ask_many(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        questions: Sequence[str],
+        *,
+        decoding: DecodingConfig | None = None,
+        **options: Any,
+    ) -> list[list[str]]:
+        """Answers to every question about every image: B lists, in the order of the questions; see `ask`."""
+        pictures, asked = _listed(images), list(questions)
+        repeated = [picture for picture in pictures for _ in asked]
+        answers = self.ask(repeated, asked * len(pictures), decoding=decoding, **options)
+        return [answers[n * len(asked) : (n + 1) * len(asked)] for n in range(len(pictures))]
+
+    def _ask_repeatedly(
+        self, distinct: list[ImageLike], places: list[int], questions: list[str], config: DecodingConfig
+    ) -> list[str]:
+        """Answers to questions of which number n is about image `places[n]`."""
+        assert self.stage2 is not None
+        tokenizer, answers = self.language_tokenizer, [""] * len(questions)
+        for start, features in zip(range(0, len(distinct), self.batch), self._chunks(distinct), strict=True):
+            with torch.no_grad():
+                soft = self.stage2.soft_prompts(features)
+            about = [n for n, place in enumerate(places) if start <= place < start + self.batch]
+            for first in range(0, len(about), _QUESTIONS * self.batch):
+                rows = about[first : first + _QUESTIONS * self.batch]
+                used = sorted({places[n] - start for n in rows})
+                prompts = [self.config.language.question.format(questions[n].strip()) for n in rows]
+                ids, mask = (x.to(self.device) for x in tokenizer.prompts(prompts))
+                out = generate(
+                    self.stage2.language_model,
+                    soft[used],
+                    ids,
+                    mask,
+                    config,
+                    end_id=tokenizer.end_id,
+                    pad_id=tokenizer.pad_id,
+                    images_B=torch.tensor([used.index(places[n] - start) for n in rows], device=self.device),
+                )
+                for n, ids in zip(rows, out[:: config.num].tolist(), strict=True):
+                    answers[n] = tokenizer.decode(ids)
         return answers
 
     def rank_answers(
@@ -275,6 +329,15 @@ class Blip2:
         """ITM probabilities [N]; text n is paired with image n mod B."""
         return self.match_logits(image_kv, texts).softmax(dim=-1)[:, 1]
 
+    def attend(self, image: ImageLike, text: str | None = None) -> Attention:
+        """Where the model looks in one image, and with a text (needs stage 1) what its scores depend on.
+
+        Weights are computed again, beside the model: its own passes are as fast as before.
+        """
+        from blip2.explain import attend
+
+        return attend(self, image, text)
+
     # -- parts ----------------------------------------------------------------------------------
 
     @property
@@ -417,3 +480,15 @@ def _listed(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
     if isinstance(images, str | Path | bytes | Image.Image):
         return [images]
     return list(images)
+
+
+def _distinct(pictures: list[ImageLike]) -> tuple[list[ImageLike], list[int]]:
+    """Pictures without repeats (by path, content or identity), and the place of each one given among them."""
+    found: dict[str | bytes | int, ImageLike] = {}
+    keys: list[str | bytes | int] = []
+    for picture in pictures:
+        own = id(picture) if isinstance(picture, Image.Image) else picture
+        keys.append(str(own) if isinstance(own, Path) else own)
+        found.setdefault(keys[-1], picture)
+    places = {key: place for place, key in enumerate(found)}
+    return list(found.values()), [places[key] for key in keys]

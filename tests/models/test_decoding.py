@@ -81,4 +81,5 @@ def test_every_setting_reaches_the_language_model(config: DecodingConfig, beams:
         "top_p": 0.9,
         "temperature": 1.0,
         "repetition_penalty": 1.0,
+        "images_B": None,
     }

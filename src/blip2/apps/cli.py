@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from blip2 import __version__
+from blip2.apps.index import options as index_options
 from blip2.errors import Blip2Error
 
 EXAMPLES = """\
@@ -19,6 +20,9 @@ examples:
   blip2 caption dog.jpg --model Salesforce/blip2-opt-2.7b
   blip2 evaluate caption --model runs/s2 --data flickr8k:dev
   blip2 convert runs/s2 bridge-hf --to hf
+  blip2 index build photos/ --out photos.index --model runs/s1
+  blip2 search photos.index "two dogs in the snow"
+  blip2 explain dog.jpg "a dog in the grass" --model runs/s1 --out report.html
   blip2 ask dog.jpg "What is the dog doing?" --model runs/s2
 """
 
@@ -63,6 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_data(commands)
     _add_capfilt(commands)
+    index_options.add_commands(commands, _add_model)
+    doctor = commands.add_parser("doctor", help="versions, devices, memory, and what is missing for which feature")
+    doctor.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    doctor.set_defaults(run=_doctor)
     demo = commands.add_parser("demo", help="train both stages on embedded defaults (about 10 minutes), then caption")
     demo.add_argument("--out", default="runs/demo", help="folder of the two runs (default: %(default)s)")
     demo.set_defaults(run=_demo)
@@ -112,6 +120,20 @@ def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     ask.add_argument("question")
     ask.add_argument("--json", action="store_true", help="one JSON object on stdout")
     ask.set_defaults(run=_ask)
+    explain = commands.add_parser("explain", help="where the queries look, and what the scores with a text depend on")
+    explain.add_argument("image")
+    explain.add_argument("text", nargs="?", help="shows what ITC and ITM make of it (needs stage 1)")
+    explain.add_argument("--out", metavar="REPORT.html", help="a page with the maps")
+    explain.add_argument("--json", action="store_true", help="one JSON object with all maps on stdout")
+    explain.set_defaults(run=_explain)
+    _add_model(explain)
+    chat = commands.add_parser("chat", help="ask about an image, question after question")
+    chat.add_argument("image")
+    chat.add_argument("--beams", type=int, default=5, help="beam width (default: %(default)s)")
+    chat.add_argument("--max-tokens", type=int, default=20, help="of an answer (default: %(default)s)")
+    chat.add_argument("--repetition-penalty", type=float, default=1.0)
+    chat.set_defaults(run=_chat)
+    _add_model(chat)
     for command in (caption, ask):
         command.add_argument("--beams", type=int, default=5, help="beam width (default: %(default)s)")
         _add_model(command)
@@ -336,6 +358,24 @@ def _ask(options: argparse.Namespace, rest: list[str]) -> int:
     from blip2.apps.caption import ask_command
 
     return ask_command(options)
+
+
+def _explain(options: argparse.Namespace, rest: list[str]) -> int:
+    from blip2.apps.explain.command import explain_command
+
+    return explain_command(options)
+
+
+def _chat(options: argparse.Namespace, rest: list[str]) -> int:
+    from blip2.apps.chat import chat_command
+
+    return chat_command(options)
+
+
+def _doctor(options: argparse.Namespace, rest: list[str]) -> int:
+    from blip2.apps.doctor import doctor_command
+
+    return doctor_command(options)
 
 
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:

@@ -35,6 +35,7 @@ from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision_encoder import VisionEncoder
 from blip2.ops import distributed
+from blip2.training.memory import apply_settings
 from blip2.training.metrics import format_seconds
 from blip2.training.objectives import Stage1Objective, Stage2Objective
 from blip2.training.parallel import autocast, fast_bf16, pick_device, process_group
@@ -63,6 +64,9 @@ CHANGEABLE = {
     "train.device",
     "train.parallel",
     "train.precision",
+    "train.checkpoint",
+    "train.head_chunk",
+    "train.compile",
     "data.workers",
 }
 
@@ -240,6 +244,7 @@ def _assemble(
     device: torch.device,
 ) -> tuple[Trainer, TrainingBatches, DevEvaluator | None]:
     assert isinstance(model.vision, VisionEncoder)
+    apply_settings(model, config.train)
     frozen: list[nn.Module] = [model.vision] if model.vision.frozen else []
     if isinstance(model, Stage1):
         user = Blip2(config, stage1=model)

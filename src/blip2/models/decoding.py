@@ -23,8 +23,13 @@ def generate(
     *,
     end_id: int,
     pad_id: int,
+    images_B: Tensor | None = None,
 ) -> Tensor:
-    """New token ids [B x config.num, L] after soft prompts and a left-padded text prompt."""
+    """New token ids [B x config.num, L] after soft prompts and a left-padded text prompt.
+
+    Args:
+        images_B: the row of `prompts_BQH` that each text is about, where several are about one.
+    """
     return language_model.generate(
         prompts_BQH,
         ids_BT,
@@ -40,6 +45,7 @@ def generate(
         top_p=config.top_p,
         temperature=config.temperature,
         repetition_penalty=config.repetition_penalty,
+        images_B=images_B,
     )
 
 

@@ -6,8 +6,9 @@ H width of the input embeddings, V vocabulary, M target positions, L new tokens.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from blip2.errors import ConfigError
 from blip2.models import hub, quantize, towers
 from blip2.models.freezing import freeze, is_adapter
 from blip2.ops.lengths import length_groups
+from blip2.ops.losses import head_loss
 
 Reduction = Literal["mean", "none"]
 
@@ -29,6 +31,8 @@ _PLAIN_HEADS = {
     *("bloom", "falcon", "gemma", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama", "mistral", "olmo", "olmo2"),
     *("opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm"),
 }
+# Encoder-decoders of that kind.
+_PLAIN_HEADS_ENCODED = {"t5", "mt5", "umt5"}
 _GROUP_OVERHEAD = 32  # tokens of a CPU's time that one more group of rows costs
 _LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
@@ -50,6 +54,7 @@ class LanguageModel(nn.Module):
         gradient_checkpointing: recompute every block in the backward pass instead of keeping its
             activations; off by default. transformers' own works in train mode only, where a
             frozen model would apply dropout.
+        head_chunk: rows of logits held at a time while training (`chunk_head`); None holds all.
         split_lengths: on a CPU, `decoder_loss` runs rows of similar length together instead of
             padding all to the longest; on by default, off under FSDP2, whose processes must run
             the model equally often.
@@ -63,9 +68,11 @@ class LanguageModel(nn.Module):
         self.vocab_size: int = embeddings.num_embeddings
         self.encoder_decoder: bool = bool(model.config.is_encoder_decoder)
         self.gradient_checkpointing = False
+        self.head_chunk: int | None = None
         self.split_lengths = True
-        for block in _blocks(model):
-            block.forward = functools.partial(self._run_block, block.forward)
+        self._compiled: dict[int, Callable[..., Any]] = {}
+        for number, block in enumerate(_blocks(model)):
+            block.forward = functools.partial(self._run_block, number, block.forward)
 
     @property
     def frozen(self) -> bool:
@@ -79,6 +86,23 @@ class LanguageModel(nn.Module):
             if is_adapter(name):
                 module.train(mode)
         return self
+
+    def chunk_head(self, rows: int | None) -> None:
+        """Hold so many rows of logits at a time in the losses; None holds all.
+
+        Raises:
+            ConfigError: this model makes more of its logits than its output head does.
+        """
+        if rows is not None and not self._head_is_plain():
+            kind = self.model.config.model_type
+            raise ConfigError(f"train.head_chunk is {rows}: not known to be right for a {kind} model, set it to null")
+        self.head_chunk = rows
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Run compiled blocks where a gradient is wanted; options of `torch.compile`."""
+        blocks: list[Any] = _blocks(self.model)
+        forwards = [block.forward.args[1] for block in blocks]
+        self._compiled = {number: torch.compile(forward, **options) for number, forward in enumerate(forwards)}
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Input embeddings [B, T, H], scaled as the model does itself when given ids."""
@@ -139,14 +163,17 @@ class LanguageModel(nn.Module):
         """
         embeds_BSH, mask_BS = self._join(prompt_BQH, enc_ids_BT, enc_mask_BT)
         start = torch.full_like(dec_ids_BT[:, :1], self.model.config.decoder_start_token_id)
-        logits_BTV = self.model(
-            inputs_embeds=embeds_BSH,
-            attention_mask=mask_BS,
-            decoder_input_ids=torch.cat([start, dec_ids_BT[:, :-1]], dim=1),
-            use_cache=False,
-        ).logits
-        targets = dec_mask_BT.bool()
-        return F.cross_entropy(logits_BTV[targets].float(), dec_ids_BT[targets], reduction=reduction)
+        options: dict[str, Any] = {"inputs_embeds": embeds_BSH, "attention_mask": mask_BS, "use_cache": False}
+        options["decoder_input_ids"] = torch.cat([start, dec_ids_BT[:, :-1]], dim=1)
+        at_BT = dec_mask_BT.bool()
+        if not self._head_is_plain():
+            logits_MV = self.model(**options).logits[at_BT]
+            return F.cross_entropy(logits_MV.float(), dec_ids_BT[at_BT], reduction=reduction)
+        with self._head_input() as caught:
+            self.model(**options)
+        head = self.model.get_output_embeddings()
+        loss_M = head_loss(caught[0][at_BT], head, dec_ids_BT[at_BT], rows=self.head_chunk)
+        return loss_M.mean() if reduction == "mean" else loss_M
 
     @torch.no_grad()  # not inference_mode: a block that FSDP2 gathers first in it cannot be trained through
     def generate(
@@ -155,8 +182,9 @@ class LanguageModel(nn.Module):
         ids_BT: Tensor,
         mask_BT: Tensor,
         *,
-        end_id: int,
+        end_id: int | Sequence[int],
         pad_id: int,
+        images_B: Tensor | None = None,
         beams: int = 5,
         num_return: int = 1,
         min_tokens: int = 1,
@@ -169,11 +197,17 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """New tokens after soft prompts and text, without gradient.
 
+        The ids of transformers' `generate`, but every row is read once, not once per beam, and
+        leaves the batch when it is done.
+
         Args:
+            prompt_BQH: soft prompts, a row for each of `ids_BT` unless `images_B` is given.
             ids_BT, mask_BT: text (T may be 0) and its mask, padded on either side; the padding is
                 moved so that each row's soft prompts and text are adjacent.
-            end_id: token that ends a row; it is part of the result.
-            pad_id: fills the rest of a row.
+            end_id: token or tokens that end a row; part of the result.
+            pad_id: fills the rest of a row (beam search fills with the end where it is 0).
+            images_B: the row of `prompt_BQH` that each text is about; a decoder-only model then
+                reads the soft prompts of an image once for all its texts.
             beams: beams of beam search; ignored when sampling.
             num_return: results per row, best first.
             min_tokens, max_tokens: bounds of L, end token included.
@@ -187,30 +221,27 @@ class LanguageModel(nn.Module):
         Raises:
             ConfigError: more results asked than beams.
         """
+        from blip2.models import generation
+
         if not sample and num_return > beams:
             raise ConfigError(f"{num_return} results asked of {beams} beams: beams must be as many or more")
-        embeds_BSH, mask_BS = self._join(prompt_BQH, ids_BT, mask_BT)
-        # decoders continue at the right end, encoders are trained with padding there
-        order_BS = torch.argsort(mask_BS, dim=1, stable=True, descending=self.encoder_decoder)
-        embeds_BSH = embeds_BSH.gather(1, order_BS[..., None].expand_as(embeds_BSH))
-        options: dict[str, Any] = {"do_sample": True, "top_p": top_p, "top_k": 0, "temperature": temperature}
-        if not sample:
-            options = {"do_sample": False, "num_beams": beams}
-            if beams > 1:
-                options["length_penalty"] = length_penalty
-        with hub.quiet():
-            out: Tensor = self.model.generate(
-                inputs_embeds=embeds_BSH,
-                attention_mask=mask_BS.gather(1, order_BS),
-                eos_token_id=end_id,
-                pad_token_id=pad_id,
-                num_return_sequences=num_return,
-                min_new_tokens=min_tokens,
-                max_new_tokens=max_tokens,
-                repetition_penalty=repetition_penalty,
-                **options,
-            )
-        return out[:, 1:] if self.encoder_decoder else out
+        self._check_width(prompt_BQH)
+        text_BTH = self.embed(ids_BT)
+        prompts = generation.Prompts(prompt_BQH.to(text_BTH.dtype), text_BTH, mask_BT.to(torch.int64), images_B)
+        options = generation.Options(
+            ends=(end_id,) if isinstance(end_id, int) else tuple(end_id),
+            pad_id=pad_id,
+            beams=beams,
+            num=num_return,
+            min_tokens=min_tokens,
+            max_tokens=max_tokens,
+            length_penalty=length_penalty,
+            sample=sample,
+            top_p=top_p,
+            temperature=temperature,
+            repetition_penalty=repetition_penalty,
+        )
+        return generation.generate(self, prompts, options)
 
     def _target_losses(self, prompt_BQH: Tensor, ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor) -> Tensor:
         """Cross-entropy [M] of the labelled tokens, in the order of `ids_BT[labels_BT]`."""
@@ -219,11 +250,26 @@ class LanguageModel(nn.Module):
         at_BS[:, prompt_BQH.shape[1] - 1 : -1] = labels_BT
         if self._head_is_plain():
             output = self.model.base_model(inputs_embeds=embeds_BSH, attention_mask=mask_BS, use_cache=False)
-            logits_MV = self.model.get_output_embeddings()(output.last_hidden_state[at_BS])
-        else:
-            output = self.model(inputs_embeds=embeds_BSH, attention_mask=mask_BS, use_cache=False)
-            logits_MV = output.logits[at_BS]
+            head, x_MH = self.model.get_output_embeddings(), output.last_hidden_state[at_BS]
+            return head_loss(x_MH, head, ids_BT[labels_BT], rows=self.head_chunk)
+        output = self.model(inputs_embeds=embeds_BSH, attention_mask=mask_BS, use_cache=False)
+        logits_MV = output.logits[at_BS]
         return F.cross_entropy(logits_MV.float(), ids_BT[labels_BT], reduction="none")
+
+    @contextlib.contextmanager
+    def _head_input(self) -> Iterator[list[Tensor]]:
+        """Catch what the output head would read, and let it read nothing."""
+        caught: list[Tensor] = []
+
+        def catch(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            caught.append(args[0])
+            return (args[0][:, :0],)
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(catch)
+        try:
+            yield caught
+        finally:
+            handle.remove()
 
     def _length_groups(self, prompts: int, mask_BT: Tensor) -> list[Tensor]:
         """Rows to run together: on a CPU, groups of similar length, for padding costs as much as text there."""
@@ -234,20 +280,26 @@ class LanguageModel(nn.Module):
 
     def _join(self, prompt_BQH: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings [B, S, H] of soft prompts and text, and their int64 mask [B, S]."""
-        if prompt_BQH.shape[-1] != self.hidden_size:
-            raise ConfigError(f"soft prompts are {prompt_BQH.shape[-1]} wide, the language model {self.hidden_size}")
+        self._check_width(prompt_BQH)
         text_BTH = self.embed(ids_BT)
         ones_BQ = torch.ones(prompt_BQH.shape[:2], dtype=torch.int64, device=mask_BT.device)
         embeds_BSH = torch.cat([prompt_BQH.to(text_BTH.dtype), text_BTH], dim=1)
         return embeds_BSH, torch.cat([ones_BQ, mask_BT.to(torch.int64)], dim=1)
 
+    def _check_width(self, prompt_BQH: Tensor) -> None:
+        if prompt_BQH.shape[-1] != self.hidden_size:
+            raise ConfigError(f"soft prompts are {prompt_BQH.shape[-1]} wide, the language model {self.hidden_size}")
+
     def _head_is_plain(self) -> bool:
         config = self.model.config
         scaled = any(getattr(config, name, None) not in (None, 1, 1.0) for name in _LOGIT_SETTINGS)
-        return config.model_type in _PLAIN_HEADS and not scaled
+        return config.model_type in (_PLAIN_HEADS_ENCODED if self.encoder_decoder else _PLAIN_HEADS) and not scaled
 
-    def _run_block(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
+    def _run_block(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        forward = self._compiled.get(number, forward)
+        if self.gradient_checkpointing:
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
         return forward(*args, **kwargs)
 

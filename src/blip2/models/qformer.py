@@ -17,11 +17,14 @@ P patches, C image-encoder channels, D Q-Former width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from blip2.models.qformer_layers import Attention, FeedForward, KeyValue, Packing, QFormerLayer
 from blip2.ops.masks import bidirectional_mask, multimodal_causal_mask
@@ -83,6 +86,11 @@ class QFormer(nn.Module):
             (stage 2 needs none).
         head: whether the text branch has BERT's prediction head (ITG needs it).
         positions: longest text.
+
+    Attributes:
+        gradient_checkpointing: recompute every layer in the backward pass instead of keeping its
+            activations; off by default.
+        head_chunk: rows of ITG logits held at a time while training; None holds all.
     """
 
     def __init__(
@@ -125,7 +133,15 @@ class QFormer(nn.Module):
         self.embedding_dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(layer(number) for number in range(depth))
         self.head = LanguageHead(width, vocab, eps) if vocab is not None and head else None
+        self.gradient_checkpointing = False
+        self.head_chunk: int | None = None
+        self._compiled: dict[str, Callable[..., Any]] = {}
         self.reset_parameters()
+
+    def compile_layers(self, **options: Any) -> None:
+        """Run compiled layers where a gradient is wanted; options of `torch.compile`."""
+        methods = (QFormerLayer.queries, QFormerLayer.text, QFormerLayer.pair)
+        self._compiled = {method.__name__: torch.compile(method, **options) for method in methods}
 
     def reset_parameters(self) -> None:
         """BERT's initialisation: N(0, 0.02) weights, zero biases."""
@@ -159,7 +175,7 @@ class QFormer(nn.Module):
         x_BQD = self._query_embeddings(len(image_kv))
         cache = []
         for layer, image in zip(self._layers(), self._images(image_kv), strict=True):
-            x_BQD, key_value = layer.queries(x_BQD, image)
+            x_BQD, key_value = self._run(QFormerLayer.queries, layer, x_BQD, image)
             cache.append(key_value)
         return x_BQD, cache
 
@@ -169,8 +185,8 @@ class QFormer(nn.Module):
         x_MD = self._text_embeddings(ids_NT, packing)
         mask = None if packing.full else packing.mask_NT[:, None, None, :]
         for layer in self._layers()[:-1]:
-            x_MD = layer.text(x_MD, packing, mask)
-        out: Tensor = self._layers()[-1].text(x_MD, packing, mask, first=True)
+            x_MD = self._run(QFormerLayer.text, layer, x_MD, packing, mask)
+        out: Tensor = self._run(QFormerLayer.text, self._layers()[-1], x_MD, packing, mask, first=True)
         return out
 
     def encode_pair(self, ids_NT: Tensor, mask_NT: Tensor, image_kv: ImageKV) -> Tensor:
@@ -190,11 +206,16 @@ class QFormer(nn.Module):
         x_NQD, x_MD = self._query_embeddings(N), self._text_embeddings(ids_NT, packing)
         mask = None if packing.full else bidirectional_mask(self.num_queries, packing.mask_NT)[:, :, :1]
         for number, (layer, image) in enumerate(zip(self._layers(), self._images(image_kv), strict=True)):
-            x_NQD, x_MD = layer.pair(x_NQD, x_MD, packing, mask, image, last=number == self.depth - 1)
+            last = number == self.depth - 1
+            x_NQD, x_MD = self._run(QFormerLayer.pair, layer, x_NQD, x_MD, packing, mask, image, last=last)
         return x_NQD
 
     def decode_text(self, ids_BT: Tensor, mask_BT: Tensor, cache: list[KeyValue], at_BT: Tensor) -> Tensor:
-        """Causal text on the cached queries (ITG).
+        """Logits of causal text on the cached queries (ITG): `predict` of `decode_states`."""
+        return self.predict(self.decode_states(ids_BT, mask_BT, cache, at_BT))
+
+    def decode_states(self, ids_BT: Tensor, mask_BT: Tensor, cache: list[KeyValue], at_BT: Tensor) -> Tensor:
+        """Causal text on the cached queries, up to the output head.
 
         Args:
             ids_BT, mask_BT: right-padded text that starts with [DEC].
@@ -202,17 +223,30 @@ class QFormer(nn.Module):
             at_BT: bool, the positions whose next token is predicted; all must be real tokens.
 
         Returns:
-            Logits [number of True in at_BT, V], in row-major order.
+            [number of True in at_BT, D], in row-major order.
         """
-        assert self.head is not None
-        assert self.embeddings is not None
         packing = Packing(mask_BT)
         x_MD = self._text_embeddings(ids_BT, packing)
         mask = multimodal_causal_mask(self.num_queries, packing.mask_NT)[:, :, self.num_queries :]
         for layer, before in zip(self._layers(), cache, strict=True):
-            x_MD = layer.text(x_MD, packing, mask, before=before)
-        logits: Tensor = self.head(x_MD[packing.pack(at_BT)], self.embeddings.word)
+            x_MD = self._run(QFormerLayer.text, layer, x_MD, packing, mask, before=before)
+        return x_MD[packing.pack(at_BT)]
+
+    def predict(self, x_MD: Tensor) -> Tensor:
+        """Logits [M, V] of the next token."""
+        assert self.head is not None
+        assert self.embeddings is not None
+        logits: Tensor = self.head(x_MD, self.embeddings.word)
         return logits
+
+    def _run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A layer's method: compiled, or computed again in the backward pass, where that is asked for."""
+        if not torch.is_grad_enabled():
+            return method(*args, **kwargs)
+        method = self._compiled.get(method.__name__, method)
+        if self.gradient_checkpointing:
+            return checkpoint(method, *args, use_reentrant=False, **kwargs)
+        return method(*args, **kwargs)
 
     def _layers(self) -> list[QFormerLayer]:
         return [layer for layer in self.layers if isinstance(layer, QFormerLayer)]

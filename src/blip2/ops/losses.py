@@ -1,12 +1,15 @@
 """The objectives as pure functions on already-gathered tensors (arXiv 2301.12597, section 3.2).
 
 Nothing here knows of ranks, models or tokenizers. Shape letters: B rows of this process, G rows
-of all processes, Q queries, M target positions, V vocabulary.
+of all processes, Q queries, M target positions, V vocabulary, D width in front of the output head.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def itc_loss(
@@ -45,6 +48,31 @@ def itg_loss(logits_MV: Tensor, targets_M: Tensor, *, label_smoothing: float = 0
 def language_modeling_loss(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
     """Stage-2 language-modelling loss: mean cross-entropy over the target tokens only."""
     return F.cross_entropy(logits_MV.float(), targets_M)
+
+
+def head_loss(
+    x_MD: Tensor,
+    head: Callable[[Tensor], Tensor],
+    targets_M: Tensor,
+    *,
+    rows: int | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy [M] of what an output head makes of `x_MD`, in float32.
+
+    Args:
+        head: [rows, D] -> logits [rows, V].
+        rows: logits held at a time; those of each chunk are computed again in the backward pass.
+            None holds all of them.
+    """
+
+    def part(x: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(x).float(), targets, label_smoothing=label_smoothing, reduction="none")
+
+    if rows is None or len(targets_M) <= rows:
+        return part(x_MD, targets_M)
+    chunks = zip(x_MD.split(rows), targets_M.split(rows), strict=True)
+    return torch.cat([checkpoint(part, x, targets, use_reentrant=False) for x, targets in chunks])
 
 
 def mean_over_queries(logits_NQ2: Tensor) -> Tensor:

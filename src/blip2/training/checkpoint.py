@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from blip2.errors import CheckpointError
 from blip2.ops import distributed
+from blip2.training.optim import flat_state, restore_packed
 from blip2.weights import native, runs
 from blip2.weights.loading import trained_state
 
@@ -131,9 +132,11 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state as flat tensors: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`."""
-    named = _trained(model)
-    return {f"{key}.{name}": value for name, p in named.items() for key, value in optimizer.state.get(p, {}).items()}
+    """The optimizer's state as flat tensors: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME` and so on."""
+    found: dict[str, Tensor] = {}
+    for name, p in _trained(model).items():
+        found |= flat_state(name, optimizer.state.get(p, {}))
+    return found
 
 
 def _restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, flat: dict[str, Tensor], source: Path) -> None:
@@ -145,6 +148,8 @@ def _restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, flat: d
         parameter = named[name]
         if kind == "step":
             optimizer.state[parameter][kind] = value.to(parameter.device)
+        elif ":" in kind:
+            restore_packed(optimizer, parameter, kind, value)
         else:
             optimizer.state[parameter][kind] = _as(value, parameter).to(parameter.dtype)
 

@@ -140,9 +140,12 @@ class Stage1Objective(nn.Module):
         inputs = ids.clone()
         inputs[:, 0] = self.tokenizer.dec_id
         at, predicted = losses.next_token_positions(mask)
-        logits = self.model.qformer.decode_text(inputs, mask, cache, at)
-        targets = ids[predicted]
-        loss = losses.itg_loss(logits, targets, label_smoothing=self.config.itg_smoothing)
+        qformer, targets = self.model.qformer, ids[predicted]
+        states = qformer.decode_states(inputs, mask, cache, at)
+        each = losses.head_loss(
+            states, qformer.predict, targets, rows=qformer.head_chunk, label_smoothing=self.config.itg_smoothing
+        )
+        loss = each.mean()
         return _mean_of_all(loss, len(targets))
 
 

@@ -1,14 +1,17 @@
-"""AdamW without decay on 1-D tensors, and the learning rate as a function of the step."""
+"""The optimizer, without decay on 1-D tensors, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from blip2.configs import OptimConfig
+from blip2.errors import ConfigError
+from blip2.training.memory import require_compiler
 
 # Parts whose learning rate `optim.qformer_scale` multiplies.
 _QFORMER = ("qformer", "ln_vision")
@@ -16,14 +19,17 @@ _QFORMER = ("qformer", "ln_vision")
 
 def build_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, depths: Mapping[str, int] | None = None
-) -> torch.optim.AdamW:
-    """AdamW over named parameters; biases, norms and other tensors of one axis or none do not decay.
+) -> torch.optim.Optimizer:
+    """`config.name` over named parameters; biases, norms and other tensors of one axis or none do not decay.
 
     Every group has a `scale`: `config.qformer_scale` for the Q-Former and what stands in front of it,
     `config.layer_decay` to the power of its depth for what has one, else 1.
 
     Args:
         depths: blocks above a parameter of an image encoder that trains, by name.
+
+    Raises:
+        ConfigError: what the optimizer needs is not installed.
     """
     named = list(parameters)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -32,12 +38,53 @@ def build_optimizer(
         if depths is not None and name in depths:
             scale = config.layer_decay ** depths[name]
         groups.setdefault((config.weight_decay if p.ndim >= 2 else 0.0, scale), []).append(p)
-    return torch.optim.AdamW(
-        [{"params": found, "weight_decay": decay, "scale": scale} for (decay, scale), found in groups.items()],
-        lr=config.lr,
-        betas=config.betas,
-        fused=_fused(p for _, p in named),
-    )
+    listed = [{"params": found, "weight_decay": decay, "scale": scale} for (decay, scale), found in groups.items()]
+    if config.name == "adamw":
+        return torch.optim.AdamW(listed, lr=config.lr, betas=config.betas, fused=_fused(p for _, p in named))
+    if config.name == "adamw8bit":
+        return _adamw8bit(listed, config)
+    if config.name == "adafactor":
+        return torch.optim.Adafactor(listed, lr=config.lr)
+    return torch.optim.SGD(listed, lr=config.lr, momentum=config.betas[0])
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group `rate` times its scale."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate * group["scale"])
+        else:
+            group["lr"] = rate * group["scale"]
+
+
+def flat_state(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A parameter's state as plain tensors: `exp_avg.NAME`, in 8 bits `exp_avg:codes.NAME` and `exp_avg:scale.NAME`."""
+    out: dict[str, Tensor] = {}
+    for kind, value in state.items():
+        if hasattr(value, "codes"):
+            out |= {f"{kind}:{part}.{name}": getattr(value, part) for part in ("codes", "scale")}
+        else:
+            out[f"{kind}.{name}"] = value
+    return out
+
+
+def restore_packed(optimizer: Any, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+    """Put back one of the parts (`exp_avg:codes`) of state in 8 bits."""
+    kind, part = kind.split(":")
+    state = optimizer.state[parameter]
+    if kind not in state:  # as torchao does in the first step
+        state[kind] = optimizer._new_buffer(parameter, kind == "exp_avg")
+    getattr(state[kind], part).copy_(value)
+
+
+def _adamw8bit(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ConfigError('optim.name adamw8bit needs torchao: pip install "blip2[quantize]"') from error
+    require_compiler("optim.name adamw8bit")
+    found: torch.optim.Optimizer = AdamW8bit(groups, lr=config.lr, betas=config.betas)
+    return found
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

@@ -29,7 +29,7 @@ from blip2.models.vision_encoder import VisionEncoder
 from blip2.ops import distributed
 from blip2.training import checkpoint
 from blip2.training.metrics import RunLog
-from blip2.training.optim import build_optimizer, learning_rate
+from blip2.training.optim import build_optimizer, learning_rate, set_learning_rate
 from blip2.training.parallel import autocast, unsharded, unused_parameters, wrap
 from blip2.weights import runs
 
@@ -145,8 +145,7 @@ class Trainer:
         batch = next(source)
         waited = time.monotonic() - began
         rate = learning_rate(self.step, train.steps, self.config.optim)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
+        set_learning_rate(self.optimizer, rate)
         torch.manual_seed(_seed(train.seed, self.step, distributed.rank()))
         self.objective.train()
         losses = self._backward(batch)

@@ -1,0 +1,1 @@
+"""Search in photographs: an index of query embeddings on disk, and what looks in it."""

@@ -1,0 +1,158 @@
+"""Where a bridge looks: attention maps of the queries, and what a text depends on.
+
+    found = model.attend("dog.jpg", "a dog in the grass")
+    found.queries           # [L, Q, P] attention of every query, per cross-attention layer; sums to one
+    found.itc               # [Q] cosine of each query with the text: the largest is the image's
+    found.itm_maps          # [L, P] gradient-weighted: what made the pair a match
+    found.heat(found.itm_maps.sum(0))     # [h, w] over the picture
+
+Shape letters: Q queries, P tokens of the image encoder, L cross-attention layers, W words (tokens) of
+the caption, C image-encoder channels, E contrastive width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blip2.configs import DecodingConfig
+from blip2.errors import ConfigError
+from blip2.models.attention_maps import prompt_attention, recording
+from blip2.models.qformer import QFormer
+from blip2.models.stage1 import Stage1
+from blip2.models.stage2 import Stage2
+from blip2.ops.losses import mean_over_queries
+
+if TYPE_CHECKING:
+    from blip2.inference import Blip2, ImageLike
+
+
+@dataclass
+class Attention:
+    """What `Blip2.attend` found; tensors are float32 on the CPU.
+
+    Args:
+        grid: rows and columns of patches.
+        prefix: image tokens in front of the patches ([CLS], registers), part of P.
+        layers: numbers of the Q-Former's layers that have cross-attention.
+        queries: [L, Q, P] the queries' attention to the image, mean over heads; sums to one over P.
+            With a text of the stage-1 Q-Former, else of the model's own.
+        text: what was asked about; the fields below are None without it.
+        itc: [Q] cosines of the queries with the text.
+        itc_maps: [L, P] what the largest of them depends on, gradient-weighted.
+        itm: probability that text and image belong together.
+        itm_maps: [L, P] what the class-1 logit depends on, gradient-weighted.
+        pair_queries: [L, Q, P] the queries' attention while they see the text.
+        caption: of a stage-2 model; the fields below are None where there is none.
+        words: the W tokens of the caption.
+        word_prompts: [W, Q] attention of the position that writes each token to the soft prompts.
+        word_maps: [W, P] that attention, carried on to the image through the queries' last layer.
+    """
+
+    grid: tuple[int, int]
+    prefix: int
+    layers: list[int]
+    queries: Tensor
+    text: str | None = None
+    itc: Tensor | None = None
+    itc_maps: Tensor | None = None
+    itm: float | None = None
+    itm_maps: Tensor | None = None
+    pair_queries: Tensor | None = None
+    caption: str | None = None
+    words: list[str] | None = None
+    word_prompts: Tensor | None = None
+    word_maps: Tensor | None = None
+
+    @property
+    def winner(self) -> int | None:
+        """The query whose cosine with the text is the image's score."""
+        return None if self.itc is None else int(self.itc.argmax())
+
+    def heat(self, map_P: Tensor) -> Tensor:
+        """[h, w]: the patches of a map over image tokens; what fell on the tokens before them is left out."""
+        return map_P[..., self.prefix :].unflatten(-1, self.grid)
+
+
+def attend(model: Blip2, image: ImageLike, text: str | None = None) -> Attention:
+    """See `Blip2.attend`."""
+    features_1PC = model.features([image])
+    side = model.vision.grid // model.vision.pool
+    grid, prefix = (side, side), model.vision.prefix
+    if text is not None and text.strip():
+        found = _with_text(model, features_1PC, text.strip(), grid)
+    else:
+        stage = model.stage2 or model.stage1
+        shadow, recorded = recording(_qformer(stage))
+        with torch.no_grad():
+            shadow.encode_queries(shadow.project_image(stage.ln_vision(features_1PC.float())))
+        found = Attention(grid, prefix, _cross_layers(_qformer(stage)), recorded.maps())
+    if model.stage2 is not None:
+        _add_words(model, features_1PC, found)
+    return found
+
+
+def _with_text(model: Blip2, features_1PC: Tensor, text: str, grid: tuple[int, int]) -> Attention:
+    """ITC and ITM of one pair, with their maps."""
+    stage1 = model.stage1
+    ids, mask = (x.to(model.device) for x in model.text_tokenizer([text]))
+    with torch.no_grad():
+        kv = stage1.project_image(features_1PC)
+        text_E = stage1.embed_texts(ids, mask)[0]
+    with torch.enable_grad():
+        shadow, alone = recording(stage1.qformer)
+        queries_1QD, _ = shadow.encode_queries(kv)
+        itc_Q = F.normalize(stage1.vision_proj(queries_1QD).float(), dim=-1)[0] @ text_E
+        itc_maps = alone.relevance(itc_Q.max())
+        shadow, paired = recording(stage1.qformer)
+        logits_12 = mean_over_queries(stage1.itm_head(shadow.encode_pair(ids, mask, kv)))
+        itm_maps = paired.relevance(logits_12[0, 1])
+    return Attention(
+        grid,
+        model.vision.prefix,
+        _cross_layers(stage1.qformer),
+        alone.maps(),
+        text,
+        itc_Q.detach().float().cpu(),
+        itc_maps,
+        float(logits_12.detach().softmax(dim=-1)[0, 1]),
+        itm_maps,
+        paired.maps(),
+    )
+
+
+def _add_words(model: Blip2, features_1PC: Tensor, found: Attention) -> None:
+    """Caption the image, and read how each token of the caption attended to the soft prompts."""
+    stage2, language = model.stage2, model.config.language
+    assert stage2 is not None
+    found.caption = model.caption_features(features_1PC, None, DecodingConfig())[0][0]
+    if stage2.language_model.encoder_decoder:
+        return
+    tokenizer = model.language_tokenizer
+    ids, mask, labels = (x.to(model.device) for x in tokenizer.targets([language.prompt], [found.caption]))
+    shadow, recorded = recording(_qformer(stage2))
+    with torch.no_grad():
+        kv = shadow.project_image(stage2.ln_vision(features_1PC.to(stage2.ln_vision.weight.dtype)))
+        soft_1QH = stage2.language_proj(shadow.encode_queries(kv)[0])
+    rows = prompt_attention(stage2.language_model, soft_1QH, ids, mask)
+    at_W = labels[0].nonzero()[:, 0].cpu()[:-1]  # the last is the end token
+    found.words = [tokenizer.decode([token]) for token in ids[0].cpu()[at_W].tolist()]
+    found.word_prompts = rows[soft_1QH.shape[1] + at_W - 1]
+    shares_WQ = found.word_prompts / found.word_prompts.sum(dim=1, keepdim=True).clamp(min=1e-9)
+    found.word_maps = shares_WQ @ recorded.maps()[-1]
+
+
+def _qformer(stage: Stage1 | Stage2) -> QFormer:
+    if not isinstance(stage.qformer, QFormer):
+        raise ConfigError(
+            "this run has a linear layer in place of the Q-Former (qformer.bridge): there is no attention"
+        )
+    return stage.qformer
+
+
+def _cross_layers(qformer: QFormer) -> list[int]:
+    return [n for n, layer in enumerate(qformer._layers()) if layer.cross_attention is not None]
