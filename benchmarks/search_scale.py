@@ -145,9 +145,7 @@ def flickr8k(model: str, path: str | None) -> None:
     if not folder.exists() or not Store(folder).manifest.engine.get("shards"):  # not there, or stopped
         loaded = load(model)
         if not folder.exists():
-            store = Store.create(folder, identify(loaded, model), "faiss", "data")
-            with store.writing():
-                store.note_engine({"name": "faiss", "exact_below": 500})
+            Store.create(folder, identify(loaded, model), "faiss", "data", exact_below=500)
         Builder(Store(folder), loaded).add(list_samples(["flickr8k:dev"])[0])
     store = Store(folder)
     texts = np.concatenate([np.asarray(segment.caption_vectors) for segment in store.segments])

@@ -38,10 +38,9 @@ def build_command(options: argparse.Namespace) -> int:
         store = Store(options.out)
         require_same(store, found)
     else:
-        store = Store.create(options.out, found, options.engine, options.captions)
         chosen = {"exact_below": options.exact_below, "uri": options.uri}
-        with store.writing():
-            store.note_engine({"name": options.engine, **{k: v for k, v in chosen.items() if v is not None}})
+        settings = {name: value for name, value in chosen.items() if value is not None}
+        store = Store.create(options.out, found, options.engine, options.captions, **settings)
     return _filled(store, model, samples, bad, options)
 
 

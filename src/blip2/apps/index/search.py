@@ -89,6 +89,12 @@ class Index:
     def __len__(self) -> int:
         return len(self.store)
 
+    def refresh(self) -> None:
+        """Take up what was written since the index was opened; cheap where nothing was."""
+        store = self.store.current()
+        if store is not self.store:
+            self.store, self.engine = store, open_engine(store)
+
     @cached_property
     def model(self) -> Blip2:
         """The model of the index.

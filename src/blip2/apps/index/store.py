@@ -45,6 +45,7 @@ FORMAT = 1
 FULL = 4096  # images of a segment: 64 MiB at 32 x 256
 _THINNED = 0.3  # share of removed rows from which a segment is copied
 _MANIFEST, _SEGMENTS = "manifest.json", "segments"
+_OURS = (_SEGMENTS, ".lock", f".{_MANIFEST}.tmp")  # what a creation that was killed leaves
 
 
 @dataclass(frozen=True)
@@ -128,23 +129,19 @@ class Segment:
             self.hashes = _mapped(folder / "hashes.u8", np.uint8, (self.count, 16))
             self.owners = np.fromfile(folder / "owners.u32", dtype=np.uint32)
             self.caption_vectors = _mapped(folder / "captions.f16", np.float16, (len(self.owners), width))
-            if (folder / "rows.jsonl").stat().st_size != self._starts[-1]:
-                raise ValueError("rows.jsonl has another length than rows.u64 says")
+            # Mapped, not opened at need: a writer may remove the segment while it is searched.
+            self._lines = _mapped(folder / "rows.jsonl", np.uint8, (int(self._starts[-1]),))
         except (OSError, ValueError, IndexError) as error:
             what = getattr(error, "strerror", None) or error
             raise DataError(f"{folder}: segment is damaged ({what}): build the index again") from error
 
     def row(self, number: int) -> Row:
         """Where image `number` lies."""
-        start, end = int(self._starts[number]), int(self._starts[number + 1])
-        with (self.folder / "rows.jsonl").open("rb") as handle:
-            handle.seek(start)
-            return _row(handle.read(end - start))
+        return _row(self._lines[int(self._starts[number]) : int(self._starts[number + 1])].tobytes())
 
     def rows(self) -> Iterator[Row]:
         """All rows in order."""
-        with (self.folder / "rows.jsonl").open("rb") as handle:
-            yield from map(_row, handle)
+        return map(self.row, range(self.count))
 
     @property
     def bytes(self) -> int:
@@ -170,20 +167,24 @@ class Store:
                     raise
 
     @classmethod
-    def create(cls, path: str | Path, model: ModelId, engine: str, captions: str | None) -> Store:
-        """A new, empty index.
+    def create(cls, path: str | Path, model: ModelId, engine: str, captions: str | None, **settings: Any) -> Store:
+        """A new, empty index; `settings` are the engine's.
 
         Raises:
             DataError: the folder holds something else.
             RunError: it cannot be written.
         """
         path = Path(path)
-        if path.exists() and (not path.is_dir() or any(p.name not in (_SEGMENTS, ".lock") for p in path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(p.name not in _OURS for p in path.iterdir())):
             raise DataError(f"{path}: is there already and is no index: choose another --out")
         with writable(path):
             (path / _SEGMENTS).mkdir(parents=True, exist_ok=True)
-            _write_manifest(path, Manifest(model, {"name": engine}, captions))
+            _write_manifest(path, Manifest(model, {"name": engine, **settings}, captions))
         return cls(path)
+
+    def current(self) -> Store:
+        """This store, or a new one where the index has changed since."""
+        return self if _read_manifest(self.path) == self.manifest else Store(self.path)
 
     # -- reading ------------------------------------------------------------------------------
 
