@@ -25,7 +25,8 @@ import torch
 
 from blip2.apps.index.engines import open_engine
 from blip2.apps.index.search import Index
-from blip2.apps.index.store import FULL, Batch, ModelId, Row, Store
+from blip2.apps.index.segments import Batch, Row
+from blip2.apps.index.store import FULL, ModelId, Store
 
 QUERIES, WIDTH, CENTRES, DEPTH, ASKED = 32, 256, 4096, 10, 50
 

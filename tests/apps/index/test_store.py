@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from blip2.apps.index import store as module
-from blip2.apps.index.store import Batch, ModelId, Row, Store
+from blip2.apps.index.segments import Batch, Row
+from blip2.apps.index.store import ModelId, Store
 from blip2.errors import DataError, RunError
 
 MODEL = ModelId("tiny", "abc", queries=3, width=8)

@@ -17,7 +17,8 @@ from blip2.apps.index.engines import open_engine, require_engine
 from blip2.apps.index.model_id import identify, require_same
 from blip2.apps.index.page import write_page
 from blip2.apps.index.search import Hit, Index
-from blip2.apps.index.store import Row, Store
+from blip2.apps.index.segments import Row
+from blip2.apps.index.store import Store
 from blip2.data.samples import printable
 from blip2.errors import ConfigError, DataError
 from blip2.inference import Blip2, open_image
