@@ -25,7 +25,8 @@ import torch
 
 from blip2.apps.index.engines import open_engine
 from blip2.apps.index.search import Index
-from blip2.apps.index.store import FULL, Batch, ModelId, Row, Store
+from blip2.apps.index.segments import Batch, Row
+from blip2.apps.index.store import FULL, ModelId, Store
 
 QUERIES, WIDTH, CENTRES, DEPTH, ASKED = 32, 256, 4096, 10, 50
 
@@ -145,9 +146,7 @@ def flickr8k(model: str, path: str | None) -> None:
     if not folder.exists() or not Store(folder).manifest.engine.get("shards"):  # not there, or stopped
         loaded = load(model)
         if not folder.exists():
-            store = Store.create(folder, identify(loaded, model), "faiss", "data")
-            with store.writing():
-                store.note_engine({"name": "faiss", "exact_below": 500})
+            Store.create(folder, identify(loaded, model), "faiss", "data", exact_below=500)
         Builder(Store(folder), loaded).add(list_samples(["flickr8k:dev"])[0])
     store = Store(folder)
     texts = np.concatenate([np.asarray(segment.caption_vectors) for segment in store.segments])

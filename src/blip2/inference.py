@@ -330,10 +330,7 @@ class Blip2:
         return self.match_logits(image_kv, texts).softmax(dim=-1)[:, 1]
 
     def attend(self, image: ImageLike, text: str | None = None) -> Attention:
-        """Where the model looks in one image, and with a text (needs stage 1) what its scores depend on.
-
-        Weights are computed again, beside the model: its own passes are as fast as before.
-        """
+        """Where the model looks in one image, and with a text (needs stage 1) what its scores depend on."""
         from blip2.explain import attend
 
         return attend(self, image, text)

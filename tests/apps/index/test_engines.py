@@ -13,7 +13,8 @@ from blip2.apps.index import engines
 from blip2.apps.index.check import check
 from blip2.apps.index.scores import exact_top
 from blip2.apps.index.search import Index, combined
-from blip2.apps.index.store import Batch, ModelId, Row, Store
+from blip2.apps.index.segments import Batch, Row
+from blip2.apps.index.store import ModelId, Store
 from blip2.errors import ConfigError
 
 QUERIES, WIDTH = 6, 32

@@ -155,6 +155,15 @@ def test_shards_are_indexed_in_place(model: Blip2, tmp_path: Path, photos: Path)
     assert (again.duplicates, again.added) == (1, 0)
 
 
+def test_an_open_index_takes_up_what_is_written(index: Index, model: Blip2, photos: Path) -> None:
+    open_index = Index.open(index.store.path, model)
+    Image.new("RGB", (40, 40), "green").save(photos / "green.png")
+    Builder(index.store, model, progress=False).add(list_samples([str(photos)])[0])
+    assert (len(open_index), len(open_index.search(TEXT, k=20, rerank=0))) == (12, 12)
+    open_index.refresh()
+    assert {hit.key for hit in open_index.search(TEXT, k=20, rerank=0)} >= {"green", "p01"}
+
+
 def test_an_index_of_another_model_is_refused(index: Index, tiny: Path) -> None:
     other = blip2.load(tiny)
     with torch.no_grad():

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from blip2.apps.index import store as module
-from blip2.apps.index.store import Batch, ModelId, Row, Store
+from blip2.apps.index.segments import Batch, Row
+from blip2.apps.index.store import ModelId, Store
 from blip2.errors import DataError, RunError
 
 MODEL = ModelId("tiny", "abc", queries=3, width=8)
@@ -139,6 +140,26 @@ def test_a_second_writer_is_refused_and_a_late_one_sees_the_first(tmp_path: Path
     with second.writing():
         second.change(batch(80, 1))
     assert {"k70", "k80"} <= set(contents(Store(tmp_path / "i")))
+
+
+def test_a_reader_goes_on_while_segments_are_replaced(tmp_path: Path) -> None:
+    store = filled(tmp_path / "i")
+    reader = Store(tmp_path / "i")
+    assert reader.current() is reader
+    before = contents(reader)
+    with store.writing():
+        store.change(remove=[next(image for image, _ in store.items())])
+        store.compact()
+    assert contents(reader) == before
+    assert contents(reader.current()) == contents(store)
+    assert len(store) == 39
+
+
+def test_a_creation_that_was_killed_can_be_done_again(tmp_path: Path) -> None:
+    Store.create(tmp_path / "i", MODEL, "exact", None)
+    (tmp_path / "i" / "manifest.json").rename(tmp_path / "i" / ".manifest.json.tmp")
+    assert len(Store.create(tmp_path / "i", MODEL, "faiss", None, exact_below=7)) == 0
+    assert Store(tmp_path / "i").manifest.engine == {"name": "faiss", "exact_below": 7}
 
 
 def test_ids_of_other_times_find_nothing(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from blip2.apps.caption import SUFFIXES, find_images
 from blip2.apps.index.engines import open_engine
-from blip2.apps.index.store import Batch, Half, Row, Store
+from blip2.apps.index.segments import Batch, Half, Row
+from blip2.apps.index.store import Store
 from blip2.configs import DecodingConfig
 from blip2.data import sources
 from blip2.data.images import ImageSpec, decode_image, plain_view

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from blip2.apps.index.build import exists
 from blip2.apps.index.search import Index
-from blip2.apps.index.store import Segment
+from blip2.apps.index.segments import Segment
 
 DEPTH = 10  # recall@10
 

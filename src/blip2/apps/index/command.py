@@ -17,7 +17,8 @@ from blip2.apps.index.engines import open_engine, require_engine
 from blip2.apps.index.model_id import identify, require_same
 from blip2.apps.index.page import write_page
 from blip2.apps.index.search import Hit, Index
-from blip2.apps.index.store import Row, Store
+from blip2.apps.index.segments import Row
+from blip2.apps.index.store import Store
 from blip2.data.samples import printable
 from blip2.errors import ConfigError, DataError
 from blip2.inference import Blip2, open_image
@@ -38,10 +39,9 @@ def build_command(options: argparse.Namespace) -> int:
         store = Store(options.out)
         require_same(store, found)
     else:
-        store = Store.create(options.out, found, options.engine, options.captions)
         chosen = {"exact_below": options.exact_below, "uri": options.uri}
-        with store.writing():
-            store.note_engine({"name": options.engine, **{k: v for k, v in chosen.items() if v is not None}})
+        settings = {name: value for name, value in chosen.items() if value is not None}
+        store = Store.create(options.out, found, options.engine, options.captions, **settings)
     return _filled(store, model, samples, bad, options)
 
 

@@ -28,7 +28,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from blip2.apps.index.store import Ids, Segment, Store, image_id, writable
+from blip2.apps.index.segments import Ids, Segment, image_id
+from blip2.apps.index.store import Store, writable
 from blip2.errors import ConfigError, DataError
 
 Float = npt.NDArray[np.float32]

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from blip2.apps.index.store import Ids, Segment, Store, image_id
+from blip2.apps.index.segments import Ids, Segment, image_id
+from blip2.apps.index.store import Store
 from blip2.errors import ConfigError, RunError
 
 _TABLE = "queries"

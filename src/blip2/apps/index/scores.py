@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from blip2.apps.index.store import Half, Ids, Segment, Store
+from blip2.apps.index.segments import Half, Ids, Segment
+from blip2.apps.index.store import Store
 
 Scores = npt.NDArray[np.float32]
 _CHUNK = 512  # images scored together: 16 MiB in float32 at 32 x 256, which stays near the processor

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from blip2.apps.index.engines import open_engine
 from blip2.apps.index.model_id import identify, require_same
 from blip2.apps.index.scores import Scores, caption_scores, caption_top, exact_top, scores_of, top
-from blip2.apps.index.store import Ids, Row, Store
+from blip2.apps.index.segments import Ids, Row
+from blip2.apps.index.store import Store
 from blip2.data.samples import BadSampleError, Sample
 from blip2.errors import ConfigError, DataError
 from blip2.inference import Blip2, ImageLike, load, open_image
@@ -88,6 +89,12 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.store)
+
+    def refresh(self) -> None:
+        """Take up what was written since the index was opened; cheap where nothing was."""
+        store = self.store.current()
+        if store is not self.store:
+            self.store, self.engine = store, open_engine(store)
 
     @cached_property
     def model(self) -> Blip2:

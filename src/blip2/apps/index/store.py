@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from blip2.apps.index.segments import Batch, Half, Ids, Row, Segment, image_id
 from blip2.errors import DataError, RunError
 
 try:
@@ -38,37 +39,11 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-Half = npt.NDArray[np.float16]
-Ids = npt.NDArray[np.int64]
-
 FORMAT = 1
 FULL = 4096  # images of a segment: 64 MiB at 32 x 256
 _THINNED = 0.3  # share of removed rows from which a segment is copied
 _MANIFEST, _SEGMENTS = "manifest.json", "segments"
-
-
-@dataclass(frozen=True)
-class Row:
-    """Where an indexed image lies.
-
-    Args:
-        path, offset, size: file and bytes; offset 0 and size -1 is a whole file.
-        digest: of the image's bytes, in hexadecimal.
-        stamp: size and modification time of a whole file, by which one unchanged is known unread.
-    """
-
-    key: str
-    path: str
-    digest: str
-    offset: int = 0
-    size: int = -1
-    stamp: tuple[int, int] = (0, 0)
-    captions: tuple[str, ...] = ()
-
-    @property
-    def place(self) -> tuple[str, int]:
-        """What no other image can share."""
-        return self.path, self.offset
+_OURS = (_SEGMENTS, ".lock", f".{_MANIFEST}.tmp")  # what a creation that was killed leaves
 
 
 @dataclass(frozen=True)
@@ -82,15 +57,6 @@ class ModelId:
 
     def __str__(self) -> str:
         return f"{self.name} [{self.fingerprint}]"
-
-
-@dataclass
-class Batch:
-    """Images to be added: `vectors` [N, Q, E]; `caption_vectors` [M, E] in the order of the rows' captions."""
-
-    rows: list[Row]
-    vectors: Half
-    caption_vectors: Half
 
 
 @dataclass
@@ -112,45 +78,6 @@ class Manifest:
     removed: dict[int, list[int]] = field(default_factory=dict)
 
 
-class Segment:
-    """Rows and vectors of up to `FULL` images, memory-mapped.
-
-    Raises:
-        DataError: a file is gone or of another length than the others say.
-    """
-
-    def __init__(self, folder: Path, queries: int, width: int) -> None:
-        self.folder, self.serial = folder, int(folder.name)
-        try:
-            self._starts = np.fromfile(folder / "rows.u64", dtype=np.uint64)
-            self.count = len(self._starts) - 1
-            self.vectors = _mapped(folder / "vectors.f16", np.float16, (self.count, queries, width))
-            self.hashes = _mapped(folder / "hashes.u8", np.uint8, (self.count, 16))
-            self.owners = np.fromfile(folder / "owners.u32", dtype=np.uint32)
-            self.caption_vectors = _mapped(folder / "captions.f16", np.float16, (len(self.owners), width))
-            if (folder / "rows.jsonl").stat().st_size != self._starts[-1]:
-                raise ValueError("rows.jsonl has another length than rows.u64 says")
-        except (OSError, ValueError, IndexError) as error:
-            what = getattr(error, "strerror", None) or error
-            raise DataError(f"{folder}: segment is damaged ({what}): build the index again") from error
-
-    def row(self, number: int) -> Row:
-        """Where image `number` lies."""
-        start, end = int(self._starts[number]), int(self._starts[number + 1])
-        with (self.folder / "rows.jsonl").open("rb") as handle:
-            handle.seek(start)
-            return _row(handle.read(end - start))
-
-    def rows(self) -> Iterator[Row]:
-        """All rows in order."""
-        with (self.folder / "rows.jsonl").open("rb") as handle:
-            yield from map(_row, handle)
-
-    @property
-    def bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.folder.iterdir())
-
-
 class Store:
     """An index's files. Opening reads; what changes it goes inside `with store.writing():`.
 
@@ -170,20 +97,24 @@ class Store:
                     raise
 
     @classmethod
-    def create(cls, path: str | Path, model: ModelId, engine: str, captions: str | None) -> Store:
-        """A new, empty index.
+    def create(cls, path: str | Path, model: ModelId, engine: str, captions: str | None, **settings: Any) -> Store:
+        """A new, empty index; `settings` are the engine's.
 
         Raises:
             DataError: the folder holds something else.
             RunError: it cannot be written.
         """
         path = Path(path)
-        if path.exists() and (not path.is_dir() or any(p.name not in (_SEGMENTS, ".lock") for p in path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(p.name not in _OURS for p in path.iterdir())):
             raise DataError(f"{path}: is there already and is no index: choose another --out")
         with writable(path):
             (path / _SEGMENTS).mkdir(parents=True, exist_ok=True)
-            _write_manifest(path, Manifest(model, {"name": engine}, captions))
+            _write_manifest(path, Manifest(model, {"name": engine, **settings}, captions))
         return cls(path)
+
+    def current(self) -> Store:
+        """This store, or a new one where the index has changed since."""
+        return self if _read_manifest(self.path) == self.manifest else Store(self.path)
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -351,11 +282,6 @@ class Store:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def image_id(serial: int, number: int) -> int:
-    """One number for an image: its segment and its row there."""
-    return serial << 32 | number
-
-
 @contextmanager
 def writable(path: Path) -> Iterator[None]:
     """Turn a full disk or a folder without permission into one line."""
@@ -383,21 +309,6 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(number)
         finally:
             os.close(number)
-
-
-def _mapped(path: Path, dtype: type, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """A file as an array, copy-on-write: nothing that is done to it reaches the disk."""
-    wanted = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    if (size := path.stat().st_size) != wanted:
-        raise ValueError(f"{path.name} has {size} bytes instead of {wanted}")
-    if not wanted:
-        return np.empty(shape, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="c", shape=shape)
-
-
-def _row(line: bytes) -> Row:
-    entry = json.loads(line)
-    return Row(**{**entry, "stamp": tuple(entry["stamp"]), "captions": tuple(entry["captions"])})
 
 
 def _with_removed(removed: Mapping[int, list[int]], ids: Sequence[int]) -> dict[int, list[int]]:
