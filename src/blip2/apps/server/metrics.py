@@ -33,10 +33,13 @@ class Metrics:
         self._open = Gauge("blip2_requests_open", "Requests being answered", registry=self.registry)
         self.tokens = Counter("blip2_tokens", "Tokens read and written", ["kind"], registry=self.registry)
 
-    def watch(self, waiting: Callable[[], int], being_answered: Callable[[], int]) -> None:
-        """Read the gauges from these."""
+    def watch_queue(self, waiting: Callable[[], int]) -> None:
+        """Where the length of the queue is read."""
         self._waiting.set_function(waiting)
-        self._open.set_function(being_answered)
+
+    def watch_open(self, count: Callable[[], int]) -> None:
+        """Where the number of requests being answered is read."""
+        self._open.set_function(count)
 
     def batch(self, size: int) -> None:
         """A batch went to the model."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -170,5 +170,3 @@ class EmbeddingRequest(Given):
     dimensions: int | None = Field(None, ge=1)
     pooling: Literal["mean", "all"] = "mean"
 
-
-JsonSchema = dict[str, Any]

@@ -121,7 +121,8 @@ class Worker:
         decoding = self._bounded(kind.decoding, [tokens for _, tokens in fitted])
         prompts = [prompt for prompt, _ in fitted]
         questions = [item.text or "" for item in items] if kind.asks else None
-        with torch.random.fork_rng(enabled=kind.seed is not None):
+        device = self.model.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=kind.seed is not None):
             if kind.seed is not None:
                 torch.manual_seed(kind.seed)
             if self.asks:
