@@ -113,8 +113,33 @@ def test_defaults_are_the_papers() -> None:
 def test_recipes_survive_json(name: str) -> None:
     config = recipe(name)
     assert config.recipe == name
-    assert config.stage == name.split("/")[1].removeprefix("demo-")
+    task = name.split("/")[1].removeprefix("demo-")
+    assert config.stage == {"caption": "stage2", "vqa": "stage2", "retrieval": "stage1"}.get(task, task)
     assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "size", "lr", "decay", "beta2"),
+    [
+        ("vitg-opt2.7b/caption", 256, 364, 1e-5, 1.0, 0.999),
+        ("vitg-flant5xl/caption", 256, 364, 1e-5, 0.95, 0.999),
+        ("vitg-opt2.7b/vqa", 128, 490, 1e-5, 0.95, 0.999),
+        ("vitg-flant5xl/vqa", 128, 490, 1e-5, 0.9, 0.999),
+        ("vitg-opt2.7b/retrieval", 224, 364, 1e-5, 0.95, 0.999),
+        ("vitl-opt2.7b/retrieval", 224, 364, 5e-6, 1.0, 0.98),
+    ],
+)
+def test_fine_tuning_is_the_papers(name: str, batch: int, size: int, lr: float, decay: float, beta2: float) -> None:
+    """Tables 8 to 10 of the appendix."""
+    config = recipe(name)
+    assert config.vision.train
+    assert (config.train.batch, config.vision.image_size) == (batch, size)
+    assert (config.optim.lr, config.optim.layer_decay, config.optim.betas) == (lr, decay, (0.9, beta2))
+    assert (config.optim.warmup, config.optim.weight_decay) == (1000, 0.05)
+    asks = name.endswith("vqa")
+    assert (config.qformer.question, config.data.texts) == (asks, "questions" if asks else "captions")
+    epochs = config.train.steps * batch / (658_111 if asks else 566_747)
+    assert epochs == pytest.approx(5, abs=0.01)
 
 
 def test_an_unknown_recipe_lists_the_known() -> None:

@@ -7,6 +7,7 @@ name (`--optim.lr 2e-4`), and the resolved one is written to `config.yaml` in th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,10 @@ STAGES = ("stage1", "stage2")
 PRECISIONS = ("auto", "fp32", "bf16")
 PARALLEL = ("ddp", "fsdp2")
 RESIZES = ("squash", "crop")
+BRIDGES = ("qformer", "linear")
+TEXTS = ("captions", "questions")
+# Dev numbers that can choose a run's best checkpoint.
+BEST = ("loss", "cider", "accuracy", "recall")
 QUANTIZE = ("int8", "nf4")
 
 
@@ -30,7 +35,7 @@ def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The frozen image encoder.
+    """The image encoder, frozen in pretraining.
 
     Args:
         name: `dinov2-s` (embedded), `vitl`, `vitg` (the paper's), a folder, or a hub id.
@@ -42,6 +47,7 @@ class VisionConfig:
             encoder's own 1e-6 in transformers.
         resize: `squash` scales both sides (as LAVIS and transformers do for BLIP-2), `crop` scales
             the shorter side and takes the centre.
+        train: train it too, as the paper's fine-tuning does (`optim.layer_decay` by depth).
     """
 
     name: str = "dinov2-s"
@@ -50,6 +56,7 @@ class VisionConfig:
     image_size: int | None = 224
     resize: str = "squash"
     norm_eps: float = 1e-5
+    train: bool = False
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "vision.name", self.name, "a model name or folder")
@@ -72,6 +79,10 @@ class QFormerConfig:
         dropout: on embeddings and on every sublayer's output, while training.
         attention_dropout: on attention weights, while training.
         max_text: longest text in tokens, [CLS] and [SEP] included.
+        question: stage 2: questions enter the Q-Former beside the queries (section 4.3), through the
+            text branch of stage 1; without, the language model alone reads them.
+        bridge: `qformer`, or `linear`: no Q-Former, but one linear layer on image tokens averaged
+            down to a square of `queries` (the baseline of `blip2 ablate`; stage 2 only).
     """
 
     init: str = "minilm-l6"
@@ -81,9 +92,16 @@ class QFormerConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.0
     max_text: int = 32
+    question: bool = False
+    bridge: str = "qformer"
 
     def __post_init__(self) -> None:
         _require(bool(self.init), "qformer.init", self.init, "a BERT-type checkpoint name or folder")
+        _require(self.bridge in BRIDGES, "qformer.bridge", self.bridge, f"one of {', '.join(BRIDGES)}")
+        if self.bridge == "linear":
+            _require(not self.question, "qformer.question", self.question, "false with qformer.bridge linear")
+            square = math.isqrt(self.queries) ** 2 == self.queries
+            _require(square, "qformer.queries", self.queries, "a square (16, 25, ...) with qformer.bridge linear")
         for name in ("queries", "cross_every", "embed_dim"):
             _require(getattr(self, name) >= 1, f"qformer.{name}", getattr(self, name), "1 or more")
         for name in ("dropout", "attention_dropout"):
@@ -153,8 +171,10 @@ class DataConfig:
 
     Args:
         train, dev: a named set (`flickr8k:train`), tar shards (path, glob or brace range), a folder
-            of images with sidecar texts, or a JSONL file.
-        limit, dev_limit: use only the first N usable images; None uses all.
+            of images with sidecar texts, or a JSONL file; or a weighted mixture (`a.tar*2+b.tar`).
+        limit, dev_limit: use only the first N usable images (of each part of a mixture); None uses all.
+        texts: what is learned: `captions`, or `questions` with their answers (stage 2). One of an
+            image's is drawn at each step, and of a question's answers one, as often as people gave it.
         augment: random resized crop and horizontal flip (needs the images: with a feature cache
             it takes effect through `cache_views`).
         crop_min: smallest share of the image's area that a random crop keeps.
@@ -167,6 +187,7 @@ class DataConfig:
     dev: str | None = "flickr8k:dev"
     limit: int | None = None
     dev_limit: int | None = None
+    texts: str = "captions"
     augment: bool = True
     crop_min: float = 0.5
     cache_features: bool = False
@@ -178,6 +199,7 @@ class DataConfig:
         for name in ("limit", "dev_limit"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"data.{name}", value, "1 or more")
+        _require(self.texts in TEXTS, "data.texts", self.texts, f"one of {', '.join(TEXTS)}")
         _require(0 < self.crop_min <= 1, "data.crop_min", self.crop_min, "in (0, 1]")
         _require(self.cache_views >= 1, "data.cache_views", self.cache_views, "1 or more")
         _require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "0 or more")
@@ -191,6 +213,10 @@ class LossConfig:
         itc, itm, itg: weights of the stage-1 losses; 0 leaves one out.
         temperature: start of the learned ITC temperature, which divides.
         itc_smoothing, itg_smoothing: label smoothing.
+        itm_hardness: negatives are drawn in proportion to softmax(hardness x similarity); 1 is the
+            paper's, 0 draws them evenly.
+        itm_ramp: steps over which the hardness rises from 0: against hard negatives from the start
+            ITM learns nothing for hundreds of steps.
         itc_one_sided: give the gathered side of ITC no gradient, as LAVIS does; False is the
             gradient of the stated loss.
     """
@@ -201,10 +227,14 @@ class LossConfig:
     temperature: float = 0.07
     itc_smoothing: float = 0.1
     itg_smoothing: float = 0.1
+    itm_hardness: float = 1.0
+    itm_ramp: int = 0
     itc_one_sided: bool = False
 
     def __post_init__(self) -> None:
         for name in ("itc", "itm", "itg"):
+            _require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "0 or more")
+        for name in ("itm_hardness", "itm_ramp"):
             _require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "0 or more")
         _require(self.itc + self.itm + self.itg > 0, "loss.itc + itm + itg", 0, "positive")
         _require(self.temperature > 0, "loss.temperature", self.temperature, "positive")
@@ -220,6 +250,8 @@ class OptimConfig:
         lr, min_lr, warmup_lr: peak, final and first learning rate.
         qformer_scale: of the learning rate of the Q-Former, relative to that of what else trains
             (stage 2: the projection).
+        layer_decay: of an image encoder that trains: every block below its last has this times the
+            learning rate of the block above it (1 treats all alike).
         warmup: steps of linear warm-up.
         betas, weight_decay: of AdamW.
         clip: largest global gradient norm; None does not clip.
@@ -230,6 +262,7 @@ class OptimConfig:
     warmup_lr: float = 1e-6
     warmup: int = 2000
     qformer_scale: float = 1.0
+    layer_decay: float = 1.0
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.05
     clip: float | None = 1.0
@@ -239,6 +272,7 @@ class OptimConfig:
         _require(0 <= self.min_lr <= self.lr, "optim.min_lr", self.min_lr, f"between 0 and optim.lr ({self.lr})")
         _require(0 <= self.warmup_lr <= self.lr, "optim.warmup_lr", self.warmup_lr, "between 0 and optim.lr")
         _require(self.qformer_scale >= 0, "optim.qformer_scale", self.qformer_scale, "0 or more")
+        _require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "in (0, 1]")
         _require(self.warmup >= 0, "optim.warmup", self.warmup, "0 or more")
         _require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
         _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
@@ -290,7 +324,11 @@ class EvalConfig:
     Args:
         images: dev images used for dev loss and recall.
         samples: dev images captioned at every evaluation (the same ones each time).
-        beams, min_tokens, max_tokens: how the samples are decoded (beams: stage 2 only).
+        beams, min_tokens, max_tokens: how captions are decoded (beams: stage 2 only).
+        best: number that is measured at every evaluation and chooses the checkpoint that is kept as
+            the run's best, which is then what loads: `loss`, `cider` (captions of all dev images),
+            `accuracy` (answers to a question on each), or `recall` (mean R@1 of both directions,
+            re-ranked by ITM); None keeps none, and the newest loads.
     """
 
     images: int = 250
@@ -298,10 +336,12 @@ class EvalConfig:
     beams: int = 1
     min_tokens: int = 5
     max_tokens: int = 24
+    best: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("images", "samples"):
             _require(getattr(self, name) >= 0, f"eval.{name}", getattr(self, name), "0 or more")
+        _require(self.best in (None, *BEST), "eval.best", self.best, f"one of {', '.join(BEST)}, or null")
         _require(self.beams >= 1, "eval.beams", self.beams, "1 or more")
         _require(
             0 <= self.min_tokens <= self.max_tokens,
@@ -353,12 +393,15 @@ class RunConfig:
         stage: `stage1` (representation learning) or `stage2` (generative learning).
         out: run folder; None picks `runs/<recipe>` with `/` replaced by `-`.
         init: run folder or weights file that this run starts from (stage 2: a stage-1 run).
+        init_text: stage-1 checkpoint that the text branch comes from (`qformer.question`); None takes
+            the stage 1 that `init` began from.
     """
 
     recipe: str = "custom"
     stage: str = "stage1"
     out: str | None = None
     init: str | None = None
+    init_text: str | None = None
     vision: VisionConfig = field(default_factory=VisionConfig)
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
@@ -371,9 +414,25 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require(self.stage in STAGES, "stage", self.stage, f"one of {', '.join(STAGES)}")
-        quantize = self.language.quantize
+        self._check_towers()
+        self._check_texts()
+
+    def _check_towers(self) -> None:
+        quantize, sharded = self.language.quantize, self.train.parallel == "fsdp2"
         if self.stage == "stage1":
             _require(self.lora.rank == 0, "lora.rank", self.lora.rank, "0 in stage 1, which has no language model")
             _require(quantize is None, "language.quantize", quantize, "null in stage 1, which has no language model")
-        sharded = self.train.parallel == "fsdp2"
         _require(not (sharded and quantize), "language.quantize", quantize, "null with train.parallel fsdp2; use ddp")
+        cached = self.vision.train and self.data.cache_features
+        _require(not cached, "data.cache_features", True, "false with vision.train: features change as it trains")
+
+    def _check_texts(self) -> None:
+        texts, settings, best = self.data.texts, self.qformer, self.eval.best
+        asks = texts == "questions"
+        if self.stage == "stage1":
+            _require(not asks, "data.texts", texts, "captions in stage 1")
+            _require(not settings.question, "qformer.question", True, "false in stage 1")
+            _require(settings.bridge == "qformer", "qformer.bridge", settings.bridge, "qformer in stage 1")
+        _require(asks or not settings.question, "qformer.question", True, "false unless data.texts is questions")
+        possible = {"stage1": ("loss", "recall"), "stage2": ("loss", "accuracy" if asks else "cider")}[self.stage]
+        _require(best in (None, *possible), "eval.best", best, f"one of {', '.join(possible)} here, or null")

@@ -35,7 +35,7 @@ from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision_encoder import VisionEncoder
 from blip2.weights.assemble import assemble
-from blip2.weights.checkpoints import open_checkpoint
+from blip2.weights.checkpoints import open_checkpoint, stage1_behind
 from blip2.weights.loading import LoadReport, fill
 
 if TYPE_CHECKING:
@@ -122,7 +122,8 @@ class Blip2:
         prompts = [self.config.language.question.format(q.strip()) for q in asked]
         answers: list[str] = []
         for start, features in zip(range(0, len(pictures), self.batch), self._chunks(pictures), strict=True):
-            texts = self.generate(features, prompts[start : start + self.batch], config)
+            part = slice(start, start + self.batch)
+            texts = self.generate(features, prompts[part], config, questions=asked[part])
             answers += [t[0] for t in texts]
         return answers
 
@@ -144,16 +145,26 @@ class Blip2:
         for start, features in zip(range(0, len(pictures), self.batch), self._chunks(pictures), strict=True):
             prompts = [self.config.language.question.format(q.strip()) for q in asked[start : start + self.batch]]
             with torch.no_grad():
-                soft = self.stage2.soft_prompts(features)
-                likely = torch.stack([self._log_likelihood(soft, prompts, candidate) for candidate in candidates])
+                soft = self.soft_prompts(features, asked[start : start + self.batch])
+                likely = torch.stack([self._likelihood(soft, prompts, [c] * len(prompts)) for c in candidates])
             best += [candidates[n] for n in likely.argmax(dim=0).tolist()]
         return best
 
-    def _log_likelihood(self, soft_BQH: Tensor, prompts: list[str], text: str) -> Tensor:
-        """Log-probability [B] of one text after each prompt."""
+    def log_likelihood(
+        self,
+        features_BPC: Tensor,
+        prompts: Sequence[str],
+        texts: Sequence[str],
+        *,
+        questions: Sequence[str] | None = None,
+    ) -> Tensor:
+        """Log-probability [B] of a text after each prompt, its end token included."""
+        with torch.no_grad():
+            return self._likelihood(self.soft_prompts(features_BPC, questions), list(prompts), list(texts))
+
+    def _likelihood(self, soft_BQH: Tensor, prompts: list[str], texts: list[str]) -> Tensor:
         assert self.stage2 is not None
         tokenizer, model = self.language_tokenizer, self.stage2.language_model
-        texts = [text] * len(prompts)
         if model.encoder_decoder:
             parts = tuple(x.to(self.device) for x in tokenizer.pairs(prompts, texts))
             loss_M, rows = model.encoder_decoder_loss(soft_BQH, *parts, reduction="none"), parts[3]
@@ -170,13 +181,31 @@ class Blip2:
         prompt = self.config.language.prompt if prompt is None else prompt
         return self.generate(features_BPC, [prompt] * len(features_BPC), config)
 
-    def generate(self, features_BPC: Tensor, prompts: list[str], config: DecodingConfig) -> list[list[str]]:
-        """What the language model writes after each prompt, seeing the image: B lists of strings."""
+    def soft_prompts(self, features_BPC: Tensor, questions: Sequence[str] | None = None) -> Tensor:
+        """Soft prompts [B, Q, H]; a Q-Former that reads questions is given them."""
+        assert self.stage2 is not None
+        if questions is None or not self.stage2.reads_questions:
+            return self.stage2.soft_prompts(features_BPC)
+        return self.stage2.soft_prompts(features_BPC, *self._tokens(list(questions)))
+
+    def generate(
+        self,
+        features_BPC: Tensor,
+        prompts: list[str],
+        config: DecodingConfig,
+        *,
+        questions: Sequence[str] | None = None,
+    ) -> list[list[str]]:
+        """What the language model writes after each prompt, seeing the image: B lists of strings.
+
+        Args:
+            questions: for a Q-Former that reads them; one per image.
+        """
         if self.stage2 is None:
             raise ConfigError("this run is stage 1 and has no language model: questions need a stage-2 run")
         tokenizer = self.language_tokenizer
         with torch.no_grad():
-            soft = self.stage2.soft_prompts(features_BPC)
+            soft = self.soft_prompts(features_BPC, questions)
             ids, mask = (x.to(self.device) for x in tokenizer.prompts(prompts))
             out = generate(
                 self.stage2.language_model, soft, ids, mask, config, end_id=tokenizer.end_id, pad_id=tokenizer.pad_id
@@ -268,19 +297,16 @@ class Blip2:
                 raise ConfigError(
                     "this is stage 2 and names no stage 1 (init): embeddings and matches need a stage-1 checkpoint"
                 )
-            found = open_checkpoint(self._beside(self.config.init))
-            while found.config.stage == "stage2" and found.config.init:  # this run went on from a stage 2
-                found = open_checkpoint(self._beside(found.config.init))
+            found = stage1_behind(self.config.init, self.home)
+            if self.config.vision.train or found.config.vision.train:
+                raise ConfigError(
+                    f"this run or its stage 1 fine-tuned the image encoder: load {found.source} for embeddings and "
+                    "matches"
+                )
             stage1 = build_stage1(found.config, self.vision, start=False)
             fill(stage1, found.source, found.tensors, found.allowed)
             self._stage1 = stage1.to(self.device).eval()
         return self._stage1
-
-    def _beside(self, init: str) -> Path:
-        """The run that `init` names, or one of that name beside this run where both have moved."""
-        path = Path(init)
-        moved = self.home.parent / path.name if self.home is not None else path
-        return moved if not path.exists() and moved.exists() else path
 
     @cached_property
     def text_tokenizer(self) -> QFormerTokenizer:

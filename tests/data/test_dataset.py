@@ -222,3 +222,47 @@ def test_flickr8k_batches(flickr8k: Path) -> None:
     assert batch.pixels is not None
     assert batch.pixels.shape == (8, 3, 224, 224)
     assert all(len(sample.captions) == 5 for sample in collection.samples)
+
+
+@pytest.fixture
+def asked(tmp_path: Path, jpeg: Jpeg, write_shard: Callable[..., Path]) -> Collection:
+    """Eight images, all with a caption: six with two questions, one with a question nobody answered, one with none."""
+    entries = []
+    for n in range(8):
+        questions = [
+            {"question": f"what is {n}?", "answers": ["a", "a", "a", "b"]},
+            {"question": f"where is {n}?", "answers": ["here"]},
+        ]
+        qa = questions if n < 6 else [{"question": "why?", "answers": []}][: 7 - n]
+        entries.append({"__key__": f"k{n}", "jpg": jpeg(n), "json": {"captions": ["x"], "qa": qa}})
+    write_shard(tmp_path / "qa.tar", entries)
+    return open_collection(str(tmp_path / "qa.tar"))
+
+
+def test_questions_come_with_an_answer_drawn_as_often_as_it_was_given(asked: Collection) -> None:
+    source = batches(asked, 6, texts="questions")
+    assert [(bad.key, bad.reason) for bad in source.bad] == [
+        ("k6", "no question with an answer"),
+        ("k7", "no question with an answer"),
+    ]
+    taken = take(source.steps_from(0), 60)
+    pairs = [(q, a) for batch in taken for q, a in zip(batch.questions or [], batch.captions, strict=True)]
+    assert len(pairs) == 360
+    for batch in taken:
+        for key, question in zip(batch.keys, batch.questions or [], strict=True):
+            assert question.endswith(f"is {key[1]}?")
+    what = [answer for question, answer in pairs if question.startswith("what")]
+    assert {answer for question, answer in pairs if question.startswith("where")} == {"here"}
+    assert 0.4 < len(what) / len(pairs) < 0.6
+    assert 0.65 < what.count("a") / len(what) < 0.85
+    again = take(batches(asked, 6, texts="questions").steps_from(7), 1)[0]
+    assert (again.questions, again.captions) == (taken[7].questions, taken[7].captions)
+    half = taken[0].split(2)[1]
+    assert half.questions == (taken[0].questions or [])[3:]
+
+
+def test_dev_asks_the_same_question_every_time(asked: Collection) -> None:
+    first, second = (list(dev_batches(asked, batch=4, spec=SPEC, texts="questions")) for _ in range(2))
+    assert [b.questions for b in first] == [b.questions for b in second]
+    assert sum(len(b) for b in first) == 6
+    assert all(b.questions is None for b in dev_batches(asked, batch=4, spec=SPEC))

@@ -101,3 +101,11 @@ def test_flickr8k(flickr8k: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(dev.samples) == 1000
     assert not dev.bad
     assert len({sample.image_id for sample in dev.samples}) == 1000
+
+
+def test_easy_vqa_dev_is_held_out_of_train() -> None:
+    pytest.importorskip("easy_vqa")
+    train, dev, test = (open_collection(f"easy-vqa:{split}") for split in ("train", "dev", "test"))
+    keys = [{sample.key for sample in found.samples} for found in (train, dev, test)]
+    assert [len(found) for found in keys] == [3600, 400, 1000]
+    assert not keys[0] & keys[1]

@@ -35,6 +35,11 @@ def loss_of_rows(mine: Tensor, everyone: Tensor) -> Tensor:
     return (mine.sin().sum(dim=0, keepdim=True) * everyone * place).mean()
 
 
+def weights_of(rows: Tensor) -> Tensor:
+    """Another weight for every row, exact in bf16."""
+    return torch.arange(1, len(rows) + 1, dtype=rows.dtype).view(-1, 1, 1).expand_as(rows)
+
+
 def work(out: Path) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -52,7 +57,10 @@ def work(out: Path) -> None:
     results["ids"], results["mask"] = distributed.gather_texts(TEXTS[rank], mask, 0)
     for name, wanted in {"fetch": WANTED, "fetch_one_sided": ONE_SIDED}.items():
         for dtype in (torch.float32, torch.bfloat16):
-            results[f"{name}_{dtype}"] = distributed.fetch_rows(mine.to(dtype).requires_grad_(), wanted[rank])
+            rows = mine.to(dtype, copy=True).requires_grad_()
+            got = distributed.fetch_rows(rows, wanted[rank])
+            (got * weights_of(got)).sum().backward()
+            results |= {f"{name}_{dtype}": got.detach(), f"{name}_{dtype}_grad": rows.grad}
     results["mean"] = distributed.mean_over_processes(torch.tensor([rank + 1.0, 10.0 * rank]))
     torch.save(results, out / f"{rank}.pt")
     dist.destroy_process_group()
@@ -112,9 +120,19 @@ def test_rows_are_fetched_in_the_order_asked(
     results: list[dict[str, Any]], name: str, wanted: list[Tensor], dtype: torch.dtype
 ) -> None:
     for rank, result in enumerate(results):
-        got = result[f"{name}_{dtype}"]
-        assert not got.requires_grad
-        assert torch.equal(got, whole()[wanted[rank]].to(dtype))
+        assert torch.equal(result[f"{name}_{dtype}"], whole()[wanted[rank]].to(dtype))
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("fetch", WANTED), ("fetch_one_sided", ONE_SIDED)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_fetched_rows_go_back_to_who_holds_them(
+    results: list[dict[str, Any]], name: str, wanted: list[Tensor], dtype: torch.dtype
+) -> None:
+    one = whole().to(dtype).requires_grad_()
+    for asked in wanted:
+        rows = one[asked]
+        (rows * weights_of(rows)).sum().backward()
+    assert torch.equal(torch.cat([result[f"{name}_{dtype}_grad"] for result in results]), one.grad)
 
 
 def test_mean_over_processes(results: list[dict[str, Any]]) -> None:
@@ -136,7 +154,6 @@ def test_one_process_needs_no_group() -> None:
 def test_without_gradient_means_so_in_one_process_too() -> None:
     x = torch.randn(4, 3, requires_grad=True)
     assert not distributed.gather(x).requires_grad
-    assert not distributed.fetch_rows(x, torch.tensor([1])).requires_grad
 
 
 if __name__ == "__main__":

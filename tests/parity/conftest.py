@@ -129,7 +129,7 @@ def t5_config(words: int) -> Any:
 
 @pytest.fixture(scope="session")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
-    """`hf(kind)` is (folder, transformers model) for kind `opt`, `t5` or `itm`; each is built once."""
+    """`hf(kind)` is (folder, transformers model) for kind `opt`, `t5`, `itm`, `blip` or `clip`; each is built once."""
     made: dict[str, tuple[Path, Any]] = {}
 
     def build(kind: str) -> tuple[Path, Any]:
@@ -140,16 +140,39 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, 
     return build
 
 
+def blip_or_clip(kind: str, words: int) -> Any:
+    """A captioner (BLIP) or a ranker (CLIP) of two layers, with [CLS] 2, [SEP] 3 and [DEC] last."""
+    from transformers import BlipConfig, BlipForConditionalGeneration, CLIPConfig, CLIPModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": words, "max_position_embeddings": 40, "projection_dim": 12}
+    vision = {**sizes, "image_size": 56, "patch_size": 14, "projection_dim": 12}
+    if kind == "clip":
+        text |= {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+        return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
+    text |= {
+        "bos_token_id": words - 1,
+        "sep_token_id": 3,
+        "eos_token_id": 3,
+        "pad_token_id": 0,
+        "encoder_hidden_size": 16,
+    }
+    return BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision, projection_dim=12))
+
+
 def save(kind: str, folder: Path) -> tuple[Path, Any]:
     """A random model of a kind, in eval mode, and its folder."""
     from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, OPTConfig
 
     folder.mkdir(parents=True)
+    model: Any
     torch.manual_seed(0)
-    if kind == "itm":
+    if kind in ("blip", "clip"):
+        model = blip_or_clip(kind, bert_tokenizer(folder))
+    elif kind == "itm":
         words = bert_tokenizer(folder)
         built = config(OPTConfig(), words, qformer={"use_qformer_text_input": True})
-        model: Any = Blip2ForImageTextRetrieval(built)
+        model = Blip2ForImageTextRetrieval(built)
     else:
         words = language_tokenizer(folder, front=kind == "opt")
         text = opt_config(words) if kind == "opt" else t5_config(words)

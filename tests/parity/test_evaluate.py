@@ -16,9 +16,12 @@ from PIL import Image
 import blip2
 from blip2.apps.cli import main
 from blip2.apps.evaluate.published import published
-from blip2.apps.evaluate.tasks import candidate_pairs, reranked_scores
+from blip2.apps.evaluate.tasks import lemmatised
+from blip2.configs import DecodingConfig
+from blip2.data.sources import open_collection
+from blip2.errors import ConfigError
 from blip2.evaluation.captioning import bleu, cider
-from blip2.evaluation.retrieval import recall_at_k
+from blip2.evaluation.retrieval import candidate_pairs, recall_at_k, reranked_scores
 
 HF = Callable[[str], tuple[Path, Any]]
 SHORT = ["--beams", "2", "--min-tokens", "1", "--max-tokens", "5"]
@@ -158,11 +161,12 @@ def test_pairs_are_joined_and_each_direction_keeps_its_own() -> None:
     similarity = np.array([[0.9, 0.1, 0.2], [0.3, 0.8, 0.7]])
     pairs = candidate_pairs(similarity, 1)
     assert [p.tolist() for p in pairs] == [[0], [1, 2]]
-    entries = [{"texts": [0], "itm": [1.0]}, {"texts": [1, 2], "itm": [2.0, 3.0]}]
-    by_image, by_text = reranked_scores(similarity, entries, 1)
+    matches = [(pairs[0], np.array([1.0])), (pairs[1], np.array([2.0, 3.0]))]
+    by_image, by_text = reranked_scores(similarity, matches, 1)
     assert np.isneginf(by_image).tolist() == [[False, True, True], [True, False, True]]
     assert np.isneginf(by_text).tolist() == [[False, True, True], [True, False, False]]
     assert by_text[1, 2] == pytest.approx(3.7)
+    assert reranked_scores(similarity, matches, 1, itc_weight=10.0)[1][1, 2] == pytest.approx(10.0)
 
 
 def test_two_processes_give_the_same(hf: HF, data: Path, tmp_path: Path) -> None:
@@ -206,3 +210,55 @@ def test_the_papers_values() -> None:
     assert published("vqa", "Salesforce/blip2-flan-t5-xl", "gqa/testdev.tar") == {"accuracy": 44.2}
     assert published("caption", "blip2-opt-2.7b-coco", "coco:test")["cider"] == 145.8
     assert published("caption", "runs/s2", "flickr8k:dev") == {}
+
+
+def test_prompts_side_by_side(hf: HF, data: Path, tmp_path: Path, capsys: Any) -> None:
+    first, second = str(hf("opt")[0]), str(hf("t5")[0])
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a photo of\n\nQuestion: what is it? Answer:\n")
+    command = ["evaluate", "prompts", "--prompts", str(prompts), "--models", first, second, "--data", str(data)]
+    command += ["--limit", "2", "--max-tokens", "4", "--beams", "2", "--dtype", "fp32", "--out", str(tmp_path / "out")]
+    assert main([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert result["answers"] == lines
+    assert [line["prompt"] for line in lines] == ["a photo of", "Question: what is it? Answer:"] * 2
+    samples = open_collection(str(data)).samples
+    decoding = DecodingConfig(beams=2, min_tokens=1, max_tokens=4)
+    for name in (first, second):
+        model = blip2.load(name, dtype="fp32")
+        features = model.features([samples[0].read(), samples[0].read()])
+        want = model.generate(features, [line["prompt"] for line in lines[:2]], decoding)
+        assert [line["answers"][name] for line in lines[:2]] == [texts[0] for texts in want]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/jpeg") == 2
+    prompts.write_text("\n")
+    assert main(command) == 2
+    assert f"{prompts}: no prompts in it" in capsys.readouterr().err
+
+
+def test_domains_are_counted_apart(hf: HF, data: Path, tmp_path: Path, capsys: Any) -> None:
+    samples = open_collection(str(data)).samples
+    lines = []
+    for number, sample in enumerate(samples):
+        (tmp_path / f"{number}.png").write_bytes(sample.read())
+        domain = "in" if number % 2 else "out"
+        lines.append({"image": f"{number}.png", "captions": list(sample.captions), "domain": domain})
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = ["evaluate", "caption", "--model", str(hf("opt")[0]), "--data", str(tmp_path / "set.jsonl"), *SHORT]
+    assert main([*command, "--dtype", "fp32", "--out", str(tmp_path / "out"), "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"]
+    entries = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert list(metrics["per_domain"]) == ["in", "out"]
+    if not metrics["meteor"]:  # no Java: our own scorers
+        inside = [e for n, e in enumerate(entries) if n % 2]
+        want = cider([e["caption"] for e in inside], [e["references"] for e in inside])
+        assert metrics["per_domain"]["in"]["cider"] == pytest.approx(want, abs=0.01)
+
+
+def test_lemmas_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("simplemma")
+    assert lemmatised(["dogs running", "a horse", "women"]) == ["dog run", "a horse", "woman"]
+    monkeypatch.setitem(sys.modules, "simplemma", None)
+    with pytest.raises(ConfigError, match="lemmas need simplemma"):
+        lemmatised(["dogs"])

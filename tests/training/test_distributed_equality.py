@@ -19,23 +19,35 @@ import torch
 from blip2.weights import native, runs
 
 # What trains, and over what; adapters on quantized weights are for DDP alone.
-JOBS = {kind: ("ddp", "fsdp2") for kind in ("stage1", "stage2", "t5", "stage2+lora")} | {"stage2+int8": ("ddp",)}
+KINDS = ("stage1", "stage2", "t5", "stage1+vision", "questions", "stage2+lora")
+JOBS = {kind: ("ddp", "fsdp2") for kind in KINDS} | {"stage2+int8": ("ddp",)}
 NEEDS = {"stage2+lora": ("peft",), "stage2+int8": ("peft", "torchao")}
 STEPS, BATCH = 4, 8
 SCRIPT = '''
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, T5Config
+from transformers import LlamaConfig, T5Config, ViTConfig
 
-from blip2.configs import LanguageConfig, LoraConfig, LossConfig, OptimConfig, RunConfig, TrainConfig
+from blip2.configs import (
+    DataConfig,
+    LanguageConfig,
+    LoraConfig,
+    LossConfig,
+    OptimConfig,
+    QFormerConfig,
+    RunConfig,
+    TrainConfig,
+)
 from blip2.data.dataset import Batch
 from blip2.models.language_model import LanguageModel, language_model_from_config, load_language_model
 from blip2.models.qformer import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
+from blip2.models.vision_encoder import vision_encoder_from_config
 from blip2.ops import distributed
 from blip2.training.objectives import Stage1Objective, Stage2Objective
 from blip2.training.parallel import process_group
@@ -70,7 +82,7 @@ class Words:
         return ids, mask, labels
 
 
-def batches(step: int) -> Iterator[Batch]:
+def batches(step: int, kind: str) -> Iterator[Batch]:
     while True:
         g = torch.Generator().manual_seed(step)
         features = torch.randn(BATCH, 5, 12, generator=g)
@@ -80,7 +92,12 @@ def batches(step: int) -> Iterator[Batch]:
         ids = torch.tensor([0, 1, 2, 2, 3, 4, 5, 0])  # two images occur twice, once across processes
         share = BATCH // distributed.world_size()
         part = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
-        yield Batch([str(i) for i in range(BATCH)][part], ids[part], captions[part], features=features[part])
+        batch = Batch([str(i) for i in range(BATCH)][part], ids[part], captions[part], features=features[part])
+        if kind == "stage1+vision":
+            batch.pixels, batch.features = torch.randn(BATCH, 3, 8, 8, generator=g)[part], None
+        if kind == "questions":
+            batch.questions = [" ".join(WORDS[n : n + 2]) for n in starts][part]
+        yield batch
         step += 1
 
 
@@ -103,10 +120,19 @@ def objective_of(kind: str, out: Path):
     torch.manual_seed(0)
     sizes = {"width": 16, "depth": 3, "heads": 2, "inner": 32, "image_width": 12, "queries": 4}
     sizes |= {"dropout": 0.0, "attention_dropout": 0.0}
-    if kind == "stage1":
-        model = Stage1(QFormer(**sizes, vocab=4 + len(WORDS), positions=16), embed_dim=8)
+    text = {"vocab": 4 + len(WORDS), "positions": 16}
+    if kind.startswith("stage1"):
+        vision = None
+        if kind == "stage1+vision":
+            shape = {"hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+            vision = vision_encoder_from_config(ViTConfig(**shape, image_size=8, patch_size=4))
+            vision.unfreeze()
+        model = Stage1(QFormer(**sizes, **text), vision, embed_dim=8)
         return Stage1Objective(model, Words(), LossConfig(), seed=0)
     language = language_model(kind, out)
+    if kind == "questions":
+        model = Stage2(QFormer(**sizes, **text, head=False), language)
+        return Stage2Objective(model, Words(), LanguageConfig(prompt="", question="{}"), 0, Words())
     model = Stage2(QFormer(**sizes, vocab=None), language)
     if "+" in kind:
         from blip2.models.lora import add_lora
@@ -116,9 +142,12 @@ def objective_of(kind: str, out: Path):
 
 
 def run(kind: str, parallel: str, out: Path) -> None:
+    asks = kind == "questions"
     config = RunConfig(
-        stage=kind if kind == "stage1" else "stage2",
-        optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup=1),
+        stage="stage1" if kind.startswith("stage1") else "stage2",
+        qformer=QFormerConfig(question=asks),
+        data=DataConfig(texts="questions" if asks else "captions"),
+        optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup=1, layer_decay=0.5),
         train=TrainConfig(steps=4, batch=BATCH, save_every=4, eval_every=4, parallel=parallel, precision="fp32"),
     )
     objective = objective_of(kind, out)
@@ -127,8 +156,8 @@ def run(kind: str, parallel: str, out: Path) -> None:
     def evaluate(step: int) -> dict[str, object]:
         """As on dev, before the first step too, when FSDP2 has not run yet: text and loss of two batches."""
         found: dict[str, object] = {"loss": 0.0, "text": []}
-        for batch in (next(batches(98)), next(batches(99))):
-            if kind != "stage1":
+        for batch in (next(batches(98, kind)), next(batches(99, kind))):
+            if not kind.startswith("stage1"):
                 soft, none = model.soft_prompts(batch.features), torch.zeros(BATCH, 0, dtype=torch.int64)
                 options = {"beams": 2, "min_tokens": 3, "max_tokens": 3, "end_id": 2, "pad_id": 0}
                 found["text"] += model.language_model.generate(soft, none, none, **options).tolist()
@@ -136,10 +165,11 @@ def run(kind: str, parallel: str, out: Path) -> None:
         return found
 
     out.mkdir(parents=True, exist_ok=True)
-    frozen = [model.language_model] if kind in ("stage2", "t5") else []
-    trainer = Trainer(objective, batches, config, out, device=torch.device("cpu"), frozen=frozen, evaluate=evaluate)
+    frozen = [model.language_model] if kind in ("stage2", "t5", "questions") else []
+    source = partial(batches, kind=kind)
+    trainer = Trainer(objective, source, config, out, device=torch.device("cpu"), frozen=frozen, evaluate=evaluate)
     # FSDP2's processes must run a block equally often, whatever the lengths of their texts
-    assert kind == "stage1" or model.language_model.split_lengths == (parallel == "ddp")
+    assert kind.startswith("stage1") or model.language_model.split_lengths == (parallel == "ddp")
     trainer.resume()
     trainer.run()
 
@@ -204,7 +234,7 @@ def test_two_processes_equal_one(kind: str, parallel: str, one: Path, two: Path)
         pytest.skip(f"{' or '.join(NEEDS[kind])} is not installed")
     losses, texts, weights = results(one, f"{kind}/ddp")
     assert len(losses) == STEPS + 2  # evaluations before the first and after the last
-    assert len(texts) == (0 if kind == "stage1" else 2 * 2 * BATCH)
+    assert len(texts) == (0 if kind.startswith("stage1") else 2 * 2 * BATCH)
     others, other_texts, other_weights = results(two, f"{kind}/{parallel}")
     for mine, theirs in zip(losses, others, strict=True):
         assert theirs == pytest.approx(mine, rel=2e-4, abs=2e-4)

@@ -165,6 +165,22 @@ def test_negatives_are_a_pure_function_of_seed_and_step(tiny: Any) -> None:
     assert len(set(losses)) == 3
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_hardness_rises_from_even_draws_to_the_papers(tiny: Any, accumulate: int) -> None:
+    model, batch = tiny.stage1(), tiny.batch(8)
+
+    def itm(step: int, **settings: float) -> float:
+        config = LossConfig(itc=0, itg=0, **settings)
+        return float(Stage1Objective(model, tiny.tokenizer, config, 0, accumulate)(batch, step)["itm"])
+
+    ramp = 10
+    assert itm(0, itm_ramp=ramp) == itm(0, itm_hardness=0.0)
+    assert itm(5 * accumulate, itm_ramp=ramp) == itm(5 * accumulate, itm_hardness=0.5)
+    for step in (ramp * accumulate, 2 * ramp * accumulate):
+        assert itm(step, itm_ramp=ramp) == itm(step)
+    assert len({itm(0, itm_hardness=value) for value in (0.0, 1.0, 50.0)}) > 1
+
+
 def test_pixels_go_through_the_frozen_encoder(tiny: Any) -> None:
     dino = Dinov2Model(
         Dinov2Config(hidden_size=6, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import ViTConfig
 
 from blip2.configs import OptimConfig
+from blip2.models.vision_encoder import vision_encoder_from_config
 from blip2.training.optim import build_optimizer, learning_rate
 
 CONFIG = OptimConfig(lr=1.0, min_lr=0.1, warmup_lr=0.2, warmup=4)
@@ -77,3 +79,22 @@ def test_the_qformer_may_have_a_rate_of_its_own() -> None:
         assert scales[id(p)] == (1.0 if name.startswith("language_proj") else 0.1), name
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert all((decays[id(p)] > 0) == (p.ndim >= 2) for p in model.parameters())
+
+
+def test_an_image_encoder_that_trains_is_slower_the_deeper() -> None:
+    shape = {"hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision = vision_encoder_from_config(ViTConfig(**shape, image_size=8, patch_size=4))
+    vision.unfreeze()
+    model = nn.ModuleDict({"vision": vision, "itm_head": nn.Linear(2, 2)})
+    depths = {f"vision.model.{name}": depth for name, depth in vision.depths.items()}
+    optimizer = build_optimizer(model.named_parameters(), OptimConfig(layer_decay=0.5), depths)
+    scales = {id(p): group["scale"] for group in optimizer.param_groups for p in group["params"]}
+    found: dict[float, set[str]] = {}
+    for name, p in model.named_parameters():
+        found.setdefault(scales[id(p)], set()).add(".".join(name.split(".")[2:4]))
+    assert found == {
+        1.0: {"", "layers.2", "layernorm.weight", "layernorm.bias"},
+        0.5: {"layers.1"},
+        0.25: {"layers.0"},
+        0.125: {"embeddings.cls_token", "embeddings.position_embeddings", "embeddings.patch_embeddings"},
+    }

@@ -24,6 +24,7 @@ from blip2.training.objectives import Stage1Objective, Stage2Objective
 from blip2.training.optim import learning_rate
 from blip2.training.trainer import Trainer
 from blip2.weights import native
+from blip2.weights.runs import open_run
 
 CPU = torch.device("cpu")
 Source = Callable[[int], Iterator[Batch]]
@@ -412,3 +413,33 @@ def test_bad_samples_are_counted(tiny: Any, tmp_path: Path) -> None:
 
     outcome = Trainer(Regression(), stream(tiny, skip), config(), tmp_path, device=CPU).run()
     assert [bad.key for bad in outcome.skipped] == ["bad1", "bad3"]
+
+
+def test_the_best_of_dev_is_kept_and_survives_a_resume(tmp_path: Path, tiny: Any) -> None:
+    """Recall of 10, 30, 20, 40 at steps 0, 2, 4, 6; a loss goes the other way."""
+    recalls = {0: 10.0, 2: 30.0, 4: 20.0, 6: 40.0}
+    losses = {0: 3.0, 2: 1.0, 4: 2.0, 6: 1.5}
+
+    def trained(steps: int, folder: Path, best: str) -> Any:
+        base = config(steps, keep=9)
+        folder.mkdir(exist_ok=True)
+        run = replace(base, eval=replace(base.eval, best=best))
+
+        def evaluate(step: int) -> dict[str, Any]:
+            return {"recall": recalls[step], "loss": losses[step]}
+
+        trainer = Trainer(Regression(), stream(tiny), run, folder, device=CPU, evaluate=evaluate)
+        trainer.resume()
+        trainer.run()
+        return json.loads((folder / "best" / "score.json").read_text())
+
+    first = trained(4, tmp_path, "recall")
+    assert first == {"step": 2, "metric": "recall", "score": 30.0}
+    kept = native.read(tmp_path / "best" / "model.safetensors")
+    assert_equal(kept, native.read(tmp_path / "checkpoints" / "step-000002" / "model.safetensors"))
+    assert open_run(tmp_path).weights == tmp_path / "best" / "model.safetensors"
+    recalls[6] = 25.0
+    assert trained(6, tmp_path, "recall") == first
+    recalls[6] = 40.0
+    assert trained(6, tmp_path / "whole", "recall") == {"step": 6, "metric": "recall", "score": 40.0}
+    assert trained(6, tmp_path / "loss", "loss") == {"step": 2, "metric": "loss", "score": -1.0}

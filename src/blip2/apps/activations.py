@@ -108,6 +108,8 @@ def activation_bytes(
         for name, p in model.language_model.named_parameters():
             if is_adapter(name):
                 p.data = p.data.float()
+    side = vision.size
+    pixels_B3SS = torch.empty(batch, 3, side, side, device="meta")
     features_BPC = torch.empty(batch, vision.tokens, vision.width, device="meta", dtype=machine.frozen)
     ids_BT = torch.empty(batch, text_tokens, device="meta", dtype=torch.int64)
     # Lengths are read from the mask: it alone has values.
@@ -115,9 +117,11 @@ def activation_bytes(
 
     def forward() -> list[Tensor]:
         with DeviceKernels(machine):
+            # An encoder that trains keeps its own activations; its weights are in float32.
+            seen_BPC = features_BPC if vision.frozen else model.features(pixels_B3SS)
             if isinstance(model, Stage2):
-                return [_stage2_loss(model, features_BPC, ids_BT, mask_BT)]
-            return _stage1_losses(model, config.loss, features_BPC, ids_BT, mask_BT)
+                return [_stage2_loss(model, seen_BPC, ids_BT, mask_BT)]
+            return _stage1_losses(model, config.loss, seen_BPC, ids_BT, mask_BT)
 
     return saved_bytes(model, forward)
 
@@ -160,7 +164,8 @@ def _stage1_losses(
 
 def _stage2_loss(model: Stage2, features_BPC: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """What `Stage2Objective` computes; an encoder-decoder gets the whole text on both sides."""
-    prompts_BQH = model.soft_prompts(features_BPC)
+    question = (ids_BT, mask_BT) if model.reads_questions else ()
+    prompts_BQH = model.soft_prompts(features_BPC, *question)
     if model.language_model.encoder_decoder:
         return model.language_model.encoder_decoder_loss(prompts_BQH, ids_BT, mask_BT, ids_BT, mask_BT)
     labels_BT = mask_BT.clone()

@@ -29,7 +29,14 @@ from blip2.weights import names, runs
 from blip2.weights.adapters import has_adapters
 from blip2.weights.checkpoint import Checkpoint, Format
 from blip2.weights.checkpoints import open_checkpoint
-from blip2.weights.parts import copy_tokenizer, folder_of, language_config, language_tower, vision_tower
+from blip2.weights.parts import (
+    copy_tokenizer,
+    folder_of,
+    language_config,
+    language_tower,
+    vision_tower,
+    with_own_encoder,
+)
 from blip2.weights.tensors import (
     LazyTensor,
     Tensors,
@@ -79,6 +86,7 @@ def convert(
     target = Path(target)
     found = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     _require_possible(found, target, to)
+    found = found if to == "blip2" else with_own_encoder(found)
     writer = {"blip2": _write_blip2, "hf": write_huggingface, "lavis": _write_lavis}[to]
     with _beside(target) as place:
         written, notes = writer(found, place, progress)
@@ -92,6 +100,10 @@ def _require_possible(found: Checkpoint, target: Path, to: Format) -> None:
         raise CheckpointError(f"{target}: exists already: give another name, or remove it")
     if found.partial:
         raise CheckpointError(f"{found.source}: a Q-Former alone: there is nothing to convert it to")
+    settings = found.config.qformer
+    if to != "blip2" and (settings.question or settings.bridge != "qformer"):
+        what = "a Q-Former that reads questions" if settings.question else "a linear layer in place of the Q-Former"
+        raise CheckpointError(f"{found.source}: {what}, for which BLIP-2 of transformers and LAVIS has no place")
     if to == "lavis" and has_adapters(found):
         raise CheckpointError(
             f"{found.source}: LAVIS files hold no language model, so its LoRA adapters have no place; "

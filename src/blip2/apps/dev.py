@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,17 @@ from blip2.data.dataset import Batch, dev_batches
 from blip2.data.features import FeatureCache
 from blip2.data.images import decode_image
 from blip2.data.samples import BadSampleError, Collection, Sample
-from blip2.evaluation.retrieval import recall_at_k
+from blip2.evaluation import vqa
+from blip2.evaluation.captioning import cider
+from blip2.evaluation.retrieval import both_ways, candidate_pairs, recall_at_k, reranked_scores
 from blip2.inference import Blip2
+from blip2.models.qformer import ImageKV
 from blip2.ops import distributed
 from blip2.ops.contrastive import query_text_similarity
 
 THUMB = 224
+# Candidates per image and per text that ITM re-ranks on dev while training.
+RERANKED = 8
 
 
 class DevEvaluator:
@@ -51,42 +56,42 @@ class DevEvaluator:
         self.first = distributed.rank() == 0  # every process measures, the first one writes
 
     def __call__(self, step: int) -> dict[str, Any]:
-        """Dev numbers: mean losses, ITC recall (stage 1); writes the sample captions, and shows two."""
-        numbers: dict[str, Any] = {}
-        losses: list[dict[str, float]] = []
-        images: list[Tensor] = []
-        owners: list[int] = []
-        texts: list[str] = []
-        seen = 0
+        """Dev numbers: mean losses, ITC recall (stage 1), the one that the run goes by; and two sample captions.
+
+        The captions (or answers) of the sample images are written.
+        """
+        settings, losses = self.config.eval, _Means()
+        pool = _Pool()
         shown: list[dict[str, Any]] = []
+        wanted = self.config.eval.images if settings.best in ("cider", "accuracy") else settings.samples
         for batch in self._batches():
-            pixels_or_features = self._features(batch)
-            batch.features, batch.pixels = pixels_or_features, None
+            features = self._features(batch)
+            batch.features, batch.pixels = features, None
             if len(batch) > 1:
-                losses.append({k: float(v) for k, v in self.objective(batch, 0).items()})
+                losses.add({k: float(v) for k, v in self.objective(batch, 0).items()})
             if self.config.stage == "stage1":
-                images.append(self.model.embed_features(pixels_or_features))
-                for key in batch.keys:
-                    captions = self.by_key[key].captions
-                    owners += [seen] * len(captions)
-                    texts += captions
-                    seen += 1
-            missing = self.config.eval.samples - len(shown)
+                pool.add(self.model, features, [self.by_key[key].captions for key in batch.keys], settings.best)
+            missing = wanted - len(shown)
             if missing > 0:
-                shown += self._captions(batch.keys[:missing], pixels_or_features[:missing])
-        if losses:
-            means = {k: float(np.mean([line[k] for line in losses])) for k in losses[0]}
-            numbers |= {"loss": sum(means.values()), **means}
-        if images:
-            scores = query_text_similarity(torch.cat(images), self.model.embed_texts(texts))
-            numbers |= recall_at_k(scores.numpy(), np.array(owners))
-        self._write(step, shown)
+                shown += self._texts(batch, features, missing)
+        numbers: dict[str, Any] = losses.means()
+        if pool.images:
+            numbers |= pool.recall(self.model)
+        if settings.best in ("cider", "accuracy") and shown:
+            numbers[settings.best] = _score(settings.best, shown)
+        self._write(step, shown[: settings.samples])
         numbers["captions"] = [f"{entry['key']}: {entry['caption']}" for entry in shown[:2]]
         return numbers
 
     def _batches(self) -> Iterator[Batch]:
         size = min(64, self.config.train.batch)
-        return dev_batches(self.collection, batch=size, spec=self.model.image_spec, features=self.features)
+        return dev_batches(
+            self.collection,
+            batch=size,
+            spec=self.model.image_spec,
+            features=self.features,
+            texts=self.config.data.texts,
+        )
 
     def _features(self, batch: Batch) -> Tensor:
         batch.image_ids = batch.image_ids.to(self.model.device)
@@ -96,19 +101,26 @@ class DevEvaluator:
         with torch.no_grad():
             return self.model.vision(batch.pixels.to(self.model.device))
 
-    def _captions(self, keys: list[str], features_BPC: Tensor) -> list[dict[str, Any]]:
-        limits = self.config.eval
+    def _texts(self, batch: Batch, features_BPC: Tensor, count: int) -> list[dict[str, Any]]:
+        """What the model says of the first `count` images of a batch, beside what people said."""
+        keys, features, limits = batch.keys[:count], features_BPC[:count], self.config.eval
+        if batch.questions is not None:
+            asked = batch.questions[:count]
+            decoding = DecodingConfig(beams=limits.beams, min_tokens=1, max_tokens=10, length_penalty=-1.0)
+            prompts = [self.config.language.question.format(question) for question in asked]
+            texts = self.model.generate(features, prompts, decoding, questions=asked)
+            said = [f"{question} {text[0]}" for question, text in zip(asked, texts, strict=True)]
+            answers = [self._answers(key, question) for key, question in zip(keys, asked, strict=True)]
+            return [
+                {**_entry(key, line, found), "answer": text[0]}
+                for key, line, text, found in zip(keys, said, texts, answers, strict=True)
+            ]
         decoding = DecodingConfig(beams=limits.beams, min_tokens=limits.min_tokens, max_tokens=limits.max_tokens)
-        texts = self.model.caption_features(features_BPC, None, decoding)
-        return [
-            {
-                "key": key,
-                "image": f"thumbs/{_file_name(key)}.jpg",
-                "caption": text[0],
-                "references": list(self.by_key[key].captions),
-            }
-            for key, text in zip(keys, texts, strict=True)
-        ]
+        texts = self.model.caption_features(features, None, decoding)
+        return [_entry(key, text[0], self.by_key[key].captions) for key, text in zip(keys, texts, strict=True)]
+
+    def _answers(self, key: str, question: str) -> tuple[str, ...]:
+        return next(q.answers for q in self.by_key[key].questions if q.text == question and q.answers)
 
     def _write(self, step: int, shown: list[dict[str, Any]]) -> None:
         self.last_samples = shown
@@ -123,6 +135,72 @@ class DevEvaluator:
         beside = folder / f".step-{step:06d}.tmp"
         beside.write_text(json.dumps(shown, indent=1), "utf-8")
         beside.replace(folder / f"step-{step:06d}.json")
+
+
+class _Means:
+    """Means of named numbers."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, float]] = []
+
+    def add(self, line: dict[str, float]) -> None:
+        self.lines.append(line)
+
+    def means(self) -> dict[str, float]:
+        if not self.lines:
+            return {}
+        means = {name: float(np.mean([line[name] for line in self.lines])) for name in self.lines[0]}
+        return {"loss": sum(means.values()), **means}
+
+
+class _Pool:
+    """All dev images and their captions, to rank among each other."""
+
+    def __init__(self) -> None:
+        self.images: list[Tensor] = []
+        self.image_kvs: list[ImageKV] = []
+        self.owners: list[int] = []
+        self.texts: list[str] = []
+        self.count = 0
+
+    def add(self, model: Blip2, features_BPC: Tensor, captions: list[tuple[str, ...]], best: str | None) -> None:
+        self.images.append(model.embed_features(features_BPC))
+        if best == "recall":
+            self.image_kvs += [model.image_kv(row[None]) for row in features_BPC]
+        for found in captions:
+            self.owners += [self.count] * len(found)
+            self.texts += found
+            self.count += 1
+
+    def recall(self, model: Blip2) -> dict[str, float]:
+        """Recall by ITC; where keys/values were kept, `recall` too: mean R@1 of both directions, re-ranked by ITM."""
+        owners = np.array(self.owners)
+        similarity_IT = query_text_similarity(torch.cat(self.images), model.embed_texts(self.texts)).numpy()
+        numbers = recall_at_k(similarity_IT, owners)
+        if self.image_kvs:
+            matches = [
+                (texts, model.match_logits(self.image_kvs[image], [self.texts[t] for t in texts])[:, 1].numpy())
+                for image, texts in enumerate(candidate_pairs(similarity_IT, RERANKED))
+            ]
+            found = both_ways(*reranked_scores(similarity_IT, matches, RERANKED, 1 / float(model.stage1.temp)), owners)
+            numbers |= {f"reranked_{name}": found[name] for name in ("i2t_r1", "t2i_r1")}
+            numbers["recall"] = (found["i2t_r1"] + found["t2i_r1"]) / 2
+        return numbers
+
+
+def _entry(key: str, text: str, references: Sequence[str]) -> dict[str, Any]:
+    return {"key": key, "image": f"thumbs/{_file_name(key)}.jpg", "caption": text, "references": list(references)}
+
+
+def _score(name: str, shown: list[dict[str, Any]]) -> float:
+    """CIDEr of captions, or accuracy of answers in percent."""
+    references = [entry["references"] for entry in shown]
+    if name == "cider":
+        return cider([entry["caption"] for entry in shown], references)
+    said = [entry["answer"] for entry in shown]
+    several = any(len(found) > 1 for found in references)
+    scores = vqa.vqa_accuracy(said, references) if several else vqa.exact_match(said, references)
+    return 100.0 * sum(scores) / len(scores)
 
 
 def write_thumbnail(sample: Sample, target: Path) -> None:

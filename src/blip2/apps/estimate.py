@@ -23,9 +23,10 @@ from blip2.models.build import build_qformer
 from blip2.models.freezing import parameter_table
 from blip2.models.language_model import language_model_from_config
 from blip2.models.lora import add_lora
+from blip2.models.qformer import QFormer
 from blip2.models.quantize import quantized_bytes, quantized_layers
 from blip2.models.stage1 import Stage1
-from blip2.models.stage2 import Stage2
+from blip2.models.stage2 import LinearBridge, Stage2
 from blip2.models.vision_encoder import vision_encoder_from_config
 
 BATCHES = (1, 8, 16, 32, 64, 128)
@@ -118,10 +119,15 @@ def build_on_meta(config: RunConfig) -> Stage1 | Stage2:
             size=config.vision.image_size,
             name=config.vision.name,
         )
-        qformer = build_qformer(config.qformer, encoder.width, bert, text=language is None)
+        if config.vision.train:
+            encoder.unfreeze()
         if language is None:
+            qformer = build_qformer(config.qformer, encoder.width, bert, text=True)
             return Stage1(qformer, encoder, embed_dim=config.qformer.embed_dim).train()
-        model = Stage2(qformer, language_model_from_config(language), encoder)
+        between: QFormer | LinearBridge = LinearBridge(encoder.width, config.qformer.queries)
+        if config.qformer.bridge == "qformer":
+            between = build_qformer(config.qformer, encoder.width, bert, text=config.qformer.question, head=False)
+        model = Stage2(between, language_model_from_config(language), encoder)
         if config.lora.rank:
             add_lora(model.language_model, config.lora)
         return model.train()

@@ -41,8 +41,17 @@ from blip2.training.parallel import autocast, fast_bf16, pick_device, process_gr
 from blip2.training.trainer import Outcome, Trainer
 from blip2.weights import runs
 from blip2.weights.checkpoint import Checkpoint
-from blip2.weights.checkpoints import open_checkpoint
-from blip2.weights.loading import STAGE1_ONLY, STAGE2_ONLY, Allowed, fill, new_adapters
+from blip2.weights.checkpoints import open_checkpoint, stage1_behind
+from blip2.weights.loading import (
+    STAGE1_HEADS,
+    STAGE1_ONLY,
+    STAGE2_ONLY,
+    VISION,
+    Allowed,
+    fill,
+    is_text_branch,
+    new_adapters,
+)
 
 # Settings that a resumed run may change; any other would make it another run.
 CHANGEABLE = {
@@ -146,12 +155,24 @@ def _initialise(model: Stage1 | Stage2, config: RunConfig) -> list[str]:
     found = open_checkpoint(config.init)
     if found.format == "blip2":
         _same_towers(found.config, config)
+    _require_encoder(found, config)
+    tensors, text = dict(found.tensors), ""
+    if config.qformer.question and not any(map(is_text_branch, tensors)):
+        stage1 = open_checkpoint(config.init_text) if config.init_text else stage1_behind(config.init)
+        tensors |= {name: lazy for name, lazy in stage1.tensors.items() if is_text_branch(name)}
+        text = f"; text branch from {stage1.source}"
+    return [*lines[: found.partial], fill(model, found.source, tensors, _allowed(found, config)).line() + text]
+
+
+def _require_encoder(found: Checkpoint, config: RunConfig) -> None:
+    """A fine-tuned image encoder that comes along is used, or refused; never silently replaced."""
     if found.vision:
         raise ConfigError(
             f"--init {config.init} brings a fine-tuned image encoder: run `blip2 convert {config.init} FOLDER --to "
             "blip2`, then train with --init FOLDER --vision.name FOLDER/vision"
         )
-    return [*lines[: found.partial], fill(model, found.source, found.tensors, _allowed(found, config)).line()]
+    if found.config.vision.train and found.format == "blip2" and not config.vision.train:
+        raise ConfigError(f"--init {config.init} fine-tuned its image encoder: go on with --vision.train true")
 
 
 def _allowed(found: Checkpoint, config: RunConfig) -> Allowed:
@@ -159,9 +180,10 @@ def _allowed(found: Checkpoint, config: RunConfig) -> Allowed:
     if config.stage == "stage1" and found.config.stage == "stage2":
         raise ConfigError(f"--init {config.init} is a stage-2 checkpoint: stage 1 starts from stage 1")
     over = config.stage == "stage2" and found.config.stage == "stage1"
+    encoder = () if any(name.startswith(VISION) for name in found.tensors) else (VISION,)
     return Allowed(
-        left_out=STAGE1_ONLY if over else (),
-        fresh=(*found.allowed.fresh, *(STAGE2_ONLY if over else ()), *new_adapters(found.tensors)),
+        left_out=(STAGE1_HEADS if config.qformer.question else STAGE1_ONLY) if over else (),
+        fresh=(*found.allowed.fresh, *(STAGE2_ONLY if over else ()), *new_adapters(found.tensors), *encoder),
         adapt=True,
     )
 
@@ -218,14 +240,17 @@ def _assemble(
     device: torch.device,
 ) -> tuple[Trainer, TrainingBatches, DevEvaluator | None]:
     assert isinstance(model.vision, VisionEncoder)
+    frozen: list[nn.Module] = [model.vision] if model.vision.frozen else []
     if isinstance(model, Stage1):
         user = Blip2(config, stage1=model)
-        objective: nn.Module = Stage1Objective(model, user.text_tokenizer, config.loss, config.train.seed)
-        frozen: list[nn.Module] = [model.vision]
+        objective: nn.Module = Stage1Objective(
+            model, user.text_tokenizer, config.loss, config.train.seed, config.train.accumulate
+        )
     else:
         user = Blip2(config, stage2=model)
-        objective = Stage2Objective(model, user.language_tokenizer, config.language, config.train.seed)
-        frozen = [model.vision, model.language_model]
+        questions = user.text_tokenizer if config.qformer.question else None
+        objective = Stage2Objective(model, user.language_tokenizer, config.language, config.train.seed, questions)
+        frozen.append(model.language_model)
     batches = TrainingBatches(
         data,
         batch=config.train.batch,
@@ -237,6 +262,7 @@ def _assemble(
         rank=distributed.rank(),
         world=distributed.world_size(),
         workers=_workers(config),
+        texts=config.data.texts,
     )
     evaluator = DevEvaluator(user, objective, dev, caches[1], config, folder) if dev is not None else None
     source: Callable[[int], Iterator[Batch]] = batches.steps_from

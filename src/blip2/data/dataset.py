@@ -1,8 +1,9 @@
 """Batches as a pure function of (seed, step): any number of processes or workers sees the same.
 
-Step N takes the N-th slice of the epochs' permutations. The caption, the crop and the cached view
-of a sample are drawn from a generator seeded by (seed, epoch, sample). Resuming needs the step
-alone, and a process takes its contiguous share of the global batch.
+Step N takes the N-th slice of the epochs' permutations (of a mixture: of `mixture.epoch_order`).
+The caption, the crop and the cached view of a sample are drawn from a generator seeded by (seed,
+epoch, sample). Resuming needs the step alone, and a process takes its contiguous share of the
+global batch.
 
 Shape letters: B samples, S side in pixels, P patches, C image-encoder channels.
 """
@@ -10,7 +11,7 @@ Shape letters: B samples, S side in pixels, P patches, C image-encoder channels.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -19,8 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from blip2.data.features import FeatureCache
 from blip2.data.images import ImageSpec, augmented_view, decode_image, plain_view
-from blip2.data.samples import BadSample, BadSampleError, Collection
+from blip2.data.mixture import epoch_order, epoch_size
+from blip2.data.samples import BadSample, BadSampleError, Collection, Question, Sample
 from blip2.errors import DataError
+
+_WANTED = {"captions": "a caption", "questions": "a question and an answer"}
 
 
 @dataclass
@@ -32,6 +36,7 @@ class Batch:
         pixels: float32 [B, 3, S, S], or None where features are given.
         features: [B, P, C] of the frozen encoder, or None.
         skipped: bad samples met while this batch was made, each key once per process.
+        questions: one per image where questions are learned; `captions` are then their answers.
     """
 
     keys: list[str]
@@ -40,6 +45,7 @@ class Batch:
     pixels: Tensor | None = None
     features: Tensor | None = None
     skipped: list[BadSample] = field(default_factory=list)
+    questions: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -48,7 +54,7 @@ class Batch:
         """The batch with its tensors on a device."""
         pixels = self.pixels.to(device, non_blocking=True) if self.pixels is not None else None
         features = self.features.to(device, non_blocking=True) if self.features is not None else None
-        return Batch(self.keys, self.image_ids.to(device), self.captions, pixels, features, self.skipped)
+        return replace(self, image_ids=self.image_ids.to(device), pixels=pixels, features=features)
 
     def split(self, parts: int) -> list[Batch]:
         """Micro-batches of equal size, in order; the first carries what was skipped."""
@@ -65,17 +71,19 @@ class Batch:
             self.pixels[part] if self.pixels is not None else None,
             self.features[part] if self.features is not None else None,
             self.skipped if first else [],
+            self.questions[part] if self.questions is not None else None,
         )
 
 
 @dataclass(frozen=True)
 class _Item:
-    """One drawn sample: its index, caption and view."""
+    """One drawn sample: its index, caption (or answer) and view."""
 
     index: int
     caption: str
     pixels: Tensor | None
     features: Tensor | None
+    question: str | None = None
 
 
 class _Steps(Dataset[Batch]):
@@ -92,7 +100,9 @@ class _Steps(Dataset[Batch]):
         crop_min: float,
         rank: int,
         world: int,
+        texts: str = "captions",
     ) -> None:
+        self.texts = texts
         self.collection, self.batch, self.seed, self.spec = collection, batch, seed, spec
         self.features, self.augment, self.crop_min = features, augment, crop_min
         self.rank, self.world = rank, world
@@ -101,47 +111,82 @@ class _Steps(Dataset[Batch]):
         names = {name: n for n, name in enumerate(dict.fromkeys(s.image_id for s in collection.samples))}
         self.image_ids = [names[sample.image_id] for sample in collection.samples]
         self.seen_bad: set[str] = set()
-        self._order: tuple[int, np.ndarray] | None = None
+        self._order: tuple[int, np.ndarray, np.ndarray | None] | None = None
+        self._places: int | None = None  # of an epoch of a mixture
+        self._ends = np.cumsum([size for size, _ in collection.mixture])
+        self._weights = tuple(weight for _, weight in collection.mixture)
 
     def drop_silent(self) -> list[BadSample]:
-        """Leave out what has no caption (a bare photograph, a question): nothing can be learned from it."""
-        samples = self.collection.samples
-        silent = [samples[index] for index in self.usable if not samples[index].captions]
-        self.usable = self.usable[[bool(samples[index].captions) for index in self.usable]]
-        return [BadSample(sample.key, sample.path, "no caption") for sample in silent]
+        """Leave out what has no text of the wanted kind (a bare photograph): nothing can be learned from it."""
+        samples, asks = self.collection.samples, self.texts == "questions"
+        told = np.array([bool(_answered(samples[i]) if asks else samples[i].captions) for i in self.usable], bool)
+        silent = [samples[index] for index in self.usable[~told]]
+        self.usable = self.usable[told]
+        self._places, self._order = None, None
+        reason = "no question with an answer" if asks else "no caption"
+        return [BadSample(sample.key, sample.path, reason) for sample in silent]
+
+    def text_of(self, index: int, rng: np.random.Generator) -> tuple[str, str | None]:
+        """A caption of a sample, or an answer and its question, drawn at random."""
+        sample = self.collection.samples[index]
+        if self.texts == "questions":
+            asked = _answered(sample)
+            question = asked[int(rng.integers(len(asked)))]
+            return question.answers[int(rng.integers(len(question.answers)))], question.text
+        captions = sample.captions
+        return (captions[int(rng.integers(len(captions)))] if captions else ""), None
 
     @property
     def per_epoch(self) -> int:
-        return len(self.usable) // self.batch
+        if not self._weights:
+            return len(self.usable) // self.batch
+        if self._places is None:
+            self._places = epoch_size(self._parts(), self._weights)
+        return self._places // self.batch
 
     def __getitem__(self, step: int) -> Batch:
         epoch, number = divmod(step, self.per_epoch)
         share = self.batch // self.world
         start = number * self.batch + self.rank * share
-        places = self._permutation(epoch)[start : start + share]
+        places, turns = self._permutation(epoch)
         skipped: list[BadSample] = []
-        items = [self._item(int(place), epoch, skipped) for place in places]
+        items = [
+            self._item(int(places[n]), epoch, skipped, () if turns is None else (int(turns[n]),))
+            for n in range(start, start + share)
+        ]
         fresh = [bad for bad in skipped if bad.key not in self.seen_bad]
         self.seen_bad |= {bad.key for bad in fresh}
         return self._batch(items, fresh)
 
-    def _permutation(self, epoch: int) -> np.ndarray:
+    def _permutation(self, epoch: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Places of an epoch in order; in a mixture also which turn of its part each belongs to."""
         if self._order is None or self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.usable))
-        return self._order[1]
+            if self._weights:
+                self._order = epoch, *epoch_order(self._parts(), self._weights, self.seed, epoch)
+            else:
+                order = np.random.default_rng([self.seed, epoch]).permutation(len(self.usable))
+                self._order = epoch, order, None
+        return self._order[1], self._order[2]
 
-    def _item(self, place: int, epoch: int, skipped: list[BadSample]) -> _Item:
-        """The sample at a place of the usable ones, or the next one that can be decoded."""
+    def _parts(self) -> np.ndarray:
+        """Which part of the mixture each usable sample belongs to."""
+        return np.searchsorted(self._ends, self.usable, side="right")
+
+    def _item(self, place: int, epoch: int, skipped: list[BadSample], turn: tuple[int, ...] = ()) -> _Item:
+        """The sample at a place of the usable ones, or the next one that can be decoded.
+
+        A mixture may have a sample several times in an epoch: its turn makes each another draw.
+        """
         for offset in range(len(self.usable)):
             index = int(self.usable[(place + offset) % len(self.usable)])
             sample = self.collection.samples[index]
-            rng = np.random.default_rng([self.seed, epoch, index])
-            caption = sample.captions[int(rng.integers(len(sample.captions)))] if sample.captions else ""
+            rng = np.random.default_rng([self.seed, epoch, index, *turn])
+            text, question = self.text_of(index, rng)
             if self.features is not None:
                 view = int(rng.integers(self.features.views))
-                return _Item(index, caption, None, self.features.get([index], [view])[0])
+                return _Item(index, text, None, self.features.get([index], [view])[0], question)
             try:
-                return _Item(index, caption, self._pixels(index, rng), None)
+                return _Item(index, text, self._pixels(index, rng), None, question)
             except BadSampleError as error:
                 skipped.append(BadSample(sample.key, sample.path, error.reason))
         raise DataError(f"{self.collection.name}: not one image can be decoded; run `blip2 data check` on it")
@@ -163,6 +208,7 @@ class _Steps(Dataset[Batch]):
             torch.stack(pixels) if pixels else None,
             torch.stack(features) if features else None,
             skipped,
+            [item.question or "" for item in items] if self.texts == "questions" else None,
         )
 
 
@@ -189,6 +235,7 @@ class TrainingBatches:
         augment, crop_min: random crops and flips of images.
         rank, world: this process and how many there are.
         workers: loader processes; 0 loads in this one.
+        texts: `captions`, or `questions` with their answers.
 
     Raises:
         DataError: fewer usable samples than a batch, or a batch that `world` does not divide. While
@@ -208,17 +255,18 @@ class TrainingBatches:
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
+        texts: str = "captions",
     ) -> None:
         if spec is None and features is None:
             raise ValueError("one of spec and features is needed")
-        self._steps = _Steps(collection, batch, seed, spec, features, augment, crop_min, rank, world)
+        self._steps = _Steps(collection, batch, seed, spec, features, augment, crop_min, rank, world, texts)
         silent = self._steps.drop_silent()
         if batch % world:
             raise DataError(f"train.batch {batch} cannot be shared equally by {world} processes")
         if self._steps.per_epoch == 0:
             raise DataError(
-                f"{collection.name}: {len(self._steps.usable)} usable samples with a caption are fewer than a batch "
-                f"of {batch}: lower train.batch or give more data"
+                f"{collection.name}: {len(self._steps.usable)} usable samples with {_WANTED[texts]} are fewer than a "
+                f"batch of {batch}: lower train.batch or give more data"
             )
         self.collection, self.workers = collection, workers
         self.bad: list[BadSample] = (list(features.bad) if features is not None else []) + silent
@@ -272,23 +320,40 @@ class _From(torch.utils.data.Sampler[int]):
 
 
 def dev_batches(
-    collection: Collection, *, batch: int, spec: ImageSpec | None, features: FeatureCache | None = None
+    collection: Collection,
+    *,
+    batch: int,
+    spec: ImageSpec | None,
+    features: FeatureCache | None = None,
+    texts: str = "captions",
 ) -> Iterator[Batch]:
-    """All usable samples in order, plain views, first captions; what cannot be decoded is left out."""
-    steps = _Steps(collection, 1, 0, spec, features, augment=False, crop_min=1.0, rank=0, world=1)
+    """All usable samples in order, plain views, always the same text of each; what cannot be decoded is left out.
+
+    The text is the first caption; of questions, which data sets list by kind, one by the seed 0.
+    """
+    steps = _Steps(collection, 1, 0, spec, features, augment=False, crop_min=1.0, rank=0, world=1, texts=texts)
+    if texts == "questions":
+        steps.drop_silent()
     items: list[_Item] = []
     for index in map(int, steps.usable):
-        sample = collection.samples[index]
-        caption = sample.captions[0] if sample.captions else ""
+        captions = collection.samples[index].captions
+        text, question = captions[0] if captions else "", None
+        if texts == "questions":
+            text, question = steps.text_of(index, np.random.default_rng([0, index]))
         if features is not None:
-            items.append(_Item(index, caption, None, features.get([index], [0])[0]))
+            items.append(_Item(index, text, None, features.get([index], [0])[0], question))
         else:
             try:
-                items.append(_Item(index, caption, steps._pixels(index, np.random.default_rng(0)), None))
+                pixels = steps._pixels(index, np.random.default_rng(0))
             except BadSampleError:
                 continue
+            items.append(_Item(index, text, pixels, None, question))
         if len(items) == batch:
             yield steps._batch(items, [])
             items = []
     if items:
         yield steps._batch(items, [])
+
+
+def _answered(sample: Sample) -> list[Question]:
+    return [question for question in sample.questions if question.answers]

@@ -57,6 +57,7 @@ class Sample:
     Args:
         image_id: samples of the same image share it.
         questions: asked about it.
+        domain: part of the data set that it counts for (NoCaps: `in`, `near`, `out`).
         path, offset, size: file and bytes that hold the image; offset 0 and size -1 is a whole file.
     """
 
@@ -67,6 +68,7 @@ class Sample:
     offset: int = 0
     size: int = -1
     questions: tuple[Question, ...] = ()
+    domain: str | None = None
 
     def read(self) -> bytes:
         """The image's bytes.
@@ -91,15 +93,32 @@ class Sample:
 
 @dataclass
 class Collection:
-    """A data set in memory: usable samples in a stable order, and what was bad when it was indexed."""
+    """A data set in memory: usable samples in a stable order, and what was bad when it was indexed.
+
+    Args:
+        mixture: (number of samples, weight) of each data set that was mixed, in order; empty where
+            nothing is mixed.
+    """
 
     name: str
     samples: list[Sample]
     bad: list[BadSample] = field(default_factory=list)
+    mixture: tuple[tuple[int, float], ...] = ()
 
     def limited(self, count: int | None) -> Collection:
-        """The first `count` samples; all where it is None."""
-        return self if count is None else Collection(self.name, self.samples[:count], self.bad)
+        """The first `count` samples (of each part of a mixture); all where it is None."""
+        if count is None:
+            return self
+        if not self.mixture:
+            return Collection(self.name, self.samples[:count], self.bad)
+        starts = itertools.accumulate((size for size, _ in self.mixture), initial=0)
+        kept = [
+            s for start, (size, _) in zip(starts, self.mixture, strict=False) for s in self._part(start, size, count)
+        ]
+        return Collection(self.name, kept, self.bad, tuple((min(size, count), weight) for size, weight in self.mixture))
+
+    def _part(self, start: int, size: int, count: int) -> list[Sample]:
+        return self.samples[start : start + min(size, count)]
 
     def fingerprint(self) -> str:
         """Changes when an image, a key or the order does: a cache key for what is made from the images.

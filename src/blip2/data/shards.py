@@ -30,6 +30,35 @@ class _Members:
     texts: dict[str, bytes] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A sample as it stands in a shard: the bytes that hold its image, and its JSON object with all it tells."""
+
+    key: str
+    entry: dict[str, Any]
+    offset: int
+    size: int
+
+
+def read_entries(path: Path) -> tuple[list[Entry], list[BadSample]]:
+    """Samples of one shard in order with whole JSON objects (`image_id` and `captions` filled in), and the bad ones.
+
+    Raises:
+        DataError: it is missing or is no tar file.
+    """
+    entries: list[Entry] = []
+    bad: list[BadSample] = []
+    members, cut = _members(path)
+    for key, parts in members.items():
+        try:
+            entries.append(_entry(key, parts))
+        except BadSampleError as error:
+            bad.append(BadSample(key, str(path), error.reason))
+    if cut:
+        bad.append(BadSample(cut, str(path), "shard is truncated here"))
+    return entries, bad
+
+
 def read_shards(name: str, paths: list[Path]) -> Collection:
     """Index shards in the order given.
 
@@ -66,7 +95,8 @@ def texts_of(entry: dict[str, Any]) -> dict[str, Any]:
         raise BadSampleError("no caption")
     for text in (*kept, *(t for q in questions for t in (q.text, *q.answers))):
         _require_utf8(text)
-    return {"captions": kept, "questions": questions}
+    domain = entry.get("domain")
+    return {"captions": kept, "questions": questions, "domain": domain if isinstance(domain, str) else None}
 
 
 def _question(entry: dict[str, Any]) -> Question | None:
@@ -173,23 +203,28 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _sample(key: str, parts: _Members, path: Path) -> Sample:
+    found = _entry(key, parts)
+    image_id = image_id_of(found.entry, key)
+    return Sample(key, image_id, path=str(path), offset=found.offset, size=found.size, **texts_of(found.entry))
+
+
+def _entry(key: str, parts: _Members) -> Entry:
     if parts.image is None:
         raise BadSampleError("no image")
-    if parts.image[1] == 0:
+    offset, size = parts.image
+    if size == 0:
         raise BadSampleError("zero-byte image")
-    image_id = key
     if "json" in parts.texts:
         entry = parse_json(parts.texts["json"])
-        image_id = image_id_of(entry, key)
         if "captions" not in entry and "caption" not in entry and "txt" in parts.texts:
             entry = {**entry, "captions": decode_text(parts.texts["txt"]).splitlines()}
-        texts = texts_of(entry)
     elif "txt" in parts.texts:
-        texts = lines_of(decode_text(parts.texts["txt"]))
+        entry = {"captions": decode_text(parts.texts["txt"]).splitlines()}
     else:
         raise BadSampleError("no text")
-    offset, size = parts.image
-    return Sample(key, image_id, path=str(path), offset=offset, size=size, **texts)
+    if "captions" not in entry and "caption" in entry:
+        entry = {**entry, "captions": entry["caption"]}
+    return Entry(key, {**entry, "image_id": image_id_of(entry, key)}, offset, size)
 
 
 def parse_json(data: bytes) -> dict[str, Any]:

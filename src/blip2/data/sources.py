@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import importlib.util
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -12,25 +13,32 @@ from braceexpand import braceexpand
 from blip2.cache import cache_folder
 from blip2.data.easyvqa import build_easy_vqa
 from blip2.data.folders import read_folder, read_jsonl
+from blip2.data.mixture import Part, parse_mixture
+from blip2.data.remote import fetch_all, is_remote
 from blip2.data.samples import Collection, Sample
 from blip2.data.shards import read_shards
 from blip2.errors import DataError
 
-NAMED = ("flickr8k:train", "flickr8k:dev", "easy-vqa:train", "easy-vqa:test", "skimage")
+NAMED = ("flickr8k:train", "flickr8k:dev", "easy-vqa:train", "easy-vqa:dev", "easy-vqa:test", "skimage")
+# Of easy-vqa's 4,000 training images, which the package does not split, the last ones are dev.
+_EASY_VQA_DEV = 400
 # Colour photographs that ship inside scikit-image's wheel.
 _PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
 
 
 def open_collection(spec: str) -> Collection:
-    """Index a data set.
+    """Index a data set, or a mixture of several (`a.tar*2+b.tar`, see `mixture`).
 
     Args:
-        spec: `flickr8k:train|dev`, `easy-vqa:train|test`, `skimage`, shards (a file, glob, brace
-            range, or folder of .tar), a folder of images with sidecar texts, or a .jsonl file.
+        spec: `flickr8k:train|dev`, `easy-vqa:train|dev|test`, `skimage`, shards (a file, glob, brace
+            range, address, or folder of .tar), a folder of images with sidecar texts, or a .jsonl file.
 
     Raises:
         DataError: not found, unknown, or without a single usable sample; says what to do.
     """
+    parts = parse_mixture(spec)
+    if len(parts) > 1 or parts[0].spec != spec:
+        return _mixed(spec, parts)
     collection = index(spec)
     if not collection.samples:
         if collection.bad:
@@ -40,13 +48,24 @@ def open_collection(spec: str) -> Collection:
     return collection
 
 
+def _mixed(spec: str, parts: list[Part]) -> Collection:
+    """All parts one after the other; equal image ids of two data sets are two images."""
+    mixed = Collection(spec, [])
+    for number, part in enumerate(parts):
+        found = open_collection(part.spec)
+        mixed.samples += [replace(sample, image_id=f"{number}:{sample.image_id}") for sample in found.samples]
+        mixed.bad += found.bad
+        mixed.mixture += ((len(found.samples), part.weight),)
+    return mixed
+
+
 def index(spec: str) -> Collection:
     """As `open_collection`, but a data set may be empty or all bad (`blip2 data check` shows why)."""
     name, _, split = spec.partition(":")
     if name == "flickr8k" and split in ("train", "dev"):
         return read_shards(spec, _named_shards("flickr8k", split))
-    if name == "easy-vqa" and split in ("train", "test"):
-        return read_shards(spec, sorted(build_easy_vqa(split, cache_folder() / "easy-vqa").glob(f"{split}-*.tar")))
+    if name == "easy-vqa" and split in ("train", "dev", "test"):
+        return _easy_vqa(spec, split)
     if spec == "skimage":
         return _skimage()
     path = Path(spec).expanduser()
@@ -55,11 +74,31 @@ def index(spec: str) -> Collection:
         return read_shards(spec, shards) if shards else read_folder(path)
     if path.suffix == ".jsonl":
         return read_jsonl(path)
+    if is_remote(spec):
+        return _remote(spec)
     if spec.endswith(".tar"):
         return read_shards(spec, _expand(os.path.expanduser(spec)))
     if path.exists():
         raise DataError(f"{spec}: not a data set: give .tar shards, a .jsonl file, or a folder of images")
     raise DataError(f"{spec}: no such file or folder, and not a named set ({', '.join(NAMED)})")
+
+
+def shard_paths(spec: str) -> list[Path]:
+    """The tar shards that a data set's name, path, glob, brace range or folder means.
+
+    Raises:
+        DataError: there are none.
+    """
+    name, _, split = spec.partition(":")
+    if name == "flickr8k" and split in ("train", "dev"):
+        return _named_shards("flickr8k", split)
+    path = Path(spec).expanduser()
+    if spec.endswith(".tar"):
+        return _expand(os.path.expanduser(spec))
+    shards = sorted(path.glob("*.tar")) if path.is_dir() else []
+    if not shards:
+        raise DataError(f"{spec}: no .tar shards: make them with `blip2 data convert`")
+    return shards
 
 
 def _expand(spec: str) -> list[Path]:
@@ -76,6 +115,19 @@ def _expand(spec: str) -> list[Path]:
     return found
 
 
+def _remote(spec: str) -> Collection:
+    """Shards of an address with braces; what could not be fetched is among the bad samples."""
+    try:
+        urls = list(braceexpand(spec))
+    except ValueError as error:
+        raise DataError(f"{spec}: not a brace pattern that can be expanded: {error}") from error
+    if not all(url.endswith(".tar") for url in urls):
+        raise DataError(f"{spec}: not shards: give addresses that end in .tar, with braces for several")
+    paths, bad = fetch_all(urls)
+    collection = read_shards(spec, paths)
+    return Collection(spec, collection.samples, [*bad, *collection.bad])
+
+
 def _named_shards(name: str, split: str) -> list[Path]:
     repository = Path(__file__).resolve().parents[3]
     places = [Path("..") / "shared", repository.parent / "shared", cache_folder()]
@@ -90,6 +142,15 @@ def _named_shards(name: str, split: str) -> list[Path]:
         f"{name}:{split}: no shards {split}-*.tar found (looked in {looked}): put them there, or set BLIP2_DATA to the "
         f"folder that holds {name}/"
     )
+
+
+def _easy_vqa(spec: str, split: str) -> Collection:
+    packed = "test" if split == "test" else "train"
+    shards = sorted(build_easy_vqa(packed, cache_folder() / "easy-vqa").glob(f"{packed}-*.tar"))
+    found = read_shards(spec, shards)
+    cut = len(found.samples) - _EASY_VQA_DEV
+    kept = {"train": slice(0, cut), "dev": slice(cut, None), "test": slice(None)}[split]
+    return Collection(spec, found.samples[kept], found.bad)
 
 
 def _skimage() -> Collection:

@@ -70,6 +70,54 @@ def recall_at_k(
     return result
 
 
+def candidate_pairs(similarity_IT: npt.NDArray[Any], k: int) -> list[npt.NDArray[np.int64]]:
+    """Texts to match with each image: its `k` best, and those among whose `k` best images it is."""
+    by_image_IT, by_text_IT = _best(similarity_IT, k)
+    return [np.flatnonzero(row) for row in by_image_IT | by_text_IT]
+
+
+def reranked_scores(
+    similarity_IT: npt.NDArray[Any],
+    matches: Sequence[tuple[npt.NDArray[np.int64], npt.NDArray[Any]]],
+    k: int,
+    itc_weight: float = 1.0,
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Scores of both directions [I, T]: ITC + ITM within the `k` best, minus infinity beyond.
+
+    Args:
+        matches: per image, the texts of `candidate_pairs` and their ITM logits.
+        itc_weight: of the ITC similarity; 1 is what LAVIS adds, 1 / temperature puts it on the
+            scale of the logits that it was trained as.
+
+    Returns:
+        scores for finding texts by image, and images by text.
+    """
+    total_IT = np.full(similarity_IT.shape, -np.inf, dtype=np.float32)
+    for row, (texts, logits) in enumerate(matches):
+        total_IT[row, texts] = itc_weight * similarity_IT[row, texts] + logits
+    by_image_IT, by_text_IT = _best(similarity_IT, k)
+    return np.where(by_image_IT, total_IT, -np.inf), np.where(by_text_IT, total_IT, -np.inf)
+
+
+def both_ways(
+    by_image_IT: npt.NDArray[Any], by_text_IT: npt.NDArray[Any], image_of_text_T: npt.ArrayLike
+) -> dict[str, float]:
+    """As `recall_at_k`, where the directions have scores of their own."""
+    first, second = recall_at_k(by_image_IT, image_of_text_T), recall_at_k(by_text_IT, image_of_text_T)
+    return {name: (first if name.startswith("i2t") else second)[name] for name in first}
+
+
+def _best(similarity_IT: npt.NDArray[Any], k: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Whether a text is among the `k` best of an image, and an image among the `k` best of a text."""
+    images, texts = similarity_IT.shape
+    by_image, by_text = (np.zeros((images, texts), dtype=bool) for _ in range(2))
+    best_texts = np.argpartition(-similarity_IT, min(k, texts) - 1, axis=1)[:, : min(k, texts)]
+    best_images = np.argpartition(-similarity_IT, min(k, images) - 1, axis=0)[: min(k, images)]
+    np.put_along_axis(by_image, best_texts, True, axis=1)
+    np.put_along_axis(by_text, best_images, True, axis=0)
+    return by_image, by_text
+
+
 def _checked(scores_IT: npt.NDArray[Any], image_of_text_T: npt.ArrayLike) -> npt.NDArray[np.int64]:
     """The texts' image indices as an array, after checking that they fit the scores."""
     owner_T = np.asarray(image_of_text_T)

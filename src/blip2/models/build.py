@@ -15,15 +15,19 @@ from blip2.models.language_model import LanguageModel, load_language_model
 from blip2.models.lora import add_lora
 from blip2.models.qformer import QFormer
 from blip2.models.stage1 import Stage1
-from blip2.models.stage2 import Stage2
+from blip2.models.stage2 import LinearBridge, Stage2
 from blip2.models.vision_encoder import VisionEncoder, load_vision_encoder
 
 # [DEC] is appended to the vocabulary of the BERT-type checkpoint.
 EXTRA_TOKENS = 1
 
 
-def build_qformer(config: QFormerConfig, image_width: int, bert: Any, *, text: bool) -> QFormer:
+def build_qformer(config: QFormerConfig, image_width: int, bert: Any, *, text: bool, head: bool = True) -> QFormer:
     """A freshly initialised Q-Former whose sizes follow a transformers BERT config.
+
+    Args:
+        text: with its text branch.
+        head: and the prediction head of it.
 
     Raises:
         ConfigError: its heads do not divide its width.
@@ -39,15 +43,18 @@ def build_qformer(config: QFormerConfig, image_width: int, bert: Any, *, text: b
         queries=config.queries,
         cross_every=config.cross_every,
         vocab=bert.vocab_size + EXTRA_TOKENS if text else None,
+        head=head,
         dropout=config.dropout,
         attention_dropout=config.attention_dropout,
     )
 
 
-def load_qformer(config: QFormerConfig, image_width: int, *, text: bool, start: bool = True) -> QFormer:
+def load_qformer(
+    config: QFormerConfig, image_width: int, *, text: bool, head: bool = True, start: bool = True
+) -> QFormer:
     """A Q-Former of the sizes of the BERT-type checkpoint `config.init`, by default started from it."""
     bert = bert_config(config.init, weights=start)
-    qformer = build_qformer(config, image_width, bert, text=text)
+    qformer = build_qformer(config, image_width, bert, text=text, head=head)
     if start:
         load_bert(qformer, _bert_state(config.init), config.init)
     return qformer
@@ -60,7 +67,7 @@ def build_stage1(config: RunConfig, vision: VisionEncoder | None = None, *, star
         vision: a loaded image encoder; None loads the one that the configuration names.
         start: start the Q-Former from BERT; False where a checkpoint is loaded next.
     """
-    vision = vision or load_vision_encoder(config.vision)
+    vision = vision or image_encoder(config)
     qformer = load_qformer(config.qformer, vision.width, text=True, start=start)
     return Stage1(
         qformer,
@@ -85,13 +92,28 @@ def build_stage2(
         language_model: a loaded one without adapters; None loads the one that the configuration names.
         device: where the model will run; the caller moves it there.
     """
-    vision = vision or load_vision_encoder(config.vision)
-    qformer = load_qformer(config.qformer, vision.width, text=False, start=start)
+    vision = vision or image_encoder(config)
+    qformer = bridge(config.qformer, vision.width, start=start)
     language_model = language_model or load_language_model(config.language, device=device)
     model = Stage2(qformer, language_model, vision, norm_eps=config.vision.norm_eps)
     if config.lora.rank:
         add_lora(language_model, config.lora)
     return model
+
+
+def image_encoder(config: RunConfig) -> VisionEncoder:
+    """The image encoder that a run names, frozen unless the run trains it."""
+    vision = load_vision_encoder(config.vision)
+    if config.vision.train:
+        vision.unfreeze()
+    return vision
+
+
+def bridge(config: QFormerConfig, image_width: int, *, start: bool = True) -> QFormer | LinearBridge:
+    """What stands between image features and projection in stage 2."""
+    if config.bridge == "linear":
+        return LinearBridge(image_width, config.queries)
+    return load_qformer(config, image_width, text=config.question, head=False, start=start)
 
 
 def build(config: RunConfig, *, start: bool = True, device: torch.device | str = "cpu") -> Stage1 | Stage2:

@@ -81,6 +81,7 @@ class QFormer(nn.Module):
         cross_every: cross-attention in layers 0, N, 2N, ...
         vocab: entries of the text vocabulary, [DEC] included; None builds no text branch
             (stage 2 needs none).
+        head: whether the text branch has BERT's prediction head (ITG needs it).
         positions: longest text.
     """
 
@@ -95,6 +96,7 @@ class QFormer(nn.Module):
         queries: int = 32,
         cross_every: int = 2,
         vocab: int | None = 30523,
+        head: bool = True,
         positions: int = 512,
         eps: float = 1e-12,
         dropout: float = 0.1,
@@ -122,7 +124,7 @@ class QFormer(nn.Module):
         self.embedding_norm = nn.LayerNorm(width, eps=eps)
         self.embedding_dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(layer(number) for number in range(depth))
-        self.head = LanguageHead(width, vocab, eps) if vocab is not None else None
+        self.head = LanguageHead(width, vocab, eps) if vocab is not None and head else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

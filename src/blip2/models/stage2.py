@@ -1,29 +1,59 @@
 """Stage 2: query outputs as soft prompts of a frozen language model (section 3.3).
 
 Shape letters: B images, Q queries, P patches, C image-encoder channels, D Q-Former width,
-H language-model width.
+H language-model width, T text tokens, N rows.
 """
 
 from __future__ import annotations
 
+import math
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.models.language_model import LanguageModel
 from blip2.models.qformer import QFormer
 
 
+class LinearBridge(nn.Module):
+    """No Q-Former: image tokens averaged down to a square of `tokens`, as wide as they are.
+
+    The baseline that a Q-Former has to beat; the linear layer behind it is stage 2's projection.
+
+    Args:
+        image_width: channels C of the image features.
+        tokens: soft prompts Q, a square number.
+    """
+
+    def __init__(self, image_width: int, tokens: int) -> None:
+        super().__init__()
+        self.width = self.image_width = image_width
+        self.num_queries, self.side = tokens, math.isqrt(tokens)
+
+    def forward(self, features_BPC: Tensor) -> Tensor:
+        """[B, Q, C]; what stands in front of the patch grid ([CLS], registers) is left out."""
+        grid = math.isqrt(features_BPC.shape[1])
+        patches_BCGG = features_BPC[:, -grid * grid :].transpose(1, 2).unflatten(2, (grid, grid))
+        return F.adaptive_avg_pool2d(patches_BCGG, self.side).flatten(2).transpose(1, 2)
+
+
 class Stage2(nn.Module):
     """Generative learning model.
 
     Args:
-        qformer: without its text branch (only the queries run).
+        qformer: without its text branch (only the queries run), with one where questions enter it,
+            or a `LinearBridge`.
         language_model: frozen.
         vision: frozen image encoder; None where features come from a cache.
         norm_eps: of `ln_vision`.
     """
 
     def __init__(
-        self, qformer: QFormer, language_model: LanguageModel, vision: nn.Module | None = None, norm_eps: float = 1e-5
+        self,
+        qformer: QFormer | LinearBridge,
+        language_model: LanguageModel,
+        vision: nn.Module | None = None,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.vision = vision
@@ -39,9 +69,24 @@ class Stage2(nn.Module):
         out: Tensor = self.vision(pixels_B3SS)
         return out
 
-    def soft_prompts(self, features_BPC: Tensor) -> Tensor:
-        """Soft prompts [B, Q, H] from image features."""
-        image_kv = self.qformer.project_image(self.ln_vision(features_BPC.to(self.ln_vision.weight.dtype)))
-        queries_BQD, _ = self.qformer.encode_queries(image_kv)
-        out: Tensor = self.language_proj(queries_BQD)
+    @property
+    def reads_questions(self) -> bool:
+        """Whether questions enter the Q-Former beside the queries."""
+        return isinstance(self.qformer, QFormer) and self.qformer.embeddings is not None
+
+    def soft_prompts(self, features_BPC: Tensor, ids_NT: Tensor | None = None, mask_NT: Tensor | None = None) -> Tensor:
+        """Soft prompts [N, Q, H] from image features.
+
+        Args:
+            ids_NT, mask_NT: right-padded questions for a Q-Former that reads them (section 4.3), N a
+                multiple of the B images: question n is about image n mod B. Without, N is B.
+        """
+        normed_BPC = self.ln_vision(features_BPC.to(self.ln_vision.weight.dtype))
+        if not isinstance(self.qformer, QFormer):
+            queries_NQD = self.qformer(normed_BPC)
+        elif ids_NT is not None and mask_NT is not None:
+            queries_NQD = self.qformer.encode_pair(ids_NT, mask_NT, self.qformer.project_image(normed_BPC))
+        else:
+            queries_NQD, _ = self.qformer.encode_queries(self.qformer.project_image(normed_BPC))
+        out: Tensor = self.language_proj(queries_NQD)
         return out

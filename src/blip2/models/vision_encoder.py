@@ -113,6 +113,23 @@ class VisionEncoder(nn.Module):
         """Whether none of its parameters trains."""
         return not any(p.requires_grad for p in self.model.parameters())
 
+    def unfreeze(self) -> None:
+        """Let all of it train that has a part in the features."""
+        for name, p in self.model.named_parameters():
+            top = name.split(".")[0]
+            final_norm = "norm" in top and not top.startswith("pre")
+            p.requires_grad_("mask_token" not in name and not (final_norm and self.layer is not None))
+
+    @property
+    def depths(self) -> dict[str, int]:
+        """How many blocks stand above each parameter: 0 for the last block and the norm behind it."""
+        blocks = _blocks(self.model)
+        place = {id(p): len(blocks) - 1 - n for n, block in enumerate(blocks) for p in block.parameters()}
+        return {
+            name: place.get(id(p), 0 if "norm" in name.split(".")[0] and "pre" not in name else len(blocks))
+            for name, p in self.model.named_parameters()
+        }
+
     def train(self, mode: bool = True) -> VisionEncoder:
         """As `nn.Module.train`, but frozen weights stay in eval mode."""
         super().train(mode and not self.frozen)
@@ -270,14 +287,16 @@ def _interpolation(model: nn.Module, size: int) -> dict[str, bool]:
 
 
 def _keep_blocks(model: nn.Module, layer: int) -> nn.Module:
-    """Drop the blocks after `layer`, in place, and return that block.
-
-    The blocks are the model's longest `nn.ModuleList`.
-    """
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    blocks = max(lists, key=len, default=nn.ModuleList())
+    """Drop the blocks after `layer`, in place, and return that block."""
+    blocks = _blocks(model)
     if not -len(blocks) <= layer < len(blocks):
         raise ConfigError(f"vision.layer is {layer}: {type(model).__name__} has {len(blocks)} blocks")
     index = layer % len(blocks)
     del blocks[index + 1 :]
     return blocks[index]
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    """The blocks of a model: its longest `nn.ModuleList`."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len, default=nn.ModuleList())

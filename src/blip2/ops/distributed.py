@@ -5,6 +5,7 @@ Shape letters: B rows of this process, G rows of all processes (G = B x world).
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,7 +84,6 @@ def gather_texts(ids_BT: Tensor, mask_BT: Tensor, pad_id: int) -> tuple[Tensor, 
     return gather(ids), gather(mask).bool()
 
 
-@torch.no_grad()
 def fetch_rows(x_B: Tensor, wanted_N: Tensor) -> Tensor:
     """Rows of the gathered batch by global index, sending only what is asked for.
 
@@ -92,8 +92,8 @@ def fetch_rows(x_B: Tensor, wanted_N: Tensor) -> Tensor:
         wanted_N: [N] int64 global indices that this process wants.
 
     Returns:
-        [N, ...] without gradient. Each process sends at most one copy of a row per request:
-        N rows travel where a full gather would send G.
+        [N, ...]; gradients go back to the process that holds the row. Each process sends at most one
+        copy of a row per request: N rows travel where a full gather would send G.
     """
     if world_size() == 1:
         return x_B[wanted_N]
@@ -106,12 +106,27 @@ def fetch_rows(x_B: Tensor, wanted_N: Tensor) -> Tensor:
     ask, give = asked.tolist(), asked_of_me.tolist()
     indices = torch.empty(sum(give), dtype=torch.int64, device=wanted_N.device)
     dist.all_to_all_single(indices, wanted_N[order].contiguous(), give, ask)
-    out = x_B[indices - here * rows].contiguous()
-    got = torch.empty(sum(ask), *x_B.shape[1:], dtype=x_B.dtype, device=x_B.device)
-    dist.all_to_all_single(got, out, ask, give)
-    result = torch.empty_like(got)
-    result[order] = got
-    return result
+    got: Tensor = _Exchange.apply(x_B[indices - here * rows], give, ask)
+    return got[torch.argsort(order)]
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows to the processes that asked for them; gradients the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, give: list[int], ask: list[int]) -> Tensor:
+        ctx.give, ctx.ask = give, ask
+        return _all_to_all(out, give, ask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _all_to_all(grad, ctx.ask, ctx.give), None, None
+
+
+def _all_to_all(out: Tensor, give: list[int], take: list[int]) -> Tensor:
+    got = torch.empty(sum(take), *out.shape[1:], dtype=out.dtype, device=out.device)
+    dist.all_to_all_single(got, out.contiguous(), take, give)
+    return got
 
 
 def mean_over_processes(values: Tensor) -> Tensor:

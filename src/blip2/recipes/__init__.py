@@ -11,14 +11,23 @@ from blip2.recipes import paper, tiny
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "tiny/stage1": tiny.stage1,
     "tiny/stage2": tiny.stage2,
+    "tiny/caption": tiny.caption,
+    "tiny/vqa": tiny.vqa,
+    "tiny/retrieval": tiny.retrieval,
     "tiny/demo-stage1": tiny.demo_stage1,
     "tiny/demo-stage2": tiny.demo_stage2,
     "vitg-opt2.7b/stage1": paper.vitg_opt_stage1,
     "vitg-opt2.7b/stage2": paper.vitg_opt_stage2,
+    "vitg-opt2.7b/caption": paper.vitg_opt_caption,
+    "vitg-opt2.7b/vqa": paper.vitg_opt_vqa,
+    "vitg-opt2.7b/retrieval": paper.vitg_opt_retrieval,
     "vitg-flant5xl/stage1": paper.vitg_t5_stage1,
     "vitg-flant5xl/stage2": paper.vitg_t5_stage2,
+    "vitg-flant5xl/caption": paper.vitg_t5_caption,
+    "vitg-flant5xl/vqa": paper.vitg_t5_vqa,
     "vitl-opt2.7b/stage1": paper.vitl_opt_stage1,
     "vitl-opt2.7b/stage2": paper.vitl_opt_stage2,
+    "vitl-opt2.7b/retrieval": paper.vitl_opt_retrieval,
 }
 
 

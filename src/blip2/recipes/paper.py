@@ -51,6 +51,44 @@ def _stage2(name: str, first: RunConfig, batch: int) -> RunConfig:
     )
 
 
+# An epoch counts every caption of COCO's Karpathy train and restval, every question of VQAv2's train and val.
+COCO_CAPTIONS, VQA_QUESTIONS = 566_747, 658_111
+
+
+def _finetuned(
+    name: str, base: RunConfig, *, texts: int, batch: int, size: int, lr: float, decay: float, beta2: float = 0.999
+) -> RunConfig:
+    """Five epochs with the image encoder unfrozen (tables 8 to 10 of the appendix)."""
+    return replace(
+        base,
+        recipe=name,
+        vision=replace(base.vision, train=True, image_size=size),
+        data=replace(base.data, cache_features=False),
+        optim=OptimConfig(lr=lr, min_lr=0.0, warmup_lr=1e-8, warmup=1000, layer_decay=decay, betas=(0.9, beta2)),
+        train=replace(base.train, steps=5 * texts // batch, batch=batch, eval_every=texts // batch),
+    )
+
+
+def _caption(name: str, base: RunConfig, decay: float) -> RunConfig:
+    run = _finetuned(name, base, texts=COCO_CAPTIONS, batch=256, size=364, lr=1e-5, decay=decay)
+    return replace(run, eval=replace(run.eval, best="cider"))
+
+
+def _vqa(name: str, base: RunConfig, decay: float) -> RunConfig:
+    run = _finetuned(name, base, texts=VQA_QUESTIONS, batch=128, size=490, lr=1e-5, decay=decay)
+    return replace(
+        run,
+        qformer=replace(run.qformer, question=True),
+        data=replace(run.data, texts="questions"),
+        eval=replace(run.eval, best="accuracy"),
+    )
+
+
+def _retrieval(name: str, base: RunConfig, *, lr: float, decay: float, beta2: float) -> RunConfig:
+    run = _finetuned(name, base, texts=COCO_CAPTIONS, batch=224, size=364, lr=lr, decay=decay, beta2=beta2)
+    return replace(run, eval=replace(run.eval, best="recall"))
+
+
 def vitg_opt_stage1() -> RunConfig:
     """ViT-g stage 1: 250k steps of 1,680 pairs; under six days on 16 A100-40G (section 4)."""
     return _stage1("vitg-opt2.7b/stage1", VIT_G, OPT, 1680)
@@ -79,3 +117,33 @@ def vitl_opt_stage1() -> RunConfig:
 def vitl_opt_stage2() -> RunConfig:
     """CLIP ViT-L/14 to OPT-2.7B: 80k steps of 1,920 pairs."""
     return _stage2("vitl-opt2.7b/stage2", vitl_opt_stage1(), 1920)
+
+
+def vitg_opt_caption() -> RunConfig:
+    """COCO captioning of ViT-g and OPT-2.7B from stage 2, at 364 px (table 8)."""
+    return _caption("vitg-opt2.7b/caption", vitg_opt_stage2(), decay=1.0)
+
+
+def vitg_t5_caption() -> RunConfig:
+    """COCO captioning of ViT-g and FlanT5-XL from stage 2, at 364 px (table 8)."""
+    return _caption("vitg-flant5xl/caption", vitg_t5_stage2(), decay=0.95)
+
+
+def vitg_opt_vqa() -> RunConfig:
+    """VQA of ViT-g and OPT-2.7B from stage 2, at 490 px, the question in the Q-Former too (table 9)."""
+    return _vqa("vitg-opt2.7b/vqa", vitg_opt_stage2(), decay=0.95)
+
+
+def vitg_t5_vqa() -> RunConfig:
+    """VQA of ViT-g and FlanT5-XL from stage 2, at 490 px, the question in the Q-Former too (table 9)."""
+    return _vqa("vitg-flant5xl/vqa", vitg_t5_stage2(), decay=0.9)
+
+
+def vitg_opt_retrieval() -> RunConfig:
+    """COCO retrieval of ViT-g from stage 1, at 364 px (table 10)."""
+    return _retrieval("vitg-opt2.7b/retrieval", vitg_opt_stage1(), lr=1e-5, decay=0.95, beta2=0.999)
+
+
+def vitl_opt_retrieval() -> RunConfig:
+    """COCO retrieval of ViT-L from stage 1, at 364 px (table 10)."""
+    return _retrieval("vitl-opt2.7b/retrieval", vitl_opt_stage1(), lr=5e-6, decay=1.0, beta2=0.98)

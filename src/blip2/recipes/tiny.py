@@ -56,6 +56,58 @@ def stage2() -> RunConfig:
     )
 
 
+def caption() -> RunConfig:
+    """Captioning from a stage-2 run: the image encoder trains too; the best of dev by CIDEr is kept.
+
+    `blip2 train tiny/caption --init runs/s2 --out runs/caption`
+    """
+    base = stage2()
+    return replace(
+        base,
+        recipe="tiny/caption",
+        vision=replace(base.vision, train=True),
+        data=replace(base.data, cache_features=False),
+        optim=OptimConfig(lr=1e-4, min_lr=0.0, warmup=20, layer_decay=0.8, betas=(0.9, 0.999)),
+        train=replace(base.train, steps=380, batch=16, eval_every=95),
+        eval=replace(base.eval, best="cider"),
+    )
+
+
+def vqa() -> RunConfig:
+    """Visual question answering from a stage-2 run, the question in the Q-Former too; easy-VQA by default.
+
+    `blip2 train tiny/vqa --init runs/s2 --out runs/vqa`
+    """
+    base = stage2()
+    return replace(
+        base,
+        recipe="tiny/vqa",
+        qformer=replace(base.qformer, question=True),
+        data=replace(base.data, train="easy-vqa:train", dev="easy-vqa:dev", texts="questions"),
+        optim=OptimConfig(lr=3e-4, min_lr=1e-5, warmup=40, betas=(0.9, 0.999)),
+        train=replace(base.train, steps=560, batch=24, eval_every=140, save_every=35),
+        eval=replace(base.eval, best="accuracy"),
+    )
+
+
+def retrieval() -> RunConfig:
+    """Retrieval from a stage-1 run: ITC + ITM; the best of dev by re-ranked R@1 is kept.
+
+    ITM meets ever harder negatives, and ITG, which `--loss.itg 1` brings back, leaves it the time.
+
+    `blip2 train tiny/retrieval --init runs/s1 --out runs/retrieval`
+    """
+    base = stage1()
+    return replace(
+        base,
+        recipe="tiny/retrieval",
+        loss=LossConfig(itg=0.0, itm_ramp=500),
+        optim=OptimConfig(lr=2e-4, min_lr=1e-5, warmup=40),
+        train=replace(base.train, steps=640, batch=32, eval_every=200),
+        eval=replace(base.eval, best="recall"),
+    )
+
+
 def demo_stage1() -> RunConfig:
     """The first of `make demo`: a taste of stage 1 on 960 images, with 8 queries.
 

@@ -44,9 +44,24 @@ def save(
     weights = {name: _full(value) for name, value in trained_state(model).items()}
     moments = {name: _full(value) for name, value in _moments(model, optimizer).items()}
     if distributed.rank() == 0:
-        _write(target, step, weights, moments, config)
+        _write(target, weights, moments, config, {STATE: {"step": step}})
         _prune(run, keep)
     return target
+
+
+def save_best(run: Path, step: int, score: float, name: str, model: nn.Module, config: dict[str, Any]) -> None:
+    """Write weights as the run's best: `best/`, in place of an earlier best.
+
+    Args:
+        score: on dev, higher is better; `name` of the number.
+
+    Raises:
+        CheckpointError: as `save`.
+    """
+    weights = {key: _full(value) for key, value in trained_state(model).items()}
+    if distributed.rank() == 0:
+        state = {"step": step, "metric": name, "score": score}
+        _write(run / runs.BEST, weights, None, config, {runs.SCORE: state})
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -67,22 +82,29 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> in
 
 
 def _write(
-    target: Path, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor], config: dict[str, Any]
+    target: Path,
+    weights: dict[str, Tensor],
+    moments: dict[str, Tensor] | None,
+    config: dict[str, Any],
+    states: dict[str, dict[str, Any]],
 ) -> None:
+    """A folder with weights, optimizer state and JSON files, beside and renamed."""
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         native.write_beside(temporary / MODEL, weights, {"format": "blip2", "config": json.dumps(config)})
-        native.write_beside(temporary / OPTIMIZER, moments)
-        (temporary / STATE).write_text(json.dumps({"step": step}))
+        if moments is not None:
+            native.write_beside(temporary / OPTIMIZER, moments)
+        for name, state in states.items():
+            (temporary / name).write_text(json.dumps(state))
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
         _sync_folder(target.parent)
     except (OSError, CheckpointError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        last = newest(target.parents[1])
+        last = newest(target.parent if target.name == runs.BEST else target.parents[1])
         intact = f"; {last.name} is intact" if last else ""
         cause = getattr(error, "strerror", None) or str(error).rsplit(": ", 1)[-1]
         raise CheckpointError(f"{target}: cannot write the checkpoint: {cause}{intact}") from error

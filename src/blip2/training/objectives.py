@@ -52,11 +52,15 @@ class Stage1Objective(nn.Module):
     Args:
         seed: of the negatives; the draw of step N is a pure function of (seed, N), the same for
             any number of processes.
+        accumulate: micro-batches per optimizer step; `forward` counts the former.
     """
 
-    def __init__(self, model: Stage1, tokenizer: QFormerTokenizer, config: LossConfig, seed: int = 0) -> None:
+    def __init__(
+        self, model: Stage1, tokenizer: QFormerTokenizer, config: LossConfig, seed: int = 0, accumulate: int = 1
+    ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.config, self.seed = model, tokenizer, config, seed
+        self.accumulate = accumulate
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """Weighted losses `itc`, `itm`, `itg`; a weight of 0 leaves one out."""
@@ -99,8 +103,10 @@ class Stage1Objective(nn.Module):
         uniform_2G = torch.from_numpy(np.random.default_rng([self.seed, step]).random((2, len(ids_G))))
         start = distributed.row_offset(len(ids_B))
         mine = uniform_2G[:, start : start + len(ids_B)].to(ids_B.device)
-        texts = contrastive.sample_hard_negatives(i2t_BG.detach(), ids_B, ids_G, mine[0])
-        images = contrastive.sample_hard_negatives(t2i_BG.detach(), ids_B, ids_G, mine[1])
+        ramp = self.config.itm_ramp * self.accumulate
+        hardness = self.config.itm_hardness * (min(1.0, step / ramp) if ramp else 1.0)
+        texts = contrastive.sample_hard_negatives(hardness * i2t_BG.detach(), ids_B, ids_G, mine[0])
+        images = contrastive.sample_hard_negatives(hardness * t2i_BG.detach(), ids_B, ids_G, mine[1])
         return texts, images
 
     def _itm(
@@ -150,31 +156,56 @@ def _stack(first_BT: Tensor, second_BT: Tensor) -> Tensor:
 class Stage2Objective(nn.Module):
     """Language modelling of the caption given the soft prompts (section 3.3).
 
+    A batch of questions has their answers for captions and each question for prompt; a Q-Former that
+    reads questions sees it too (section 4.3). `questions` makes the ids of its text.
+
     Decoder-only: prompt + caption, loss on the caption and its end token. Encoder-decoder: the
     caption is split at a random word into a prefix for the encoder and a suffix for the decoder;
     the split of a pair is a pure function of (seed, step, key).
     """
 
-    def __init__(self, model: Stage2, tokenizer: LanguageTokenizer, config: LanguageConfig, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: Stage2,
+        tokenizer: LanguageTokenizer,
+        config: LanguageConfig,
+        seed: int = 0,
+        questions: QFormerTokenizer | None = None,
+    ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.config, self.seed = model, tokenizer, config, seed
+        self.questions = questions
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """The loss `lm`."""
-        prompts_BQH = self.model.soft_prompts(_features(self.model, batch))
+        prompts_BQH = self._soft_prompts(batch)
         if self.model.language_model.encoder_decoder:
             return {"lm": self._encoder_decoder(prompts_BQH, batch, step)}
-        ids, mask, labels = self.tokenizer.targets([self.config.prompt] * len(batch), batch.captions)
+        ids, mask, labels = self.tokenizer.targets(self._prompts(batch), batch.captions)
         ids, mask, labels = (x.to(prompts_BQH.device) for x in (ids, mask, labels))
         loss = self.model.language_model.decoder_loss(prompts_BQH, ids, mask, labels)
         return {"lm": _mean_of_all(loss, int(labels.sum()))}
 
-    def _encoder_decoder(self, prompts_BQH: Tensor, batch: Batch, step: int) -> Tensor:
-        prefixes, suffixes = zip(
-            *(split_caption(c, k, self.seed, step) for c, k in zip(batch.captions, batch.keys, strict=True)),
-            strict=True,
+    def _soft_prompts(self, batch: Batch) -> Tensor:
+        features_BPC = _features(self.model, batch)
+        if batch.questions is None or self.questions is None:
+            return self.model.soft_prompts(features_BPC)
+        return self.model.soft_prompts(
+            features_BPC, *(x.to(features_BPC.device) for x in self.questions(batch.questions))
         )
-        parts = self.tokenizer.pairs([f"{self.config.prompt} {p}".strip() for p in prefixes], list(suffixes))
+
+    def _prompts(self, batch: Batch) -> list[str]:
+        if batch.questions is None:
+            return [self.config.prompt] * len(batch)
+        return [self.config.question.format(question) for question in batch.questions]
+
+    def _encoder_decoder(self, prompts_BQH: Tensor, batch: Batch, step: int) -> Tensor:
+        prefixes, suffixes = self._prompts(batch), batch.captions
+        if batch.questions is None:
+            split = [split_caption(c, k, self.seed, step) for c, k in zip(batch.captions, batch.keys, strict=True)]
+            prefixes = [f"{self.config.prompt} {prefix}".strip() for prefix, _ in split]
+            suffixes = [suffix for _, suffix in split]
+        parts = self.tokenizer.pairs(prefixes, suffixes)
         enc_ids, enc_mask, dec_ids, dec_mask = (x.to(prompts_BQH.device) for x in parts)
         loss = self.model.language_model.encoder_decoder_loss(prompts_BQH, enc_ids, enc_mask, dec_ids, dec_mask)
         return _mean_of_all(loss, int(dec_mask.sum()))

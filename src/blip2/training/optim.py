@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -14,15 +14,23 @@ from blip2.configs import OptimConfig
 _QFORMER = ("qformer", "ln_vision")
 
 
-def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, depths: Mapping[str, int] | None = None
+) -> torch.optim.AdamW:
     """AdamW over named parameters; biases, norms and other tensors of one axis or none do not decay.
 
-    Every group has a `scale`: `config.qformer_scale` for the Q-Former and what stands in front of it, else 1.
+    Every group has a `scale`: `config.qformer_scale` for the Q-Former and what stands in front of it,
+    `config.layer_decay` to the power of its depth for what has one, else 1.
+
+    Args:
+        depths: blocks above a parameter of an image encoder that trains, by name.
     """
     named = list(parameters)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in named:
         scale = config.qformer_scale if any(part in _QFORMER for part in name.split(".")) else 1.0
+        if depths is not None and name in depths:
+            scale = config.layer_decay ** depths[name]
         groups.setdefault((config.weight_decay if p.ndim >= 2 else 0.0, scale), []).append(p)
     return torch.optim.AdamW(
         [{"params": found, "weight_decay": decay, "scale": scale} for (decay, scale), found in groups.items()],

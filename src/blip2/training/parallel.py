@@ -109,8 +109,13 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 
 
 def unused_parameters(config: RunConfig) -> bool:
-    """Whether some trained parameters get no gradient: a stage-1 loss is left out."""
-    return config.stage == "stage1" and not (config.loss.itc and config.loss.itm and config.loss.itg)
+    """Whether some trained parameters get no gradient.
+
+    A stage-1 loss is left out, or the last layer of a text branch whose outputs nobody uses.
+    """
+    if config.stage == "stage2":
+        return config.qformer.question
+    return not (config.loss.itc and config.loss.itm and config.loss.itg)
 
 
 def _frozen_blocks(objective: nn.Module) -> list[nn.Module]:

@@ -25,11 +25,13 @@ from blip2.data.dataset import Batch
 from blip2.data.samples import BadSample
 from blip2.errors import RunError
 from blip2.models.freezing import assert_frozen, weights_digest
+from blip2.models.vision_encoder import VisionEncoder
 from blip2.ops import distributed
 from blip2.training import checkpoint
 from blip2.training.metrics import RunLog
 from blip2.training.optim import build_optimizer, learning_rate
 from blip2.training.parallel import autocast, unsharded, unused_parameters, wrap
+from blip2.weights import runs
 
 Evaluate = Callable[[int], dict[str, Any]]
 
@@ -76,14 +78,17 @@ class Trainer:
         self.config, self.folder, self.device = config, folder, device
         self.objective, self.model = objective, objective.model
         self.batches, self.evaluate, self.frozen = batches, evaluate, frozen or []
+        depths = self._depths()
         self.wrapped = wrap(objective, config.train.parallel, device, unused_parameters(config))
         self.optimizer = build_optimizer(
             ((n, p) for n, p in self.model.named_parameters() if p.requires_grad),  # type: ignore[union-attr]
             config.optim,
+            depths,
         )
         self.step = 0
         self._signal: int | None = None
         self._stopping = False
+        self._best = runs.best_score(folder)
 
     def resume(self) -> int:
         """Go on from the newest whole checkpoint, if there is one; returns the steps done."""
@@ -127,6 +132,13 @@ class Trainer:
     def _model(self) -> nn.Module:
         assert isinstance(self.model, nn.Module)
         return self.model
+
+    def _depths(self) -> dict[str, int]:
+        """Depth of every parameter of an image encoder that trains; empty where it is frozen."""
+        vision = getattr(self._model, "vision", None)
+        if not isinstance(vision, VisionEncoder) or vision.frozen:
+            return {}
+        return {f"vision.model.{name}": depth for name, depth in vision.depths.items()}
 
     def _one_step(self, source: Iterator[Batch], log: RunLog | None) -> list[BadSample]:
         train, began = self.config.train, time.monotonic()
@@ -199,12 +211,23 @@ class Trainer:
         with torch.no_grad(), unsharded(self.wrapped), distributed.alone(), precision:
             numbers = self.evaluate(self.step)
         captions = numbers.pop("captions", [])
+        self._keep_best(numbers)
         if log is not None and numbers:
             log.write("dev", self.step, numbers)
             shown = "  ".join(f"{k} {v:.2f}" for k, v in numbers.items() if isinstance(v, float))
             log.say(f"dev at step {self.step}: {shown}")
             for caption in captions:
                 log.say(f"  {caption}")
+
+    def _keep_best(self, numbers: dict[str, Any]) -> None:
+        """Keep the weights where the dev number that the run goes by is higher than ever (a loss: lower)."""
+        name = self.config.eval.best
+        if name is None or name not in numbers:
+            return
+        score = -numbers[name] if name == "loss" else numbers[name]
+        if self._best is None or score > self._best:
+            checkpoint.save_best(self.folder, self.step, score, name, self._model, to_dict(self.config))
+            self._best = score
 
     def _log_step(
         self, log: RunLog, losses: dict[str, float], rate: float, norm: float, seconds: float, waited: float

@@ -43,11 +43,11 @@ def assemble(
     vision = vision_encoder_of(found, dtype)
     if found.config.stage == "stage1":
         stage1 = build_stage1(found.config, vision, start=False)
-        report = _with_size(fill(stage1, found.source, found.tensors, found.allowed), vision)
+        report = _filled(stage1, found, vision)
         return stage1.to(device).eval(), report
     language_model = load_language_model(found.config.language, dtype, device=device, device_map=device_map)
     stage2 = build_stage2(found.config, vision, language_model, start=False)
-    report = _with_size(fill(stage2, found.source, found.tensors, found.allowed), vision)
+    report = _filled(stage2, found, vision)
     if device_map is None:
         return stage2.to(device).eval(), report
     for part in (vision, stage2.ln_vision, stage2.qformer, stage2.language_proj):
@@ -55,7 +55,9 @@ def assemble(
     return stage2.eval(), report
 
 
-def _with_size(report: LoadReport, vision: VisionEncoder) -> LoadReport:
+def _filled(model: Stage1 | Stage2, found: Checkpoint, vision: VisionEncoder) -> LoadReport:
+    report = fill(model, found.source, found.tensors, found.allowed)
+    freeze(vision)
     extra = (vision.interpolated,) if vision.interpolated else ()
     return replace(report, reshaped=(*report.reshaped, *extra))
 
@@ -68,7 +70,10 @@ def vision_encoder_of(found: Checkpoint, dtype: torch.dtype = torch.float32) -> 
     """
     settings = found.config.vision
     if not found.vision:
-        return load_vision_encoder(settings, dtype)
+        encoder = load_vision_encoder(settings, dtype)
+        if settings.train:
+            encoder.unfreeze()  # until its own weights are in
+        return encoder
     config = eva_config(found)
     encoder = vision_encoder_from_config(
         config, layer=settings.layer, pool=settings.pool, size=settings.image_size, name=found.source

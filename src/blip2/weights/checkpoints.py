@@ -57,6 +57,32 @@ def open_checkpoint(source: str | Path, *, vision: str | None = None, language: 
     return replace(found, config=config)
 
 
+def stage1_behind(init: str, home: Path | None = None) -> Checkpoint:
+    """The stage-1 checkpoint that a run began from, through the stage-2 runs in between.
+
+    Args:
+        init: what the run started from.
+        home: the run itself; runs that moved together find each other by name.
+
+    Raises:
+        CheckpointError: one on the way is not there, or began from nothing.
+    """
+    found = open_checkpoint(_beside(init, home))
+    while found.config.stage == "stage2" and found.config.init:
+        found = open_checkpoint(_beside(found.config.init, home))
+    if found.config.stage != "stage1":
+        raise CheckpointError(
+            f"{found.source}: a stage 2 that began without stage 1: there is no stage 1 behind {init}"
+        )
+    return found
+
+
+def _beside(init: str, home: Path | None) -> str | Path:
+    path = Path(init)
+    moved = home.parent / path.name if home is not None else path
+    return moved if not path.exists() and moved.exists() else init
+
+
 def _open(source: str | Path) -> Checkpoint:
     path = Path(source)
     if path.is_dir() and (path / "config.json").is_file():

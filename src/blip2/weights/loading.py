@@ -14,17 +14,12 @@ from blip2.weights.names import listed
 from blip2.weights.tensors import LazyTensor
 
 # Parts that are frozen in pretraining and come from their own checkpoint.
-FROZEN = ("vision.", "language_model.")
+VISION = "vision."
+FROZEN = (VISION, "language_model.")
 # What stage 2 leaves behind of stage 1: the text branch, its head, and the heads of ITC and ITM.
-STAGE1_ONLY = (
-    "qformer.embeddings.",
-    "qformer.head.",
-    "vision_proj.",
-    "text_proj.",
-    "itm_head.",
-    "temp",
-)
-TEXT_FEED_FORWARD = ".text_ff."
+TEXT_EMBEDDINGS, TEXT_FEED_FORWARD = "qformer.embeddings.", ".text_ff."
+STAGE1_HEADS = ("qformer.head.", "vision_proj.", "text_proj.", "itm_head.", "temp")
+STAGE1_ONLY = (TEXT_EMBEDDINGS, *STAGE1_HEADS)
 # The frozen tower that may have adapters, which are all that is ever saved of it.
 ADAPTED = ("language_model.",)
 # What stage 2 adds.
@@ -78,9 +73,20 @@ class Allowed:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of a stage that is an adapter or not part of a frozen tower, by name."""
+    """Every tensor of a stage that is an adapter or not part of a frozen tower, by name.
+
+    An image encoder that trains is saved whole.
+    """
+    vision = getattr(model, "vision", None)
+    tuned = isinstance(vision, nn.Module) and any(p.requires_grad for p in vision.parameters())
+    frozen = tuple(part for part in FROZEN if not (tuned and part == VISION))
     state = model.state_dict()
-    return {name: value for name, value in state.items() if is_adapter(name) or not name.startswith(FROZEN)}
+    return {name: value for name, value in state.items() if is_adapter(name) or not name.startswith(frozen)}
+
+
+def is_text_branch(name: str) -> bool:
+    """Whether a tensor is of the Q-Former's text branch, its prediction head aside."""
+    return name.startswith(TEXT_EMBEDDINGS) or TEXT_FEED_FORWARD in name
 
 
 def new_adapters(state: Iterable[str]) -> tuple[str, ...]:
@@ -133,7 +139,7 @@ def compare(
 
 
 def _droppable(name: str, left_out: tuple[str, ...]) -> bool:
-    return bool(left_out) and (listed(name, left_out) or TEXT_FEED_FORWARD in name)
+    return listed(name, left_out) or (TEXT_EMBEDDINGS in left_out and TEXT_FEED_FORWARD in name)
 
 
 def _compare(source: str, name: str, theirs: Tensor | LazyTensor, ours: Tensor, adapt: bool) -> str | None:

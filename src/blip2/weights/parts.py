@@ -65,6 +65,28 @@ def vision_tower(found: Checkpoint) -> Tower:
     return Tower(part, tensors, folder)
 
 
+def with_own_encoder(found: Checkpoint) -> Checkpoint:
+    """A run of ours that fine-tuned its image encoder as one that brings it along; any other as it is.
+
+    Raises:
+        CheckpointError: the encoder is none that `Blip2VisionModel` can hold.
+    """
+    prefix = "vision.model."
+    own = {name.removeprefix(prefix): lazy for name, lazy in found.tensors.items() if name.startswith(prefix)}
+    if not own:
+        return found
+    part = hub.part_of_blip2(hub.load_config(str(folder_of(found.config.vision.name))), "vision_config")
+    if part.model_type != "blip_2_vision_model":
+        raise CheckpointError(
+            f"{found.source}: it fine-tuned a {part.model_type} image encoder, and BLIP-2 of transformers and LAVIS "
+            "has place for its own ViT-g only"
+        )
+    rest = {name: lazy for name, lazy in found.tensors.items() if not name.startswith(prefix)}
+    own = {name: lazy for name, lazy in own.items() if not name.startswith("post_layernorm.")}
+    config = replace(found.config, vision=replace(found.config.vision, train=False))
+    return replace(found, tensors=rest, vision=own, vision_config=part.to_dict(), config=config)
+
+
 def language_tower(config: RunConfig) -> Tower:
     """The language model of a run, under the names of its own transformers class.
 

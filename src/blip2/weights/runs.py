@@ -15,6 +15,8 @@ from blip2.weights import native
 
 CONFIG = "config.yaml"
 WEIGHTS = "model.safetensors"
+# The weights that scored highest on dev, and their step and score; only where a run keeps them (`eval.best`).
+BEST, SCORE = "best", "score.json"
 _STEP = re.compile(r"step-(\d{6,})")
 
 
@@ -27,7 +29,7 @@ class Run:
 
 
 def open_run(path: str | Path) -> Run:
-    """Find a run's weights: a run folder, one of its checkpoints, or a weights file of ours.
+    """Find a run's weights: a run folder (its best, else its newest), one of its checkpoints, or a file of ours.
 
     Raises:
         CheckpointError: nothing there, no whole checkpoint yet, or a file of another kind.
@@ -42,6 +44,14 @@ def open_run(path: str | Path) -> Run:
         raise CheckpointError(f"{weights}: not a blip2 weights file (no configuration in its header)") from None
     run: RunConfig = from_dict(RunConfig, config, str(weights))
     return Run(_resolved(run, weights), weights)
+
+
+def best_score(run: Path) -> float | None:
+    """Dev score of the weights that a run keeps as its best; None where it has none."""
+    try:
+        return float(json.loads((run / BEST / SCORE).read_text("utf-8"))["score"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
@@ -103,6 +113,8 @@ def _resolved(config: RunConfig, weights: Path) -> RunConfig:
 def _newest_weights(folder: Path) -> Path:
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS
+    if (folder / BEST / WEIGHTS).is_file():
+        return folder / BEST / WEIGHTS
     whole = checkpoints(folder)
     if not whole:
         raise CheckpointError(f"{folder}: no whole checkpoint in it (looked in {folder / 'checkpoints'})")

@@ -16,18 +16,20 @@ from blip2.models.stage1 import Stage1
 from blip2.models.towers import TOWERS
 from blip2.weights import names
 from blip2.weights.checkpoint import Checkpoint
-from blip2.weights.loading import compare
+from blip2.weights.loading import VISION, compare
 
 
 def require_whole(found: Checkpoint) -> None:
     """Compare a checkpoint's tensors with those that its stage trains, which are laid out on the meta device.
 
-    Adapters are compared with each other: their language model is not at hand here.
+    Adapters are compared with each other: their language model is not at hand here, and no more is the
+    image encoder, where that was trained.
 
     Raises:
         CheckpointError: names the first missing, unexpected or differently shaped tensor.
     """
-    own = {name: lazy for name, lazy in found.tensors.items() if not is_adapter(name)}
+    tensors = found.tensors.items()
+    own = {name: lazy for name, lazy in tensors if not is_adapter(name) and not name.startswith(VISION)}
     compare(_trained(found), found.source, own, found.allowed)
     _require_pairs(found)
 
@@ -46,15 +48,17 @@ def _require_pairs(found: Checkpoint) -> None:
 def _trained(found: Checkpoint) -> dict[str, Tensor]:
     """What trains of the checkpoint's stage; widths of its towers are taken from its own tensors."""
     settings, first = found.config.qformer, found.config.stage == "stage1"
-    bert = _bert(found)
     width = _shape(found, "ln_vision.weight", 1)[0]
     with torch.device("meta"):
-        qformer = build_qformer(settings, width, bert, text=first)
-        if first:
-            return Stage1(qformer, embed_dim=settings.embed_dim).state_dict()
+        state, inner = {}, width
+        if settings.bridge == "qformer":
+            text = first or settings.question
+            qformer = build_qformer(settings, width, _bert(found), text=text, head=first)
+            if first:
+                return Stage1(qformer, embed_dim=settings.embed_dim).state_dict()
+            state, inner = {f"qformer.{name}": value for name, value in qformer.state_dict().items()}, qformer.width
         hidden = _shape(found, "language_proj.weight", 2)[0]
-        state = {f"qformer.{name}": value for name, value in qformer.state_dict().items()}
-        norm, projection = torch.nn.LayerNorm(width), torch.nn.Linear(qformer.width, hidden)
+        norm, projection = torch.nn.LayerNorm(width), torch.nn.Linear(inner, hidden)
         state |= {f"ln_vision.{name}": value for name, value in norm.state_dict().items()}
         return state | {f"language_proj.{name}": value for name, value in projection.state_dict().items()}
 
@@ -66,14 +70,14 @@ def _bert(found: Checkpoint) -> Any:
     init = found.config.qformer.init
     if init in TOWERS or Path(init).is_dir():
         return bert_config(init, weights=False)
-    stage1 = found.config.stage == "stage1"
+    text = found.config.stage == "stage1" or found.config.qformer.question
     return BertConfig(
         hidden_size=_shape(found, "qformer.query_tokens", 2)[1],
         num_hidden_layers=names.depth_of(found.tensors),
         num_attention_heads=1,
         intermediate_size=_shape(found, "qformer.layers.0.query_ff.up.weight", 2)[0],
-        vocab_size=_shape(found, "qformer.embeddings.word.weight", 2)[0] - EXTRA_TOKENS if stage1 else 1,
-        max_position_embeddings=_shape(found, "qformer.embeddings.position.weight", 2)[0] if stage1 else 1,
+        vocab_size=_shape(found, "qformer.embeddings.word.weight", 2)[0] - EXTRA_TOKENS if text else 1,
+        max_position_embeddings=_shape(found, "qformer.embeddings.position.weight", 2)[0] if text else 1,
     )
 
 

@@ -17,6 +17,7 @@ from blip2.apps.evaluate.tasks import (
     answer,
     caption,
     decoding_settings,
+    lemmatised,
     questions_of,
     require_captions,
     retrieve,
@@ -75,6 +76,8 @@ def _check(options: argparse.Namespace, data: Collection) -> None:
         raise ConfigError(f"--limit is {options.limit}: it must be 1 or more")
     if options.task == "vqa":
         questions_of(data)
+        if _lemmas(options, data):
+            lemmatised(["a"])
     else:
         require_captions(data)
     if options.task == "retrieval" and len(data.samples) < 2:
@@ -85,10 +88,28 @@ def _run(options: argparse.Namespace, model: Blip2, data: Collection, folder: Fo
     if options.task == "caption":
         return caption(model, data, folder, _decoding(options), options.prompt)
     if options.task == "retrieval":
-        return retrieve(model, data, folder, options.k)
+        return retrieve(model, data, folder, options.k, _itc_weight(options, model))
     asked = questions_of(data)[: options.questions]
     listed = _candidates(options.candidates, data)
-    return answer(model, asked, folder, _decoding(options), shuffled=options.shuffle, candidates=listed)
+    options_of = {"shuffled": options.shuffle, "candidates": listed, "lemmas": _lemmas(options, data)}
+    return answer(model, asked, folder, _decoding(options), **options_of)
+
+
+def _lemmas(options: argparse.Namespace, data: Collection) -> bool:
+    """Whether words are compared in their base forms: for OK-VQA unless the user says otherwise."""
+    if options.lemmas == "auto":
+        return "okvqa" in data.name.lower().replace("-", "").replace("_", "")
+    return bool(options.lemmas == "on")
+
+
+def _itc_weight(options: argparse.Namespace, model: Blip2) -> float:
+    """The number given, or 1 / temperature of the model for `auto`."""
+    if options.itc_weight == "auto":
+        return 1 / float(model.stage1.temp)
+    try:
+        return float(options.itc_weight)
+    except ValueError:
+        raise ConfigError(f"--itc-weight is {options.itc_weight!r}: it must be a number or auto") from None
 
 
 def _candidates(source: str | None, data: Collection) -> list[str]:
@@ -132,11 +153,17 @@ def _settings(options: argparse.Namespace, model: Blip2, name: str, data: Collec
         "towers_dtype": str(next(model.vision.parameters()).dtype).removeprefix("torch."),
     }
     if options.task == "retrieval":
-        return {**out, "k": options.k, "max_text": config.qformer.max_text}
+        return {
+            **out,
+            "k": options.k,
+            "itc_weight": round(_itc_weight(options, model), 4),
+            "max_text": config.qformer.max_text,
+        }
     out |= decoding_settings(_decoding(options))
     if options.task == "caption":
         return {**out, "prompt": config.language.prompt if options.prompt is None else options.prompt}
     extra = {"questions": options.questions, "shuffled": options.shuffle, "candidates": options.candidates}
+    extra["lemmas"] = _lemmas(options, data)
     return {**out, "question": config.language.question, **extra}
 
 

@@ -18,22 +18,28 @@ from blip2.data.samples import BadSampleError, Collection, Sample
 SHOWN, THUMB = 8, 256
 
 
-def write_page(folder: Path, result: dict[str, Any], outcome: Outcome, data: Collection) -> Path:
-    """Write `report.html` into an evaluation's folder; returns its path."""
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """Templates of this folder, with the style sheet that all pages share."""
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader([Path(__file__).parent, Path(__file__).parents[1]]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def write_page(folder: Path, result: dict[str, Any], outcome: Outcome, data: Collection) -> Path:
+    """Write `report.html` into an evaluation's folder; returns its path."""
     by_key = {sample.key: sample for sample in data.samples}
     groups = [
         (title, [_example(result["task"], outcome.entries[n], by_key) for n in chosen])
         for title, chosen in _chosen(outcome.entries)
     ]
-    page = environment.get_template("page.html.j2").render(
-        result=result, rows=_rows(result), groups=groups, missing=outcome.missing, notes=outcome.notes
+    page = (
+        environment()
+        .get_template("page.html.j2")
+        .render(result=result, rows=_rows(result), groups=groups, missing=outcome.missing, notes=outcome.notes)
     )
     path = folder / "report.html"
     write_beside(path, page)
@@ -53,7 +59,7 @@ def _chosen(entries: list[dict[str, Any]]) -> list[tuple[str, list[int]]]:
 def _example(task: str, entry: dict[str, Any], by_key: dict[str, Sample]) -> dict[str, Any]:
     key = entry.get("image", entry["id"])
     sample = by_key.get(key) or by_key.get(key.split("~")[0])
-    out = {"key": key, "image": _picture(sample), "question": None, "score": ""}
+    out = {"key": key, "image": picture_of(sample), "question": None, "score": ""}
     if task == "vqa":
         return out | {"said": entry["answer"], "question": entry["question"], "wanted": sorted(set(entry["answers"]))}
     if task == "retrieval":
@@ -65,7 +71,8 @@ def _example(task: str, entry: dict[str, Any], by_key: dict[str, Sample]) -> dic
     return out | {"said": entry["caption"], "wanted": entry["references"], "score": f"CIDEr {entry['score']:.0f}"}
 
 
-def _picture(sample: Sample | None) -> str | None:
+def picture_of(sample: Sample | None) -> str | None:
+    """A small JPEG of a sample as a data URL; None where it cannot be read."""
     if sample is None:
         return None
     try:

@@ -17,11 +17,11 @@ from torch import Tensor
 from blip2.apps.evaluate.work import Folder, work_through
 from blip2.configs import DecodingConfig
 from blip2.data.samples import Collection, Question, Sample
-from blip2.errors import DataError
+from blip2.errors import ConfigError, DataError
 from blip2.evaluation import vqa
 from blip2.evaluation.captioning import bleu, cider, cider_per_image, rouge_l
 from blip2.evaluation.official import official_scores
-from blip2.evaluation.retrieval import recall_at_k, retrieval_ranks
+from blip2.evaluation.retrieval import both_ways, candidate_pairs, recall_at_k, reranked_scores, retrieval_ranks
 from blip2.inference import Blip2
 from blip2.ops.contrastive import query_text_similarity
 
@@ -84,7 +84,24 @@ def caption(model: Blip2, data: Collection, folder: Folder, decoding: DecodingCo
         notes.append("BLEU, ROUGE-L and CIDEr by blip2's own scorers (no Java: its tokeniser differs in rare cases)")
     metrics = {name: official.get(name, own.get(name)) for name in names}
     missing = {name: reason for name, reason in missing.items() if metrics[name] is None}
+    domains = [sample.domain for sample in data.samples]
+    if any(domains):
+        metrics |= {"per_domain": _per_domain(candidates, references, domains)}
     return Outcome(metrics, missing, entries, len(entries), tuple(notes))
+
+
+def _per_domain(
+    candidates: list[str], references: list[list[str]], domains: list[str | None]
+) -> dict[str, dict[str, float | None]]:
+    """The metrics of each part of the data set by itself, as NoCaps counts them."""
+    out: dict[str, dict[str, float | None]] = {}
+    for domain in sorted({domain for domain in domains if domain}):
+        said = [c for c, d in zip(candidates, domains, strict=True) if d == domain]
+        people = [r for r, d in zip(references, domains, strict=True) if d == domain]
+        own: dict[str, float | None] = {"cider": cider(said, people), "bleu4": bleu(said, people)["bleu4"]}
+        official, _ = official_scores(said, people)
+        out[domain] = {name: official.get(name, own.get(name)) for name in (*own, "spice")}
+    return out
 
 
 # -- visual question answering --------------------------------------------------------------------
@@ -113,10 +130,12 @@ def answer(
     *,
     shuffled: bool = False,
     candidates: Sequence[str] = (),
+    lemmas: bool = False,
 ) -> Outcome:
     """Answer every question.
 
     Args:
+        lemmas: compare the base forms of answers' words, as OK-VQA's were.
         shuffled: show each question another image than its own: what the language alone knows.
         candidates: rank these by their likelihood instead of writing freely.
     """
@@ -139,6 +158,8 @@ def answer(
     names = [f"{sample.key}#{n}" for n, (sample, _) in enumerate(asked)]
     entries = work_through(names, folder, predict, batch=model.batch, what="question")
     said, answers = [e["answer"] for e in entries], [e["answers"] for e in entries]
+    if lemmas:
+        said, answers = lemmatised(said), [lemmatised(found) for found in answers]
     several = any(len(found) > 1 for found in answers)
     scores = vqa.vqa_accuracy(said, answers) if several else vqa.exact_match(said, answers)
     kinds: dict[str, list[float]] = {}
@@ -153,7 +174,21 @@ def answer(
         "majority": _percent(blind([common] * len(answers), answers)),
     }
     rule = "official VQA accuracy over several people's answers" if several else "exact match after normalising"
+    rule += ", on the base forms of words (simplemma)" if lemmas else ""
     return Outcome(metrics, {}, entries, len(entries), (rule, f"majority answer: {common!r}"))
+
+
+def lemmatised(texts: Sequence[str]) -> list[str]:
+    """Texts with every word in its base form.
+
+    Raises:
+        ConfigError: simplemma is not installed.
+    """
+    try:
+        from simplemma import lemmatize
+    except ImportError:
+        raise ConfigError("lemmas need simplemma: pip install simplemma, or give --lemmas off") from None
+    return [" ".join(lemmatize(word, lang="en") for word in text.split()) for text in texts]
 
 
 def _percent(scores: Sequence[float]) -> float:
@@ -163,8 +198,8 @@ def _percent(scores: Sequence[float]) -> float:
 # -- retrieval ------------------------------------------------------------------------------------
 
 
-def retrieve(model: Blip2, data: Collection, folder: Folder, k: int) -> Outcome:
-    """Rank by ITC, then re-rank the best `k` of both directions by ITC + ITM.
+def retrieve(model: Blip2, data: Collection, folder: Folder, k: int, itc_weight: float) -> Outcome:
+    """Rank by ITC, then re-rank the best `k` of both directions by `itc_weight` x ITC + ITM.
 
     Both directions' candidate pairs are joined and grouped by image: an image is encoded and
     projected once and meets all its texts.
@@ -180,48 +215,15 @@ def retrieve(model: Blip2, data: Collection, folder: Folder, k: int) -> Outcome:
         return [_matches(model, features[n : n + 1], texts, pairs[i]) for n, i in enumerate(chunk)]
 
     entries = work_through(_ids(data.samples), folder, predict, batch=model.batch, what="image")
-    reranked = reranked_scores(similarity_IT, entries, k)
-    metrics = {"itc": recall_at_k(similarity_IT, owners), "reranked": _both_ways(*reranked, owners)}
+    matches = [(np.array(entry["texts"], np.int64), np.array(entry["itm"], np.float32)) for entry in entries]
+    reranked = reranked_scores(similarity_IT, matches, k, itc_weight)
+    metrics = {"itc": recall_at_k(similarity_IT, owners), "reranked": both_ways(*reranked, owners)}
     ranks, _ = retrieval_ranks(reranked[0], owners)
     for entry, sample, rank, scores in zip(entries, data.samples, ranks, reranked[0], strict=True):
         entry |= {"found": texts[int(scores.argmax())], "references": list(sample.captions), "rank": int(rank)}
         entry["score"] = -float(rank)
     notes = (f"{len(data.samples)} images, {len(texts)} texts, {sum(map(len, pairs))} pairs matched",)
     return Outcome(metrics, {}, entries, len(data.samples), notes)
-
-
-def candidate_pairs(similarity_IT: npt.NDArray[Any], k: int) -> list[npt.NDArray[np.int64]]:
-    """Texts to match with each image: its `k` best, and those among whose `k` best it is."""
-    images, texts = similarity_IT.shape
-    wanted = np.zeros((images, texts), dtype=bool)
-    best_texts = np.argpartition(-similarity_IT, min(k, texts) - 1, axis=1)[:, : min(k, texts)]
-    best_images = np.argpartition(-similarity_IT, min(k, images) - 1, axis=0)[: min(k, images)]
-    np.put_along_axis(wanted, best_texts, True, axis=1)
-    np.put_along_axis(wanted, best_images, True, axis=0)
-    return [np.flatnonzero(row) for row in wanted]
-
-
-def reranked_scores(
-    similarity_IT: npt.NDArray[Any], entries: Entries, k: int
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Scores of both directions [I, T]: ITC + ITM within the `k` best, minus infinity beyond."""
-    images, texts = similarity_IT.shape
-    match_IT = np.full((images, texts), -np.inf, dtype=np.float32)
-    for row, entry in enumerate(entries):
-        match_IT[row, entry["texts"]] = entry["itm"]
-    total_IT = similarity_IT + match_IT
-    by_image = np.full_like(total_IT, -np.inf)
-    by_text = np.full_like(total_IT, -np.inf)
-    best_texts = np.argpartition(-similarity_IT, min(k, texts) - 1, axis=1)[:, : min(k, texts)]
-    best_images = np.argpartition(-similarity_IT, min(k, images) - 1, axis=0)[: min(k, images)]
-    np.put_along_axis(by_image, best_texts, np.take_along_axis(total_IT, best_texts, 1), axis=1)
-    np.put_along_axis(by_text, best_images, np.take_along_axis(total_IT, best_images, 0), axis=0)
-    return by_image, by_text
-
-
-def _both_ways(by_image: npt.NDArray[Any], by_text: npt.NDArray[Any], owners: npt.NDArray[Any]) -> dict[str, float]:
-    first, second = recall_at_k(by_image, owners), recall_at_k(by_text, owners)
-    return {name: (first if name.startswith("i2t") else second)[name] for name in first}
 
 
 def _matches(model: Blip2, features_1PC: Tensor, texts: list[str], chosen: npt.NDArray[np.int64]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""CapFilt: synthetic captions beside the web text, ranked against the image, the best kept."""

@@ -1,0 +1,1 @@
+"""Public data sets, as they are downloaded, to shards of our format."""

@@ -1,0 +1,73 @@
+"""Folders of images with texts beside them, and JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from blip2.data.convert.sources import Images, images_of
+from blip2.data.convert.units import Item, Request, Unit, clean_key, cut
+from blip2.data.folders import SUFFIXES
+from blip2.data.samples import BadSampleError
+from blip2.data.shards import decode_text, parse_json
+from blip2.errors import DataError
+
+
+def read_folder_units(request: Request) -> list[Unit]:
+    """Images below a folder with `NAME.json` or `NAME.txt` (a caption per line) beside each.
+
+    Raises:
+        DataError: no such folder, or no image in it.
+    """
+    folder = request.source
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such file or folder")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not paths:
+        raise DataError(f"{folder}: no image in this folder ({', '.join(SUFFIXES)})")
+    return cut((_beside(path, folder) for path in paths), request.size)
+
+
+def read_lines(request: Request) -> list[Unit]:
+    """JSON lines: `image` (relative to the file or to --images), `captions`, `qa`, anything else is kept.
+
+    Raises:
+        DataError: the file cannot be read, or a line is no object with an image.
+    """
+    if not request.source.is_file():
+        raise DataError(f"{request.source}: no such JSON lines file")
+    return cut(_lines(request.source, images_of(request, request.source)), request.size)
+
+
+def _beside(path: Path, folder: Path) -> Item:
+    """An image with its sidecar; a broken one leaves the texts empty, which the look at it reports."""
+    key = clean_key(path.relative_to(folder).with_suffix("").as_posix())
+    entry: dict[str, Any] = {}
+    try:
+        if path.with_suffix(".json").is_file():
+            entry = parse_json(path.with_suffix(".json").read_bytes())
+        if not entry.get("captions", entry.get("caption")) and "qa" not in entry and path.with_suffix(".txt").is_file():
+            text = decode_text(path.with_suffix(".txt").read_bytes())
+            entry = {**entry, "captions": text.splitlines()}
+    except (BadSampleError, OSError):
+        entry = {}
+    return Item(key, {"image_id": key, **entry}, str(path))
+
+
+def _lines(path: Path, images: Images) -> Iterator[Item]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            name = entry.pop("image")
+            key = clean_key(str(entry.pop("key", f"{number}-{Path(name).stem}")))
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            raise DataError(f"{path}: line {number} is no JSON object with an image") from None
+        yield Item(key, {"image_id": images.find(name), **entry}, images.find(name))

@@ -1,0 +1,43 @@
+"""Visual Genome: the phrases of an image's regions as its captions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from blip2.data.convert.captions import read_coco
+from blip2.data.convert.sources import Images, annotation, expecting, images_of, load_json
+from blip2.data.convert.units import Item, Request, Unit, cut
+
+
+def read_vg(request: Request) -> list[Unit]:
+    """`region_descriptions.json` with images `VG_100K*/ID.jpg`, or LAVIS's `vg_caption.json`.
+
+    `boxes` holds [x, y, width, height] of each caption's region in pixels of the original;
+    `coco_id` comes from `image_data.json` where that lies beside.
+    """
+    path = annotation(request, "region_descriptions*.json", "vg_caption*.json")
+    data = load_json(path)
+    if data and isinstance(data, list) and isinstance(data[0], dict) and "caption" in data[0]:
+        return read_coco(Request(path, request.images, None, request.size))
+    images = images_of(request, path)
+    beside = path.with_name("image_data.json")
+    coco: dict[int, Any] = {}
+    if beside.is_file():
+        with expecting(beside, "Visual Genome's image data"):
+            coco = {image["image_id"]: image.get("coco_id") for image in load_json(beside)}
+    with expecting(path, "Visual Genome's region descriptions"):
+        return cut(_items(data, images, coco), request.size)
+
+
+def _items(data: Any, images: Images, coco: dict[int, Any]) -> Iterator[Item]:
+    for image in data:
+        regions: dict[str, list[int]] = {}
+        for region in image["regions"]:
+            box = [int(region[name]) for name in ("x", "y", "width", "height")]
+            regions.setdefault(region["phrase"].strip(), box)
+        number = image["id"] if "id" in image else image["image_id"]
+        entry = {"image_id": str(number), "captions": list(regions), "boxes": list(regions.values())}
+        if coco.get(number) is not None:
+            entry["coco_id"] = str(coco[number])
+        yield Item(f"vg-{number}", entry, images.find(f"{number}.jpg"))

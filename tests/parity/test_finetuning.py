@@ -1,0 +1,173 @@
+"""Fine-tuning as a user starts it: the image encoder trains, questions enter the Q-Former, the best of dev is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import Blip2ForConditionalGeneration
+
+import blip2
+from blip2.apps.cli import main
+from blip2.errors import CheckpointError
+from blip2.weights import native, runs
+from blip2.weights.checkpoints import open_checkpoint
+
+HF = Callable[[str], tuple[Path, Any]]
+COLORS = ("red", "green", "blue", "black", "white", "yellow")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six plain pictures with a caption, and a question with its answer, as a JSONL data set."""
+    folder = tmp_path_factory.mktemp("pictures")
+    lines = []
+    for number, color in enumerate(COLORS):
+        Image.new("RGB", (40, 40), color).save(folder / f"{number}.png")
+        asked = [{"question": "what is it", "answers": ["a bird" if number % 2 else "a dog"]}]
+        lines.append({"image": f"{number}.png", "captions": ["two cats on the grass", "a dog"], "qa": asked})
+    (folder / "set.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bridges(hf: HF, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of stage 1, and one of stage 2 that began from it."""
+    folder = tmp_path_factory.mktemp("bridges")
+    first = blip2.convert(hf("itm")[0], folder / "itm", "blip2").target
+    made = {"stage1": folder / "s1", "stage2": folder / "s2"}
+    assert main(command("stage1", hf, pictures, made["stage1"], first, "--optim.lr", "1e-3")) == 0
+    assert main(command("stage2", hf, pictures, made["stage2"], made["stage1"], "--optim.lr", "1e-3")) == 0
+    return made
+
+
+def command(recipe: str, hf: HF, pictures: Path, out: Path, init: Path | None, *more: str) -> list[str]:
+    itm, opt = str(hf("itm")[0]), str(hf("opt")[0])
+    towers = ["--vision.name", itm, "--vision.image_size", "56", "--vision.pool", "1", "--qformer.init", itm]
+    towers += ["--qformer.queries", "5", "--qformer.embed_dim", "16", "--language.name", opt]
+    data = ["--data", str(pictures / "set.jsonl"), "--data.dev", str(pictures / "set.jsonl")]
+    data += ["--data.cache_features", "false", "--data.workers", "0", "--train.precision", "fp32"]
+    loop = ["--steps", "2", "--batch", "4", "--optim.warmup", "0", "--train.eval_every", "1", "--eval.samples", "2"]
+    start = ["--init", str(init)] if init is not None else []
+    return ["train", f"tiny/{recipe}", *start, "--out", str(out), *towers, *data, *loop, *more]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return native.read(runs.checkpoints(run)[-1][1] / runs.WEIGHTS)
+
+
+def dev(run: Path, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if line["kind"] == "dev"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stage", "best"), [("caption", "stage2", "cider"), ("retrieval", "stage1", "recall")]
+)
+def test_the_image_encoder_trains_and_is_used(
+    recipe: str, stage: str, best: str, hf: HF, bridges: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    more = ("--vision.train", "true", "--optim.lr", "1e-2")
+    assert main(command(recipe, hf, pictures, run, bridges[stage], *more)) == 0
+    after, before = weights(run), blip2.load(bridges[stage]).vision.model.state_dict()
+    tuned = {n.removeprefix("vision.model."): v for n, v in after.items() if n.startswith("vision.")}
+    moved = [name for name, value in tuned.items() if not torch.equal(value, before[name])]
+    assert tuned.keys() == before.keys()
+    still = {name for name in tuned if name not in moved}
+    assert still == {"post_layernorm.weight", "post_layernorm.bias"}  # behind the block that is used
+    # what loads is the best of dev, and its encoder is its own
+    kept = native.read(run / "best" / runs.WEIGHTS)
+    score = json.loads((run / "best" / "score.json").read_text())
+    assert score["metric"] == best
+    assert score["score"] == max(dev(run, best))
+    model = blip2.load(run)
+    loaded = model.vision.model.state_dict()
+    assert all(torch.equal(kept[f"vision.model.{name}"], value) for name, value in loaded.items())
+    assert model.vision.frozen
+    # it goes on only where it may train further
+    assert main(command(recipe, hf, pictures, tmp_path / "next", run, "--vision.train", "false")) == 2
+
+
+def test_a_fine_tuned_encoder_is_exported(hf: HF, bridges: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    more = ("--vision.train", "true", "--optim.lr", "1e-2", "--eval.best", "null")
+    assert main(command("caption", hf, pictures, run, bridges["stage2"], *more)) == 0
+    folder = blip2.convert(run, tmp_path / "hf", "hf").target
+    theirs = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model = blip2.load(run, dtype="fp32")
+    pixels = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        ours = model.stage2.ln_vision(model.vision(pixels))
+        want = theirs.vision_model(pixels).last_hidden_state
+    torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-4)
+    blip2.convert(run, tmp_path / "lavis.pth", "lavis")
+    back = open_checkpoint(tmp_path / "lavis.pth")
+    name = "encoder.layers.0.mlp.fc1.weight"
+    assert torch.equal(back.vision[name].read(), weights(run)[f"vision.model.{name}"])
+
+
+def test_questions_enter_the_qformer(
+    hf: HF, bridges: dict[str, Path], pictures: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = tmp_path / "run"
+    more = ("--optim.lr", "1e-3", "--vision.train", "false")
+    assert main(command("vqa", hf, pictures, run, bridges["stage2"], *more)) == 0
+    assert f"text branch from {bridges['stage1']}" in capsys.readouterr().err
+    before, after = weights(bridges["stage1"]), weights(run)
+    text = [n for n in after if n.startswith("qformer.embeddings.") or ".text_ff." in n]
+    assert text
+    assert set(after) & {"qformer.head.bias", "itm_head.weight", "temp"} == set()
+    last = max(int(n.split(".")[2]) for n in text if ".text_ff." in n)
+    for name in text:
+        change = float((after[name] - before[name]).abs().max() / before[name].abs().max())
+        # nobody uses the text outputs of the last layer
+        assert change == 0 if f"layers.{last}." in name else 0 < change < 0.1
+    model = blip2.load(run)
+    features = model.features([str(pictures / "0.png")])
+    soft = [model.soft_prompts(features, [question]) for question in ("a dog", "the red sofa", None) if question]
+    assert (soft[0] - soft[1]).abs().max() > 1e-3
+    assert len(model.ask([str(pictures / "0.png")], ["what is it"])) == 1
+    assert len(dev(run, "accuracy")) == 3
+    shown = json.loads((run / "samples" / "step-000002.json").read_text())
+    assert shown[0]["caption"].startswith("what is it ")
+    with pytest.raises(CheckpointError, match="reads questions, for which"):
+        blip2.convert(run, tmp_path / "hf", "hf")
+    copy = blip2.convert(run, tmp_path / "copy", "blip2").target
+    assert native.read(copy / runs.WEIGHTS).keys() == after.keys()
+
+
+def test_a_linear_bridge_trains_and_loads(hf: HF, pictures: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    more = ("--qformer.bridge", "linear", "--qformer.queries", "4", "--optim.lr", "1e-3")
+    assert main(command("stage2", hf, pictures, run, None, *more)) == 0
+    assert {name.split(".")[0] for name in weights(run)} == {"ln_vision", "language_proj"}
+    model = blip2.load(run)
+    features = model.features([str(pictures / "0.png")])
+    patches = model.stage2.ln_vision(features)[:, 1:].unflatten(1, (4, 4))
+    quarters = [patches[:, r : r + 2, c : c + 2].mean(dim=(1, 2)) for r in (0, 2) for c in (0, 2)]
+    want = model.stage2.language_proj(torch.stack(quarters, dim=1))
+    torch.testing.assert_close(model.soft_prompts(features), want, rtol=1e-4, atol=1e-4)
+    assert isinstance(model.caption([str(pictures / "0.png")])[0], str)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["--vision.train", "true", "--data.cache_features", "true"], "data.cache_features is True"),
+        (["--eval.best", "accuracy"], "eval.best is 'accuracy': it must be one of loss, cider here"),
+        (["--qformer.question", "true"], "qformer.question is True: it must be false unless data.texts is questions"),
+        (["--qformer.bridge", "linear", "--qformer.queries", "5"], "qformer.queries is 5: it must be a square"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(
+    settings: list[str], told: str, hf: HF, pictures: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert main(command("stage2", hf, pictures, tmp_path / "run", None, *settings)) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
