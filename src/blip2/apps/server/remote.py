@@ -18,6 +18,7 @@ from blip2.apps.server.problems import RequestProblem, bad
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _CHUNK = 65536
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_PROTOCOL = ipaddress.ip_network("192.0.0.0/24")  # parts of it count as global
 _CONNECT = 5.0  # seconds
 
 
@@ -100,6 +101,8 @@ def is_public(address: str) -> bool:
             return is_public(str(inner))
         if ip.is_site_local or ip.scope_id is not None:
             return False
+    elif ip in _PROTOCOL:
+        return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved and not ip.is_unspecified
 
 
