@@ -109,10 +109,10 @@ def is_public(address: str) -> bool:
 def _get(parts: SplitResult, host: str, port: int, address: str, limit: int, deadline: float) -> bytes:
     connection = http.client.HTTPConnection(host, port)
     try:
-        plain = socket.create_connection((address, port), timeout=min(_CONNECT, _left(deadline)))
-        connection.sock = plain
+        sock = socket.create_connection((address, port), timeout=min(_CONNECT, _left(deadline)))
         if parts.scheme == "https":
-            connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
+            sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host)
+        connection.sock = sock
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request("GET", path, headers={"Accept": "image/jpeg, image/png, image/webp", "User-Agent": "blip2"})
         answer = connection.getresponse()
@@ -123,9 +123,9 @@ def _get(parts: SplitResult, host: str, port: int, address: str, limit: int, dea
                 "image_not_fetched",
             )
         data = bytearray()
-        sock = connection.sock
         while True:
-            sock.settimeout(_left(deadline))
+            if sock.fileno() >= 0:  # closed with the last bytes
+                sock.settimeout(_left(deadline))
             chunk = answer.read1(_CHUNK)
             if not chunk:
                 return bytes(data)
