@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from blip2.apps.server.batching import Batcher
-from blip2.apps.server.problems import RequestProblem, bad
+from blip2.apps.server.problems import RequestError, bad
 from blip2.errors import RunError
 
 
@@ -52,8 +52,6 @@ async def until_waiting(batcher: Batcher, count: int) -> None:
         await asyncio.sleep(0.001)
 
 
-
-
 def test_what_waits_together_goes_together(held: Held) -> None:
     async def run() -> list[Any]:
         batcher = Batcher(held, queue=64, max_batch=3)
@@ -89,7 +87,7 @@ def test_a_full_queue_refuses(held: Held) -> None:
         batcher = Batcher(held, queue=2)
         tasks = [await first_running(batcher, held), *submitted(batcher, "a", [1, 2])]
         await until_waiting(batcher, 2)
-        with pytest.raises(RequestProblem) as caught:
+        with pytest.raises(RequestError) as caught:
             await batcher.submit("a", 3, timeout=20)
         assert caught.value.status == 429
         assert int(caught.value.headers["Retry-After"]) >= 1
@@ -111,7 +109,7 @@ def test_late_and_cancelled_entries_leave_the_queue(held: Held) -> None:
         )
         await until_waiting(batcher, 3)
         gone.cancel()
-        with pytest.raises(RequestProblem) as caught:
+        with pytest.raises(RequestError) as caught:
             await late
         assert caught.value.status == 504
         await until_waiting(batcher, 1)
@@ -136,7 +134,7 @@ def test_one_bad_request_spoils_no_other(held: Held) -> None:
 
     first, one, poison, two = asyncio.run(run())
     assert [first, one, two] == ["a:first", "a:1", "a:2"]
-    assert isinstance(poison, RequestProblem)
+    assert isinstance(poison, RequestError)
 
 
 def test_closing_answers_what_was_taken_and_takes_no_more(held: Held) -> None:

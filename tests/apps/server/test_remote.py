@@ -11,19 +11,45 @@ from typing import Any
 import pytest
 
 from blip2.apps.server import remote
-from blip2.apps.server.problems import RequestProblem
+from blip2.apps.server.problems import RequestError
 
 
 @pytest.mark.parametrize(
     "address",
     [
-        "127.0.0.1", "127.8.8.8", "0.0.0.0", "10.1.2.3", "172.16.0.1", "172.31.255.255", "192.168.1.1", "169.254.169.254",
-        "100.64.0.1", "192.0.0.8", "198.18.0.1", "224.0.0.1", "240.0.0.1", "255.255.255.255", "::", "::1", "fe80::1",
-        "fe80::1%eth0", "fc00::1", "fd12:3456::1", "fec0::1", "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1",
-        "::ffff:169.254.169.254", "64:ff9b::7f00:1", "64:ff9b::a00:1", "2002:7f00:1::", "2002:c0a8:101::", "2001:db8::1",
+        "127.0.0.1",
+        "127.8.8.8",
+        "0.0.0.0",
+        "10.1.2.3",
+        "172.16.0.1",
+        "172.31.255.255",
+        "192.168.1.1",
+        "169.254.169.254",
+        "100.64.0.1",
+        "192.0.0.8",
+        "198.18.0.1",
+        "224.0.0.1",
+        "240.0.0.1",
+        "255.255.255.255",
+        "::",
+        "::1",
+        "fe80::1",
+        "fe80::1%eth0",
+        "fc00::1",
+        "fd12:3456::1",
+        "fec0::1",
+        "ff02::1",
+        "::ffff:127.0.0.1",
+        "::ffff:10.0.0.1",
+        "::ffff:169.254.169.254",
+        "64:ff9b::7f00:1",
+        "64:ff9b::a00:1",
+        "2002:7f00:1::",
+        "2002:c0a8:101::",
+        "2001:db8::1",
         "nonsense",
     ],
-)  # fmt: skip
+)
 def test_addresses_that_are_not_public(address: str) -> None:
     assert not remote.is_public(address)
 
@@ -54,7 +80,7 @@ def test_public_addresses(address: str) -> None:
     ],
 )
 def test_urls_that_are_not_allowed(url: str, status: int) -> None:
-    with pytest.raises(RequestProblem) as caught:
+    with pytest.raises(RequestError) as caught:
         remote.allowed(url, ("pictures.example",))
     assert caught.value.status == status
 
@@ -76,18 +102,16 @@ def resolving(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
 
 
 @pytest.mark.parametrize("addresses", [["10.0.0.1"], ["8.8.8.8", "127.0.0.1"], ["169.254.169.254"], []])
-def test_an_allowed_name_that_leads_inside_is_refused(
-    monkeypatch: pytest.MonkeyPatch, addresses: list[str]
-) -> None:
+def test_an_allowed_name_that_leads_inside_is_refused(monkeypatch: pytest.MonkeyPatch, addresses: list[str]) -> None:
     resolving(monkeypatch, *addresses)
     monkeypatch.setattr(remote.socket, "create_connection", lambda *_, **__: pytest.fail("connected"))
-    with pytest.raises(RequestProblem) as caught:
+    with pytest.raises(RequestError) as caught:
         remote.fetch("http://pictures.example/a.jpg", ("pictures.example",), limit=100, timeout=1)
     assert caught.value.status == 403
 
 
 class Pictures(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         status = {"/moved": 302, "/none": 404}.get(self.path, 200)
         self.send_response(status)
         if status == 302:
@@ -105,6 +129,7 @@ def pictures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     connected: list[Any] = []
+
     def pinned(address: tuple[str, int], timeout: float) -> socket.socket:
         connected.append(address)
         found = socket.socket()
@@ -118,9 +143,7 @@ def pictures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     server.server_close()
 
 
-def test_the_address_that_was_looked_at_is_connected_to(
-    monkeypatch: pytest.MonkeyPatch, pictures: list[Any]
-) -> None:
+def test_the_address_that_was_looked_at_is_connected_to(monkeypatch: pytest.MonkeyPatch, pictures: list[Any]) -> None:
     asked = resolving(monkeypatch, "8.8.8.8")
     data = remote.fetch("http://pictures.example/a.jpg", ("pictures.example",), limit=1000, timeout=5)
     assert data == b"x" * 500 + b"pictures.example"
@@ -133,7 +156,7 @@ def test_redirects_errors_and_too_many_bytes(
     monkeypatch: pytest.MonkeyPatch, pictures: list[Any], path: str, limit: int, status: int
 ) -> None:
     resolving(monkeypatch, "8.8.8.8")
-    with pytest.raises(RequestProblem) as caught:
+    with pytest.raises(RequestError) as caught:
         remote.fetch(f"http://pictures.example/{path}", ("pictures.example",), limit=limit, timeout=5)
     assert caught.value.status == status
     assert len(pictures) == 1

@@ -1,6 +1,6 @@
 """The FastAPI application: one model, its queue, and the routes.
 
-    app = create_app(blip2.load("runs/s2"), Settings(), name="s2")
+app = create_app(blip2.load("runs/s2"), Settings(), name="s2")
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from blip2.apps.server.batching import Batcher
 from blip2.apps.server.images import view_of
 from blip2.apps.server.intake import Intake, from_validation
 from blip2.apps.server.metrics import Metrics
-from blip2.apps.server.problems import RequestProblem, problem_body
+from blip2.apps.server.problems import RequestError, problem_body
 from blip2.apps.server.security import Guard
 from blip2.apps.server.settings import Settings
 from blip2.apps.server.worker import Worker
@@ -76,7 +76,7 @@ class Server:
         """What the model makes of an item; given up when the client leaves.
 
         Raises:
-            RequestProblem: 429, 504, 4xx of the work itself, or 499 when nobody waits any more.
+            RequestError: 429, 504, 4xx of the work itself, or 499 when nobody waits any more.
         """
         work = self.batcher.submit(kind, item, timeout=self.settings.timeout, size=size)
         return await unless_gone(request, work)
@@ -94,10 +94,10 @@ class Server:
         """Where an image lies that was found.
 
         Raises:
-            RequestProblem: 404, no search has found it.
+            RequestError: 404, no search has found it.
         """
         if image not in self._shown:
-            raise RequestProblem(404, "no such image among those that were found", code="not_found")
+            raise RequestError(404, "no such image among those that were found", code="not_found")
         return self._shown[image]
 
 
@@ -141,7 +141,7 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise RequestProblem(499, "the client left")
+        raise RequestError(499, "the client left")
     finally:
         for each in (task, gone):
             each.cancel()
@@ -156,7 +156,7 @@ async def _left(request: Request) -> None:
 def _answer_errors(app: FastAPI) -> None:
     """Every error in OpenAI's shape."""
 
-    async def problem(_: Request, error: RequestProblem) -> Response:
+    async def problem(_: Request, error: RequestError) -> Response:
         return JSONResponse(error.body(), error.status, error.headers)
 
     async def invalid(_: Request, error: RequestValidationError) -> Response:
@@ -172,7 +172,7 @@ def _answer_errors(app: FastAPI) -> None:
         return JSONResponse(problem_body(status, "the server cannot answer this; its log says why"), status)
 
     handlers: dict[Any, Any] = {
-        RequestProblem: problem,
+        RequestError: problem,
         RequestValidationError: invalid,
         StarletteHTTPException: http,
         Blip2Error: ours,

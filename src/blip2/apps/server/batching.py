@@ -69,7 +69,7 @@ class Batcher:
             size: items that it counts as.
 
         Raises:
-            RequestProblem: 429 the queue is full; 504 too late.
+            RequestError: 429 the queue is full; 504 too late.
             RunError: the server is shutting down.
         """
         entry = _Entry(kind, item, size)

@@ -38,7 +38,7 @@ def conversation(messages: list[Message]) -> Conversation:
     System messages are left out: the language model of BLIP-2 follows no instructions about its role.
 
     Raises:
-        RequestProblem: 400, no image, several in one message, or no question at the end.
+        RequestError: 400, no image, several in one message, or no question at the end.
     """
     image, turns, pending = None, [], ""
     spoken = [m for m in messages if m.role not in ("system", "developer")]
@@ -71,7 +71,9 @@ def _parts(message: Message) -> tuple[str, list[str]]:
         elif part.type == "image_url" and part.image_url is not None:
             pictures.append(part.image_url.url if isinstance(part.image_url, ImageUrl) else part.image_url)
         else:
-            raise bad(f"messages: a part of type {part.type[:40]!r} cannot be used: send text and image_url", "messages")
+            raise bad(
+                f"messages: a part of type {part.type[:40]!r} cannot be used: send text and image_url", "messages"
+            )
     if len(pictures) > 1:
         raise bad("messages: several images in one message: send one at a time", "messages", "too_many_images")
     if pictures and message.role != "user":

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from blip2.apps.server.containers import KINDS, ContainerError, check_container, kind_of
-from blip2.apps.server.problems import RequestProblem, bad
+from blip2.apps.server.problems import RequestError, bad
 from blip2.data.images import ImageSpec, decode_image, plain_view
 from blip2.data.samples import BadSampleError
 
@@ -28,14 +28,14 @@ def checked_image(data: bytes, max_pixels: int) -> bytes:
     """The bytes as they came, once they are known to be one whole, harmless picture.
 
     Raises:
-        RequestProblem: 400 not an image, truncated, damaged or more than an image; 413 too many pixels;
+        RequestError: 400 not an image, truncated, damaged or more than an image; 413 too many pixels;
             415 another type.
     """
     if not data:
         raise bad("image is empty", "image", "invalid_image")
     kind = kind_of(data)
     if kind is None:
-        raise RequestProblem(
+        raise RequestError(
             415, "image is not a JPEG, PNG or WebP: convert it to one", code="unsupported_image", param="image"
         )
     try:
@@ -50,7 +50,7 @@ def view_of(data: bytes, spec: ImageSpec) -> Tensor:
     """A checked picture as the image encoder takes it, [3, S, S].
 
     Raises:
-        RequestProblem: 400, it cannot be decoded after all.
+        RequestError: 400, it cannot be decoded after all.
     """
     try:
         return plain_view(decode_image(data), spec)
@@ -75,13 +75,13 @@ def from_data_url(url: str, param: str = "image") -> bytes:
     """The bytes of a `data:image/...;base64,` URL.
 
     Raises:
-        RequestProblem: 400 no such URL; 415 of another type.
+        RequestError: 400 no such URL; 415 of another type.
     """
     head = _DATA_URL.match(url[:200])
     if head is None or not head[2].lower().endswith(";base64"):
         raise bad("image must be a data URL: data:image/jpeg;base64,...", param, "invalid_image")
     if head[1].lower() not in (*KINDS.values(), "image/jpg", "application/octet-stream", ""):
-        raise RequestProblem(
+        raise RequestError(
             415, "image is not a JPEG, PNG or WebP: convert it to one", code="unsupported_image", param=param
         )
     try:
@@ -98,17 +98,17 @@ def _check_header(data: bytes, kind: str, max_pixels: int) -> None:
             with Image.open(io.BytesIO(data), formats=[kind]) as picture:
                 width, height = picture.size
                 if width * height > max_pixels or max(width, height) > _SIDE:
-                    raise RequestProblem(
+                    raise RequestError(
                         413,
                         f"image has {width}x{height} pixels: {max_pixels} in all and {_SIDE} a side are allowed",
                         code="image_too_large",
                         param="image",
                     )
                 picture.verify()
-    except (RequestProblem, MemoryError):
+    except (RequestError, MemoryError):
         raise
     except Image.DecompressionBombError:
-        raise RequestProblem(413, "image has too many pixels", code="image_too_large", param="image") from None
+        raise RequestError(413, "image has too many pixels", code="image_too_large", param="image") from None
     # A malformed file can raise anything inside Pillow's readers: struct.error, SyntaxError, zlib.error, ...
     except Exception:
         raise ContainerError("image cannot be decoded") from None

@@ -14,7 +14,7 @@ from starlette.formparsers import MultiPartParser
 
 from blip2.apps.server import remote
 from blip2.apps.server.images import checked_image, from_data_url
-from blip2.apps.server.problems import RequestProblem, bad
+from blip2.apps.server.problems import RequestError, bad
 from blip2.apps.server.schemas import Given
 from blip2.apps.server.settings import Settings
 
@@ -35,7 +35,7 @@ class Intake:
         """A request's fields and, from a form, the bytes of its file `image`.
 
         Raises:
-            RequestProblem: 400 fields that cannot be used; 415 neither JSON nor a form.
+            RequestError: 400 fields that cannot be used; 415 neither JSON nor a form.
         """
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         upload = None
@@ -47,7 +47,7 @@ class Intake:
             except (ValueError, RecursionError):
                 raise bad("the body is not valid JSON") from None
         else:
-            raise RequestProblem(415, "send JSON (application/json) or a form (multipart/form-data)")
+            raise RequestError(415, "send JSON (application/json) or a form (multipart/form-data)")
         try:
             return shape.model_validate(values), upload
         except ValidationError as error:
@@ -57,7 +57,7 @@ class Intake:
         """The checked bytes of the picture that a field names.
 
         Raises:
-            RequestProblem: 4xx, what is wrong with it.
+            RequestError: 4xx, what is wrong with it.
         """
         if upload is not None and source == UPLOAD:
             return await self.aside(lambda: checked_image(upload, self.settings.max_pixels))
@@ -96,7 +96,7 @@ class Intake:
         return values, upload
 
 
-def from_validation(errors: list[Any]) -> RequestProblem:
+def from_validation(errors: list[Any]) -> RequestError:
     """The first of pydantic's errors as a 400."""
     first = errors[0]
     where = ".".join(str(part) for part in first["loc"] if part != "body")

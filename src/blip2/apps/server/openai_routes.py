@@ -16,7 +16,7 @@ from torch import Tensor
 
 from blip2.apps.server.chat import Completion, conversation
 from blip2.apps.server.images import view_of
-from blip2.apps.server.problems import RequestProblem, bad
+from blip2.apps.server.problems import RequestError, bad
 from blip2.apps.server.schemas import ChatRequest, EmbeddingRequest
 from blip2.apps.server.worker import Kind, Prompt, Write
 from blip2.configs import DecodingConfig
@@ -143,7 +143,7 @@ def _kind(body: ChatRequest, asks: bool, server: Server) -> Write:
 
 def _require_model(name: str, server: Server) -> None:
     if name not in (server.name, "blip2"):
-        raise RequestProblem(
+        raise RequestError(
             404,
             f"no model {name[:100]!r} here: this server has {server.name!r} (or say 'blip2')",
             code="model_not_found",

@@ -14,7 +14,9 @@ def add_command(
     """`blip2 serve`."""
     serve = commands.add_parser("serve", help="a page and an OpenAI-compatible API on this machine")
     serve.add_argument("--index", metavar="INDEX", help="of `blip2 index build`, to search in")
-    serve.add_argument("--host", default="127.0.0.1", help="others than this machine's own need --api-key (%(default)s)")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="others than this machine's own need --api-key (%(default)s)"
+    )
     serve.add_argument("--port", type=int, default=8000, help="0 takes any free one (default: %(default)s)")
     serve.add_argument("--api-key", metavar="K", help="asked of every request (default: $BLIP2_API_KEY)")
     serve.add_argument(

@@ -7,7 +7,7 @@ from typing import Any
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
-class RequestProblem(Exception):
+class RequestError(Exception):
     """A request that is refused or could not be answered.
 
     Args:
@@ -42,14 +42,14 @@ def problem_body(status: int, message: str, code: str | None = None, param: str 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def bad(message: str, param: str | None = None, code: str | None = None) -> RequestProblem:
+def bad(message: str, param: str | None = None, code: str | None = None) -> RequestError:
     """A request that cannot be understood: 400."""
-    return RequestProblem(400, message, param=param, code=code)
+    return RequestError(400, message, param=param, code=code)
 
 
-def overloaded(seconds: int = 1) -> RequestProblem:
+def overloaded(seconds: int = 1) -> RequestError:
     """Too many requests are waiting: 429, and when to try again."""
-    return RequestProblem(
+    return RequestError(
         429,
         f"the server is busy: try again in {seconds} s",
         code="queue_full",
@@ -57,8 +57,8 @@ def overloaded(seconds: int = 1) -> RequestProblem:
     )
 
 
-def too_late(seconds: float) -> RequestProblem:
+def too_late(seconds: float) -> RequestError:
     """The time limit of a request has passed: 504."""
-    return RequestProblem(
+    return RequestError(
         504, f"no answer within {seconds:g} s: the server is busy, or asked for too much at once", code="timeout"
     )

@@ -13,7 +13,7 @@ import ssl
 import time
 from urllib.parse import SplitResult, urlsplit
 
-from blip2.apps.server.problems import RequestProblem, bad
+from blip2.apps.server.problems import RequestError, bad
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _CHUNK = 65536
@@ -31,7 +31,7 @@ def fetch(url: str, hosts: tuple[str, ...], *, limit: int, timeout: float) -> by
         timeout: seconds in all.
 
     Raises:
-        RequestProblem: 4xx with the reason.
+        RequestError: 4xx with the reason.
     """
     parts, host, port = allowed(url, hosts)
     address = public_address(host, port)
@@ -45,7 +45,7 @@ def allowed(url: str, hosts: tuple[str, ...]) -> tuple[SplitResult, str, int]:
     """A URL's parts, host and port.
 
     Raises:
-        RequestProblem: 400 not a plain http(s) URL; 403 a host that is not allowed.
+        RequestError: 400 not a plain http(s) URL; 403 a host that is not allowed.
     """
     refused = bad("image's URL cannot be read: send http(s)://host/path, or a data URL", "image", "invalid_image")
     try:
@@ -54,14 +54,20 @@ def allowed(url: str, hosts: tuple[str, ...]) -> tuple[SplitResult, str, int]:
         host = (parts.hostname or "").encode("idna").decode("ascii").lower()
     except (ValueError, KeyError):
         raise refused from None
-    if not host or parts.username is not None or parts.password is not None or not url.isascii() or not url.isprintable():
+    if (
+        not host
+        or parts.username is not None
+        or parts.password is not None
+        or not url.isascii()
+        or not url.isprintable()
+    ):
         raise refused
     if " " in url or "\\" in url:
         raise refused
     plain = port == {"http": 80, "https": 443}[parts.scheme]
     named = {name.lower() for name in hosts}
     if f"{host}:{port}" not in named and not (plain and host in named):
-        raise RequestProblem(
+        raise RequestError(
             403,
             f"this server fetches no images from {host}: send the image as a data URL, or start the server with "
             f"--allow-url-hosts {host}"[:400],
@@ -75,7 +81,7 @@ def public_address(host: str, port: int) -> str:
     """The address to connect to; every address of the name must be public.
 
     Raises:
-        RequestProblem: 403 a private, loopback or link-local one is among them; 400 no such host.
+        RequestError: 403 a private, loopback or link-local one is among them; 400 no such host.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -83,7 +89,7 @@ def public_address(host: str, port: int) -> str:
         raise bad(f"image cannot be fetched from {host}: no such host", "image", "image_not_fetched") from None
     addresses = [str(entry[4][0]) for entry in found]
     if not addresses or not all(is_public(address) for address in addresses):
-        raise RequestProblem(403, f"{host} is not a public address", code="host_not_allowed", param="image")
+        raise RequestError(403, f"{host} is not a public address", code="host_not_allowed", param="image")
     return addresses[0]
 
 
@@ -131,7 +137,7 @@ def _get(parts: SplitResult, host: str, port: int, address: str, limit: int, dea
                 return bytes(data)
             data += chunk
             if len(data) > limit:
-                raise RequestProblem(413, f"image has more than {limit} bytes", code="image_too_large", param="image")
+                raise RequestError(413, f"image has more than {limit} bytes", code="image_too_large", param="image")
     finally:
         connection.close()
 

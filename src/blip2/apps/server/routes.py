@@ -11,7 +11,7 @@ from fastapi.responses import Response
 
 from blip2.apps.index.search import read
 from blip2.apps.server.images import thumbnail
-from blip2.apps.server.problems import RequestProblem, bad
+from blip2.apps.server.problems import RequestError, bad
 from blip2.apps.server.schemas import (
     AskRequest,
     AskResponse,
@@ -65,7 +65,10 @@ def _add_text(app: FastAPI, server: Server) -> None:
         return CaptionResponse(model=server.name, captions=captions)
 
     @app.post(
-        "/ask", tags=["blip2"], summary="A question about an image, perhaps after others", openapi_extra=_body(AskRequest)
+        "/ask",
+        tags=["blip2"],
+        summary="A question about an image, perhaps after others",
+        openapi_extra=_body(AskRequest),
     )
     async def ask(request: Request) -> AskResponse:
         asked, upload = await server.intake.fields(request, AskRequest)
@@ -96,7 +99,7 @@ def _add_search(app: FastAPI, server: Server) -> None:
         asked, upload = await server.intake.fields(request, SearchRequest)
         index = server.worker.index
         if index is None:
-            raise RequestProblem(404, "this server has no index: start it with --index INDEX", code="no_index")
+            raise RequestError(404, "this server has no index: start it with --index INDEX", code="no_index")
         text = (asked.text or "").strip() or None
         if text is None and not asked.image:
             raise bad("nothing to search for: give a text, an image, or both", "text")
@@ -128,11 +131,11 @@ def _add_search(app: FastAPI, server: Server) -> None:
         row = server.shown(image)
         data, state = await asyncio.to_thread(read, row)
         if data is None:
-            raise RequestProblem(404, f"this image is {state} since it was indexed", code=state)
+            raise RequestError(404, f"this image is {state} since it was indexed", code=state)
         try:
             small = await server.intake.aside(lambda: thumbnail(data))
         except BadSampleError:
-            raise RequestProblem(404, "this image cannot be decoded any more", code="changed") from None
+            raise RequestError(404, "this image cannot be decoded any more", code="changed") from None
         return Response(small, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=600"})
 
 

@@ -169,4 +169,3 @@ class EmbeddingRequest(Given):
     encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: int | None = Field(None, ge=1)
     pooling: Literal["mean", "all"] = "mean"
-

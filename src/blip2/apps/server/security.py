@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from blip2.apps.server.metrics import Metrics
-from blip2.apps.server.problems import RequestProblem, overloaded, problem_body
+from blip2.apps.server.problems import RequestError, overloaded, problem_body
 from blip2.apps.server.settings import Settings, is_loopback
 
 Scope = MutableMapping[str, Any]
@@ -58,11 +58,11 @@ class Guard:
         begun = time.monotonic()
         try:
             await self._answered(scope, receive, answer)
-        except RequestProblem as problem:
+        except RequestError as problem:
             await answer.problem(problem)
         except Exception:
             _log.exception("a request failed")
-            await answer.problem(RequestProblem(500, "the server failed; its log says why"))
+            await answer.problem(RequestError(500, "the server failed; its log says why"))
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.request(route, answer.status, time.monotonic() - begun)
@@ -89,10 +89,10 @@ class Guard:
     def _require_origin(self, headers: dict[str, str]) -> None:
         host = headers.get("host", "")
         if self.settings.api_key is None and not is_loopback(_name(host)):
-            raise RequestProblem(403, "this server answers to 127.0.0.1 and localhost only", code="host_refused")
+            raise RequestError(403, "this server answers to 127.0.0.1 and localhost only", code="host_refused")
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
-            raise RequestProblem(403, "requests of other web pages are refused", code="origin_refused")
+            raise RequestError(403, "requests of other web pages are refused", code="origin_refused")
 
     def _require_key(self, path: str, headers: dict[str, str]) -> None:
         if self.settings.api_key is None or path in _OPEN:
@@ -100,7 +100,7 @@ class Guard:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         right = hmac.compare_digest(given.strip().encode("latin-1"), self.settings.api_key.encode())
         if scheme.lower() != "bearer" or not right:
-            raise RequestProblem(
+            raise RequestError(
                 401,
                 "this server asks for a key: send it as `Authorization: Bearer KEY`",
                 code="invalid_api_key",
@@ -109,7 +109,7 @@ class Guard:
 
     async def _body(self, headers: dict[str, str], receive: Receive) -> bytes:
         limit = self.settings.max_body
-        too_large = RequestProblem(
+        too_large = RequestError(
             413, f"the request has more than {limit // 2**20} MiB: send a smaller image", code="body_too_large"
         )
         declared = headers.get("content-length", "0")
@@ -121,7 +121,7 @@ class Guard:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise RequestProblem(499, "the client left")
+                        raise RequestError(499, "the client left")
                     data += message.get("body", b"")
                     if len(data) > limit:
                         raise too_large
@@ -130,7 +130,7 @@ class Guard:
                     if not message.get("more_body"):
                         return bytes(data)
         except TimeoutError:
-            raise RequestProblem(408, "the request's body did not arrive in time", code="timeout") from None
+            raise RequestError(408, "the request's body did not arrive in time", code="timeout") from None
 
 
 class _Answer:
@@ -148,7 +148,7 @@ class _Answer:
             message = {**message, "headers": [*message["headers"], *added]}
         await self._send(message)
 
-    async def problem(self, problem: RequestProblem) -> None:
+    async def problem(self, problem: RequestError) -> None:
         if self.status:  # begun already: nothing can be said any more
             return
         body = json.dumps(problem_body(problem.status, problem.message, problem.code, problem.param)).encode()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blip2.apps.index.search import Hit, Index
-from blip2.apps.server.problems import RequestProblem, bad
+from blip2.apps.server.problems import RequestError, bad
 from blip2.configs import DecodingConfig
 from blip2.errors import Blip2Error, ConfigError
 from blip2.inference import Blip2
@@ -47,7 +47,7 @@ class Prompt:
         text: the question, or what the caption continues; None takes the model's prompt.
     """
 
-    view_3SS: Tensor
+    view: Tensor
     text: str | None = None
     turns: tuple[tuple[str, str], ...] = ()
 
@@ -116,7 +116,7 @@ class Worker:
         """Captions or answers."""
         if kind.asks and not self.asks:
             raise bad("this model is stage 1 and has no language model: it captions, but answers no questions")
-        features_BPC = self._features([item.view_3SS for item in items])
+        features_BPC = self._features([item.view for item in items])
         fitted = [self._fit(item, kind) for item in items]
         decoding = self._bounded(kind.decoding, [tokens for _, tokens in fitted])
         prompts = [prompt for prompt, _ in fitted]
@@ -145,7 +145,7 @@ class Worker:
         """The whole prompt of an item, with as many turns as there is room for, and its tokens.
 
         Raises:
-            RequestProblem: 400, the question alone is too long.
+            RequestError: 400, the question alone is too long.
         """
         if not self.asks:
             return "", 0
@@ -221,10 +221,8 @@ class Worker:
     def search(self, items: Sequence[Query]) -> list[list[Hit]]:
         """Hits in the index."""
         if self.index is None:
-            raise RequestProblem(404, "this server has no index: start it with --index INDEX", code="no_index")
-        return [
-            self.index.search(q.text, q.image, k=q.k, rerank=q.rerank, within=q.within) for q in items
-        ]
+            raise RequestError(404, "this server has no index: start it with --index INDEX", code="no_index")
+        return [self.index.search(q.text, q.image, k=q.k, rerank=q.rerank, within=q.within) for q in items]
 
     def attend(self, items: Sequence[Query]) -> list[dict[str, Any]]:
         """Attention maps over the patches, as lists of rows; see `Blip2.attend`."""
