@@ -64,9 +64,11 @@ function item(parent, text, className) {
 
 // -- the photograph --------------------------------------------------------------------------------
 
-// Large pictures, and types that the server does not take, are drawn anew in the browser.
+// Large pictures, and what the server does not take (other types, a film behind the picture), are drawn anew here.
 async function prepared(file) {
-  if (KEPT.includes(file.type) && file.size <= AS_IT_IS) return file;
+  const [a, b] = new Uint8Array(await file.slice(-2).arrayBuffer());
+  const whole = file.type !== "image/jpeg" || (a === 0xff && b === 0xd9);
+  if (KEPT.includes(file.type) && file.size <= AS_IT_IS && whole) return file;
   const bitmap = await createImageBitmap(file).catch(() => null);
   if (!bitmap) throw new Error("This browser cannot read that picture: choose a JPEG, PNG or WebP.");
   const scale = Math.min(1, LARGEST / Math.max(bitmap.width, bitmap.height));
