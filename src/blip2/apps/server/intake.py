@@ -64,8 +64,9 @@ class Intake:
         if source[:8].lower().startswith(("http://", "https://")):
             if not self.settings.url_hosts:
                 raise bad("this server fetches no remote images: send the image as a data URL", param, "url_refused")
-            limits = {"limit": self.settings.max_body, "timeout": min(20.0, self.settings.timeout)}
-            data = await asyncio.to_thread(lambda: remote.fetch(source, self.settings.url_hosts, **limits))
+            limit, seconds = self.settings.max_body, min(20.0, self.settings.timeout)
+            hosts = self.settings.url_hosts
+            data = await asyncio.to_thread(lambda: remote.fetch(source, hosts, limit=limit, timeout=seconds))
             return await self.aside(lambda: checked_image(data, self.settings.max_pixels))
         return await self.aside(lambda: checked_image(from_data_url(source, param), self.settings.max_pixels))
 
@@ -83,16 +84,18 @@ class Intake:
             raise bad("the form cannot be read: send multipart/form-data with one file `image`") from None
         values: dict[str, Any] = {}
         upload = None
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile):
-                if name != "image":
-                    raise bad("the file of a form must be named `image`", "image")
-                values["image"], upload = UPLOAD, await value.read()
-            elif name in ("history",):
-                values[name] = _json(value, name)
-            elif value != "":
-                values[name] = value
-        await form.close()
+        try:
+            for name, value in form.multi_items():
+                if isinstance(value, UploadFile):
+                    if name != "image":
+                        raise bad("the file of a form must be named `image`", "image")
+                    values["image"], upload = UPLOAD, await value.read()
+                elif name == "history":
+                    values[name] = _json(value, name)
+                elif value != "":
+                    values[name] = value
+        finally:
+            await form.close()
         return values, upload
 
 

@@ -33,7 +33,7 @@ def add(app: FastAPI, server: Server) -> None:
 
     def card() -> dict[str, Any]:
         worker = server.worker
-        able = {"ask": worker.asks, "match": worker.matches, "attend": True}
+        able = {"ask": worker.asks, "match": worker.matches, "attend": worker.attends}
         images = None if worker.index is None else len(worker.index)
         return {
             "id": server.name,
@@ -94,7 +94,7 @@ async def _vectors(
     tokens = 0
     if pictures:
         raw = [await server.intake.image(inputs[n], param="input") for n in pictures]
-        views = [await server.intake.aside(lambda data=data: view_of(data, server.spec)) for data in raw]
+        views = await server.intake.aside(lambda: [view_of(data, server.spec) for data in raw])
         found_NQE = await server.run(request, Kind("images"), views, size=len(views))
         if body.pooling == "mean":
             found_NQE = F.normalize(found_NQE.mean(dim=1), dim=-1)
@@ -125,19 +125,18 @@ def _kind(body: ChatRequest, asks: bool, server: Server) -> Write:
     wanted = body.max_completion_tokens or body.max_tokens or CHAT_TOKENS
     longest = min(wanted, server.settings.max_tokens)
     num = body.n or 1
-    drawn = {}
-    if body.temperature:
-        top_p = 1.0 if body.top_p is None else max(body.top_p, 1e-3)
-        drawn = {"sample": True, "temperature": max(body.temperature, 0.01), "top_p": top_p}
+    drawn = bool(body.temperature)
     decoding = DecodingConfig(
         beams=max(body.beams, num),
         num=num,
         min_tokens=min(1 if asks else 8, longest),
         max_tokens=longest,
         length_penalty=-1.0 if asks else 1.0,
-        **drawn,
+        sample=drawn,
+        temperature=max(body.temperature or 1.0, 0.01),
+        top_p=1.0 if body.top_p is None else max(body.top_p, 1e-3),
     )
-    seeded = bool(drawn) and body.seed is not None
+    seeded = drawn and body.seed is not None
     return Write(decoding, asks, seed=body.seed if seeded else None, alone=server.alone() if seeded else 0)
 
 

@@ -5,7 +5,7 @@ Shape letters: B images, N texts, Q queries, E contrastive width, S side in pixe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from blip2.apps.server.problems import RequestError, bad
 from blip2.configs import DecodingConfig
 from blip2.errors import Blip2Error, ConfigError
 from blip2.inference import Blip2
+from blip2.models.qformer import QFormer
 
 
 @dataclass(frozen=True)
@@ -95,18 +96,20 @@ class Worker:
         except Blip2Error:
             self.matches = False
         self.asks = model.stage2 is not None
+        self.attends = isinstance((model.stage2 or model.stage1).qformer, QFormer)
 
     def __call__(self, kind: Any, items: Sequence[Any]) -> Sequence[Any]:
         """One result per item."""
         try:
             if isinstance(kind, Write):
                 return self.write(kind, items)
-            return {
+            work: dict[str, Callable[[Any], Sequence[Any]]] = {
                 "texts": self.embed_texts,
                 "images": self.embed_images,
                 "search": self.search,
                 "attend": self.attend,
-            }[kind.name](items)
+            }
+            return work[kind.name](items)
         except ConfigError as error:  # what this model cannot do, or a setting out of bounds
             raise bad(str(error)) from error
 
@@ -230,6 +233,8 @@ class Worker:
 
     def _maps(self, query: Query) -> dict[str, Any]:
         assert query.image is not None
+        if not self.attends:
+            raise bad("this model has no Q-Former whose attention could be shown")
         found = self.model.attend(query.image, query.text)
         maps: dict[str, Any] = {
             "grid": list(found.grid),
