@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import socket
@@ -99,6 +100,7 @@ def _serve(options: argparse.Namespace, settings: Settings, listening: socket.so
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"blip2: {model_name(name)} at http://{shown}:{port} (API at /docs); Ctrl-C stops", flush=True)
-    uvicorn.Server(config).run(sockets=[listening])
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it anew once all is answered
+        uvicorn.Server(config).run(sockets=[listening])
     print("blip2: stopped", flush=True)
     return 0
