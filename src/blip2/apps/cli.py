@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from blip2 import __version__
 from blip2.apps.index import options as index_options
+from blip2.apps.server import options as server_options
 from blip2.errors import Blip2Error
 
 EXAMPLES = """\
@@ -23,6 +24,7 @@ examples:
   blip2 index build photos/ --out photos.index --model runs/s1
   blip2 search photos.index "two dogs in the snow"
   blip2 explain dog.jpg "a dog in the grass" --model runs/s1 --out report.html
+  blip2 serve --model runs/s2 --index photos.index
   blip2 ask dog.jpg "What is the dog doing?" --model runs/s2
 """
 
@@ -71,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="versions, devices, memory, and what is missing for which feature")
     doctor.add_argument("--json", action="store_true", help="one JSON object on stdout")
     doctor.set_defaults(run=_doctor)
+    server_options.add_command(commands, _add_model)
     demo = commands.add_parser("demo", help="train both stages on embedded defaults (about 10 minutes), then caption")
     demo.add_argument("--out", default="runs/demo", help="folder of the two runs (default: %(default)s)")
     demo.set_defaults(run=_demo)

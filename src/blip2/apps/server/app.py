@@ -1,0 +1,181 @@
+"""The FastAPI application: one model, its queue, and the routes.
+
+app = create_app(blip2.load("runs/s2"), Settings(), name="s2")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from blip2 import __version__
+from blip2.apps.index.search import Hit, Index
+from blip2.apps.index.store import Row
+from blip2.apps.server import openai_routes, page, routes
+from blip2.apps.server.batching import Batcher
+from blip2.apps.server.images import view_of
+from blip2.apps.server.intake import Intake, from_validation
+from blip2.apps.server.metrics import Metrics
+from blip2.apps.server.problems import RequestError, problem_body
+from blip2.apps.server.security import Guard
+from blip2.apps.server.settings import Settings
+from blip2.apps.server.worker import Worker
+from blip2.errors import Blip2Error, RunError
+from blip2.inference import Blip2
+
+T = TypeVar("T")
+_log = logging.getLogger("blip2.serve")
+_SHOWN = 4096  # found images whose thumbnails may be asked for
+DESCRIPTION = (
+    "Captions, answers, embeddings and search of one BLIP-2 model. `/v1` is OpenAI's API: its clients work unchanged. "
+    'Errors are `{"error": {"message", "type", "param", "code"}}`; 429 tells in `Retry-After` when to come again.'
+)
+
+
+class Server:
+    """What the routes share.
+
+    Args:
+        name: of the model, as clients see it.
+        index: opened with the same model.
+    """
+
+    def __init__(self, model: Blip2, settings: Settings, *, name: str, index: Index | None = None) -> None:
+        self.settings, self.name = settings, name
+        self.metrics = Metrics()
+        self.worker = Worker(model, index)
+        self.batcher = Batcher(
+            self.worker, queue=settings.queue, max_batch=settings.max_batch, on_batch=self.metrics.batch
+        )
+        self.metrics.watch_queue(lambda: self.batcher.waiting)
+        self.intake = Intake(settings)
+        self.spec = model.image_spec
+        self._numbers = itertools.count(1)
+        self._shown: OrderedDict[str, Row] = OrderedDict()
+
+    def alone(self) -> int:
+        """A number that no other request has: its kind of work goes alone."""
+        return next(self._numbers)
+
+    async def view(self, source: str, upload: bytes | None = None, param: str = "image") -> Any:
+        """The picture that a field names, as the image encoder takes it [3, S, S]."""
+        data = await self.intake.image(source, upload, param)
+        return await self.intake.aside(lambda: view_of(data, self.spec))
+
+    async def run(self, request: Request, kind: Any, item: Any, *, size: int = 1) -> Any:
+        """What the model makes of an item; given up when the client leaves.
+
+        Raises:
+            RequestError: 429, 504, 4xx of the work itself, or 499 when nobody waits any more.
+        """
+        work = self.batcher.submit(kind, item, timeout=self.settings.timeout, size=size)
+        return await unless_gone(request, work)
+
+    def show(self, hits: list[Hit]) -> list[str]:
+        """Ids of found images; their thumbnails, and no others, may be asked for."""
+        for hit in hits:
+            self._shown[hit.row.digest] = hit.row
+            self._shown.move_to_end(hit.row.digest)
+        while len(self._shown) > _SHOWN:
+            self._shown.popitem(last=False)
+        return [hit.row.digest for hit in hits]
+
+    def shown(self, image: str) -> Row:
+        """Where an image lies that was found.
+
+        Raises:
+            RequestError: 404, no search has found it.
+        """
+        if image not in self._shown:
+            raise RequestError(404, "no such image among those that were found", code="not_found")
+        return self._shown[image]
+
+
+def create_app(model: Blip2, settings: Settings, *, name: str, index: Index | None = None) -> FastAPI:
+    """The application; its shutdown answers what waits.
+
+    Args:
+        name: of the model, as clients see it.
+        index: opened with the same model.
+    """
+    server = Server(model, settings, name=name, index=index)
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(server.batcher.close)
+
+    app = FastAPI(
+        title="blip2",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=life,
+        docs_url=None,  # FastAPI's loads scripts from a CDN
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.server = server
+    app.add_middleware(Guard, settings=settings, metrics=server.metrics)
+    _answer_errors(app)
+    openai_routes.add(app, server)
+    routes.add(app, server)
+    page.add(app)
+    return app
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result of work, which is cancelled when the client leaves."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise RequestError(499, "the client left")
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Every error in OpenAI's shape."""
+
+    async def problem(_: Request, error: RequestError) -> Response:
+        return JSONResponse(error.body(), error.status, error.headers)
+
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        refused = from_validation(list(error.errors()))
+        return JSONResponse(refused.body(), refused.status)
+
+    async def http(_: Request, error: HTTPException) -> Response:
+        return JSONResponse(problem_body(error.status_code, str(error.detail)), error.status_code, error.headers)
+
+    async def ours(_: Request, error: Blip2Error) -> Response:
+        status = 503 if isinstance(error, RunError) else 500
+        _log.error("%s", error)
+        return JSONResponse(problem_body(status, "the server cannot answer this; its log says why"), status)
+
+    handlers: dict[Any, Any] = {
+        RequestError: problem,
+        RequestValidationError: invalid,
+        StarletteHTTPException: http,
+        Blip2Error: ours,
+    }
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)

@@ -1,0 +1,106 @@
+"""`blip2 serve`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import socket
+from pathlib import Path
+
+from blip2.apps.server.settings import Settings
+from blip2.errors import ConfigError, RunError
+
+_NEEDED = {
+    "fastapi": "fastapi",
+    "uvicorn": "uvicorn",
+    "python_multipart": "python-multipart",
+    "prometheus_client": "prometheus-client",
+}
+
+
+def serve_command(options: argparse.Namespace) -> int:
+    """Serve until stopped; what was taken is answered."""
+    settings = Settings(
+        host=options.host,
+        port=options.port,
+        api_key=options.api_key or os.environ.get("BLIP2_API_KEY") or None,
+        url_hosts=tuple(options.allow_url_hosts),
+        queue=options.queue,
+        timeout=options.timeout,
+        max_batch=options.max_batch,
+    )
+    require_packages()
+    listening = listen(settings.host, settings.port)
+    try:
+        return _serve(options, settings, listening)
+    finally:
+        listening.close()
+
+
+def require_packages() -> None:
+    """
+    Raises:
+        ConfigError: names what is missing and the command that adds it.
+    """
+    missing = [name for module, name in _NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ConfigError(f"blip2 serve needs {', '.join(missing)}: pip install 'blip2[serve]'")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket, before a model is loaded for minutes.
+
+    Raises:
+        RunError: the address is taken or not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        found = socket.socket(family, kind, protocol)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        raise RunError(f"cannot listen on {host}:{port}: {error.strerror}: choose another --port or --host") from error
+    return found
+
+
+def model_name(source: str) -> str:
+    """What clients call the model: a folder's or file's last name (no path of this machine), a hub id as it is."""
+    path = Path(source)
+    return (path.resolve().name or "blip2") if path.exists() else source
+
+
+def _serve(options: argparse.Namespace, settings: Settings, listening: socket.socket) -> int:
+    import uvicorn
+
+    from blip2.apps.caption import load_model
+    from blip2.apps.index.search import Index
+    from blip2.apps.index.store import Store
+    from blip2.apps.server.app import create_app
+
+    store = Store(options.index) if options.index else None
+    if store is not None and options.model is None:
+        options.model = store.manifest.model.name
+    model, name = load_model(options)
+    index = None
+    if store is not None:
+        index = Index(store, model)
+        index.model  # noqa: B018 - refuses another model than the index was built with
+    app = create_app(model, settings, name=model_name(name), index=index)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=int(settings.timeout) + 5,
+        timeout_keep_alive=30,
+    )
+    host, port = listening.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(f"blip2: {model_name(name)} at http://{shown}:{port} (API at /docs); Ctrl-C stops", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it anew once all is answered
+        uvicorn.Server(config).run(sockets=[listening])
+    print("blip2: stopped", flush=True)
+    return 0

@@ -1,0 +1,171 @@
+"""Shapes of requests and answers; OpenAI's where they are its own."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+TEXT = 4000  # characters of a text
+Text = Annotated[str, Field(max_length=TEXT)]
+Image = Annotated[str, Field(description="data:image/jpeg;base64,... (PNG and WebP too), or an allowed https URL")]
+BEAMS = 10
+
+
+class Given(BaseModel):
+    """A request; fields that are not known are left alone, as OpenAI's clients send many."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+
+class Decoding(Given):
+    """How text is generated; beam search unless `sample`."""
+
+    beams: int = Field(5, ge=1, le=BEAMS)
+    min_tokens: int | None = Field(None, ge=0, le=128)
+    max_tokens: int | None = Field(None, ge=1, description="longer than the server allows is cut to that")
+    length_penalty: float | None = Field(None, ge=-10, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.1, le=10)
+    sample: bool = False
+    top_p: float = Field(0.9, gt=0, le=1)
+    temperature: float = Field(1.0, ge=0.01, le=10)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+
+
+class CaptionRequest(Decoding):
+    """An image to caption; `num` captions, best first."""
+
+    image: Image
+    prompt: Text | None = Field(None, description="text that the caption continues; default: the model's")
+    num: int = Field(1, ge=1, le=BEAMS)
+
+
+class Caption(BaseModel):
+    """A caption, with the ITM probability that it describes the image where the model has a stage 1."""
+
+    text: str
+    score: float | None
+
+
+class CaptionResponse(BaseModel):
+    """Captions, best first."""
+
+    model: str
+    captions: list[Caption]
+
+
+class Turn(Given):
+    """An earlier question and its answer."""
+
+    question: Text
+    answer: Text
+
+
+class AskRequest(Decoding):
+    """A question about an image, perhaps after others."""
+
+    image: Image
+    question: Annotated[str, Field(min_length=1, max_length=TEXT)]
+    history: list[Turn] = Field([], max_length=64)
+
+
+class AskResponse(BaseModel):
+    """An answer."""
+
+    model: str
+    question: str
+    answer: str
+
+
+class SearchRequest(Given):
+    """Text, image, or both to search the server's index for."""
+
+    text: Text | None = None
+    image: Image | None = None
+    k: int = Field(20, ge=1, le=200)
+    rerank: int = Field(0, ge=0, le=256, description="best candidates of a text re-ranked by ITM; slower")
+    within: Literal["images", "captions", "both"] = "images"
+
+
+class SearchHit(BaseModel):
+    """A found image; `thumbnail` is a path on this server, None where the file is gone or changed."""
+
+    id: str
+    name: str
+    score: float
+    parts: dict[str, float]
+    captions: list[str]
+    state: str
+    thumbnail: str | None
+
+
+class SearchResponse(BaseModel):
+    """Images found, best first."""
+
+    hits: list[SearchHit]
+    images: int
+
+
+class AttendRequest(Given):
+    """An image to look into; with a text, what ITC and ITM make of it."""
+
+    image: Image
+    text: Text | None = None
+
+
+class ImageUrl(Given):
+    """OpenAI's image part."""
+
+    url: str
+
+
+class Part(Given):
+    """A part of a message: `text`, or `image_url`."""
+
+    type: str
+    text: str | None = Field(None, max_length=TEXT)
+    image_url: ImageUrl | str | None = None
+
+
+class Message(Given):
+    """A turn of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Text | Annotated[list[Part], Field(max_length=64)] | None = None
+
+
+class StreamOptions(Given):
+    """OpenAI's."""
+
+    include_usage: bool | None = False
+
+
+class ChatRequest(Given):
+    """OpenAI's chat completion. Without `temperature` (or at 0) beam search, else nucleus sampling."""
+
+    model: str
+    messages: list[Message] = Field(min_length=1, max_length=256)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    n: int | None = Field(None, ge=1, le=BEAMS)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    beams: int = Field(5, ge=1, le=BEAMS, description="not OpenAI's: width of the beam search")
+
+
+class EmbeddingRequest(Given):
+    """OpenAI's embeddings; an input that is a data URL is an image.
+
+    `pooling` (not OpenAI's): an image's query vectors as their mean, of unit norm, or `all` of them one
+    behind the other (`shape` says how many).
+    """
+
+    model: str
+    input: str | Annotated[list[str], Field(min_length=1, max_length=256)]
+    encoding_format: Literal["float", "base64"] | None = "float"
+    dimensions: int | None = Field(None, ge=1)
+    pooling: Literal["mean", "all"] = "mean"

@@ -1,0 +1,54 @@
+"""Servers over tiny random models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import blip2
+from blip2.inference import Blip2
+
+
+@pytest.fixture(scope="session", autouse=True)
+def installed() -> None:
+    pytest.importorskip("fastapi", reason="blip2 serve needs the extra `serve`")
+    pytest.importorskip("httpx", reason="the tests of the server need httpx")
+
+
+@pytest.fixture(scope="session")
+def both(tiny: Path, tiny_opt: Path) -> Blip2:
+    """A stage 2 and a stage 1 in one."""
+    first, second = blip2.load(tiny, device="cpu"), blip2.load(tiny_opt, device="cpu")
+    model = Blip2(second.config, stage1=first.stage1, stage2=second.stage2)
+    model.text_tokenizer = first.text_tokenizer
+    return model
+
+
+@pytest.fixture(scope="session")
+def stage1_only(tiny: Path) -> Blip2:
+    return blip2.load(tiny, device="cpu")
+
+
+@pytest.fixture
+def serve(both: Blip2) -> Iterator[Callable[..., Any]]:
+    """`serve(queue=2)` is a client of an application with these settings."""
+    from fastapi.testclient import TestClient
+
+    from blip2.apps.server.app import create_app
+    from blip2.apps.server.settings import Settings
+
+    opened = []
+
+    def client(*, model: Blip2 | None = None, index: Any = None, **settings: Any) -> TestClient:
+        app = create_app(model or both, Settings(**settings), name="tiny", index=index)
+        found = TestClient(app, base_url="http://127.0.0.1:8000")
+        found.__enter__()
+        opened.append(found)
+        return found
+
+    yield client
+    for each in opened:
+        each.__exit__(None, None, None)
