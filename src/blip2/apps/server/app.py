@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from blip2 import __version__
 from blip2.apps.index.search import Hit, Index
-from blip2.apps.index.store import Row
+from blip2.apps.index.segments import Row
 from blip2.apps.server import openai_routes, page, routes
 from blip2.apps.server.batching import Batcher
 from blip2.apps.server.images import view_of
