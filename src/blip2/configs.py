@@ -452,5 +452,7 @@ class RunConfig:
             _require(not settings.question, "qformer.question", True, "false in stage 1")
             _require(settings.bridge == "qformer", "qformer.bridge", settings.bridge, "qformer in stage 1")
         _require(asks or not settings.question, "qformer.question", True, "false unless data.texts is questions")
+        used = self.init is not None and settings.question
+        _require(self.init_text is None or used, "init_text", self.init_text, "null without init and qformer.question")
         possible = {"stage1": ("loss", "recall"), "stage2": ("loss", "accuracy" if asks else "cider")}[self.stage]
         _require(best in (None, *possible), "eval.best", best, f"one of {', '.join(possible)} here, or null")

@@ -162,6 +162,7 @@ def test_a_linear_bridge_trains_and_loads(hf: HF, pictures: Path, tmp_path: Path
         (["--vision.train", "true", "--data.cache_features", "true"], "data.cache_features is True"),
         (["--eval.best", "accuracy"], "eval.best is 'accuracy': it must be one of loss, cider here"),
         (["--qformer.question", "true"], "qformer.question is True: it must be false unless data.texts is questions"),
+        (["--init_text", "runs/s1"], "init_text is 'runs/s1': it must be null without init and qformer.question"),
         (["--qformer.bridge", "linear", "--qformer.queries", "5"], "qformer.queries is 5: it must be a square"),
     ],
 )

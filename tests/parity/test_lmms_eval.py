@@ -115,6 +115,8 @@ def test_likelihoods_and_refusals(hf: HF, pictures: list[Path]) -> None:
     assert model.loglikelihood([request(0, f" {written[0]}")])[0][1]
     with pytest.raises(ConfigError, match="has 2 images, and BLIP-2 sees one"):
         model.generate_until([request(0, {"max_new_tokens": 3}, lambda doc: doc * 2)])
+    with pytest.raises(ConfigError, match="tasks of several rounds are not for it"):
+        model.generate_until_multi_round([])
     with pytest.raises(ConfigError, match="--model_args beans is unknown"):
         Blip2Lmms(str(hf("opt")[0]), beans=1)
     assert cut("a dog\nand more.", [".", "\n"]) == "a dog"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +21,6 @@ from blip2.evaluation import vqa
 from blip2.evaluation.captioning import cider
 from blip2.evaluation.retrieval import both_ways, candidate_pairs, recall_at_k, reranked_scores
 from blip2.inference import Blip2
-from blip2.models.qformer import ImageKV
 from blip2.ops import distributed
 from blip2.ops.contrastive import query_text_similarity
 
@@ -158,7 +158,7 @@ class _Pool:
 
     def __init__(self) -> None:
         self.images: list[Tensor] = []
-        self.image_kvs: list[ImageKV] = []
+        self.features: list[Tensor] = []  # keys and values of an image are several times as large
         self.owners: list[int] = []
         self.texts: list[str] = []
         self.count = 0
@@ -166,26 +166,32 @@ class _Pool:
     def add(self, model: Blip2, features_BPC: Tensor, captions: list[tuple[str, ...]], best: str | None) -> None:
         self.images.append(model.embed_features(features_BPC))
         if best == "recall":
-            self.image_kvs += [model.image_kv(row[None]) for row in features_BPC]
+            self.features += features_BPC.cpu().split(1)
         for found in captions:
             self.owners += [self.count] * len(found)
             self.texts += found
             self.count += 1
 
     def recall(self, model: Blip2) -> dict[str, float]:
-        """Recall by ITC; where keys/values were kept, `recall` too: mean R@1 of both directions, re-ranked by ITM."""
+        """Recall by ITC; where features were kept, `recall` too: mean R@1 of both directions, re-ranked by ITM."""
         owners = np.array(self.owners)
         similarity_IT = query_text_similarity(torch.cat(self.images), model.embed_texts(self.texts)).numpy()
         numbers = recall_at_k(similarity_IT, owners)
-        if self.image_kvs:
+        if self.features:
             matches = [
-                (texts, model.match_logits(self.image_kvs[image], [self.texts[t] for t in texts])[:, 1].numpy())
+                (texts, self._itm(model, image, texts))
                 for image, texts in enumerate(candidate_pairs(similarity_IT, RERANKED))
             ]
             found = both_ways(*reranked_scores(similarity_IT, matches, RERANKED, 1 / float(model.stage1.temp)), owners)
             numbers |= {f"reranked_{name}": found[name] for name in ("i2t_r1", "t2i_r1")}
             numbers["recall"] = (found["i2t_r1"] + found["t2i_r1"]) / 2
         return numbers
+
+    def _itm(self, model: Blip2, image: int, texts: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """ITM's class-1 logits of an image with these texts."""
+        kv = model.image_kv(self.features[image].to(model.device))
+        found: npt.NDArray[Any] = model.match_logits(kv, [self.texts[t] for t in texts])[:, 1].numpy()
+        return found
 
 
 def _entry(key: str, text: str, references: Sequence[str]) -> dict[str, Any]:

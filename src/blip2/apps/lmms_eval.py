@@ -93,7 +93,7 @@ class Blip2Lmms(lmms):  # type: ignore[misc]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Refused: BLIP-2 is trained on one image and one text at a time."""
-        raise NotImplementedError("BLIP-2 answers one question about one image: tasks of several rounds are not for it")
+        raise ConfigError("BLIP-2 answers one question about one image: tasks of several rounds are not for it")
 
     def _asked(self, arguments: tuple[Any, ...]) -> tuple[Any, str, str]:
         """(image, prompt, bare question) of a request."""

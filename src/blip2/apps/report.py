@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from blip2.apps.curves import LOSSES, RECALL, Curve, Line, draw_curves, is_number, points
+from blip2.apps.pages import environment
 from blip2.errors import CheckpointError, RunError
 
 REPORT = "report.html"
@@ -96,18 +97,10 @@ def read_run(folder: Path) -> Run:
 
 def render(run: Run) -> str:
     """The page as HTML; every text from the run is escaped."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"count": _count, "duration": _duration}
+    templates = environment(Path(__file__).parent)
+    templates.filters |= {"count": _count, "duration": _duration}
     curves, note = _curves(run)
-    return environment.get_template(_TEMPLATE).render(
+    return templates.get_template(_TEMPLATE).render(
         title=str(run.config.get("recipe") or run.folder.resolve().name),
         stage={"stage1": "representation learning", "stage2": "generative learning"}.get(
             str(run.config.get("stage")), ""

@@ -7,26 +7,15 @@ import io
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from blip2.apps.evaluate.tasks import Outcome
 from blip2.apps.evaluate.work import write_beside
+from blip2.apps.pages import environment
 from blip2.data.images import decode_image
 from blip2.data.samples import BadSampleError, Collection, Sample
 
 SHOWN, THUMB = 8, 256
-
-
-def environment() -> jinja2.Environment:
-    """Templates of this folder, with the style sheet that all pages share."""
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader([Path(__file__).parent, Path(__file__).parents[1]]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def write_page(folder: Path, result: dict[str, Any], outcome: Outcome, data: Collection) -> Path:
@@ -37,7 +26,7 @@ def write_page(folder: Path, result: dict[str, Any], outcome: Outcome, data: Col
         for title, chosen in _chosen(outcome.entries)
     ]
     page = (
-        environment()
+        environment(Path(__file__).parent)
         .get_template("page.html.j2")
         .render(result=result, rows=_rows(result), groups=groups, missing=outcome.missing, notes=outcome.notes)
     )

@@ -11,9 +11,10 @@ from typing import Any
 
 from blip2 import __version__
 from blip2.apps.caption import load_model
-from blip2.apps.evaluate.page import environment, picture_of
+from blip2.apps.evaluate.page import picture_of
 from blip2.apps.evaluate.tasks import Entries, decoding_settings
 from blip2.apps.evaluate.work import Folder, work_through, write_beside
+from blip2.apps.pages import environment
 from blip2.configs import DecodingConfig
 from blip2.data.samples import Collection
 from blip2.data.sources import open_collection
@@ -128,7 +129,11 @@ def _write_page(
         {"key": rows[start]["image"], "picture": pictures[n], "rows": rows[start : start + len(prompts)]}
         for n, start in enumerate(range(0, len(rows), len(prompts)))
     ]
-    page = environment().get_template("prompts.html.j2").render(images=images, models=models, data=data.name)
+    page = (
+        environment(Path(__file__).parent)
+        .get_template("prompts.html.j2")
+        .render(images=images, models=models, data=data.name)
+    )
     path = folder / "report.html"
     write_beside(path, page)
     return path

@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from blip2.apps.caption import load_model
 from blip2.apps.explain.heat import overlay, png
+from blip2.apps.pages import environment
 from blip2.data.samples import printable
 from blip2.errors import RunError
 from blip2.explain import Attention
@@ -70,13 +70,7 @@ def write_page(path: Path, picture: Image.Image, found: Attention, image: str, m
     Raises:
         RunError: it cannot be written.
     """
-    template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("explain.html.j2")
+    template = environment(Path(__file__).parent).get_template("explain.html.j2")
     view = seen(picture, resize)
     page = template.render(
         image=image,

@@ -6,10 +6,10 @@ import base64
 import io
 from pathlib import Path
 
-import jinja2
 from PIL import Image
 
 from blip2.apps.index.search import Hit, read
+from blip2.apps.pages import environment
 from blip2.data.images import decode_image
 from blip2.data.samples import BadSampleError, printable
 from blip2.errors import RunError
@@ -23,13 +23,7 @@ def write_page(path: Path, hits: list[Hit], text: str | None, picture: Image.Ima
     Raises:
         RunError: it cannot be written.
     """
-    template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("hits.html.j2")
+    template = environment(Path(__file__).parent).get_template("hits.html.j2")
     shown = [
         {
             "hit": hit,

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from fastapi import FastAPI
 from fastapi.responses import Response
+
+from blip2.apps.pages import environment
 
 _STATIC = Path(__file__).parent / "static"
 _FILES = {
@@ -40,13 +41,7 @@ def _file(data: bytes, kind: str) -> Any:
 
 
 def _documentation(document: dict[str, Any]) -> str:
-    template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_STATIC),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("docs.html.j2")
+    template = environment(_STATIC).get_template("docs.html.j2")
     operations = [
         {
             "method": method.upper(),

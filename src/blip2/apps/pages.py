@@ -1,0 +1,22 @@
+"""What every page of ours is made with: jinja2 that escapes, and stops at a name it does not know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import jinja2
+
+
+def environment(folder: Path) -> jinja2.Environment:
+    """Templates of a folder, with the style sheet that pages share."""
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader([folder, Path(__file__).parent]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
