@@ -176,6 +176,8 @@ class DataConfig:
         limit, dev_limit: use only the first N usable images (of each part of a mixture); None uses all.
         texts: what is learned: `captions`, or `questions` with their answers (stage 2). One of an
             image's is drawn at each step, and of a question's answers one, as often as people gave it.
+        texts_per_image: draw so many of an image's texts at each step instead (stage 2). Encoder,
+            Q-Former and soft prompts are computed once for all of them.
         augment: random resized crop and horizontal flip (needs the images: with a feature cache
             it takes effect through `cache_views`).
         crop_min: smallest share of the image's area that a random crop keeps.
@@ -189,6 +191,7 @@ class DataConfig:
     limit: int | None = None
     dev_limit: int | None = None
     texts: str = "captions"
+    texts_per_image: int = 1
     augment: bool = True
     crop_min: float = 0.5
     cache_features: bool = False
@@ -201,6 +204,7 @@ class DataConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"data.{name}", value, "1 or more")
         _require(self.texts in TEXTS, "data.texts", self.texts, f"one of {', '.join(TEXTS)}")
+        _require(self.texts_per_image >= 1, "data.texts_per_image", self.texts_per_image, "1 or more")
         _require(0 < self.crop_min <= 1, "data.crop_min", self.crop_min, "in (0, 1]")
         _require(self.cache_views >= 1, "data.cache_views", self.cache_views, "1 or more")
         _require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "0 or more")
@@ -291,7 +295,8 @@ class TrainConfig:
 
     Args:
         steps: optimizer steps of the whole run.
-        batch: image-text pairs per optimizer step, over all processes.
+        batch: images per optimizer step, over all processes, each with one text
+            (`data.texts_per_image`: more).
         accumulate: micro-batches a step is split into; ITC and ITM see one micro-batch at a time.
         precision: `auto` is bf16 autocast where the hardware multiplies it fast (CUDA, CPUs with
             AVX512-BF16 or AMX), else fp32. Weights and optimizer state stay fp32.
@@ -449,6 +454,7 @@ class RunConfig:
         asks = texts == "questions"
         if self.stage == "stage1":
             _require(not asks, "data.texts", texts, "captions in stage 1")
+            _require(self.data.texts_per_image == 1, "data.texts_per_image", self.data.texts_per_image, "1 in stage 1")
             _require(not settings.question, "qformer.question", True, "false in stage 1")
             _require(settings.bridge == "qformer", "qformer.bridge", settings.bridge, "qformer in stage 1")
         _require(asks or not settings.question, "qformer.question", True, "false unless data.texts is questions")

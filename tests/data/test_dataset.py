@@ -102,6 +102,22 @@ def test_split_keeps_order_and_skipped_once(collection: Collection) -> None:
     assert same(batch.to(torch.device("cpu")), batch)
 
 
+def test_several_texts_of_an_image(collection: Collection) -> None:
+    """Text n is about image n mod B; none comes twice before all of an image's have come."""
+    stream = batches(collection, texts_per_image=3).steps_from(0)
+    captions = {sample.key: sample.captions for sample in collection.samples}
+    for batch in take(stream, 3):
+        assert len(batch.captions) == 3 * len(batch) == 12
+        for image, key in enumerate(batch.keys):
+            mine = batch.captions[image :: len(batch)]
+            assert set(mine) <= set(captions[key])
+            assert len(set(mine)) == min(3, len(set(captions[key])))
+        halves = batch.split(2)
+        assert [half.captions for half in halves] == [
+            [c for n, c in enumerate(batch.captions) if n % 4 in rows] for rows in ((0, 1), (2, 3))
+        ]
+
+
 def test_image_ids_are_equal_for_the_same_image(tmp_path: Path, jpeg: Jpeg) -> None:
     (tmp_path / "a.jpg").write_bytes(jpeg(1))
     (tmp_path / "b.jpg").write_bytes(jpeg(2))

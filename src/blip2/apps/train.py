@@ -268,6 +268,7 @@ def _assemble(
         world=distributed.world_size(),
         workers=_workers(config),
         texts=config.data.texts,
+        texts_per_image=config.data.texts_per_image,
     )
     evaluator = DevEvaluator(user, objective, dev, caches[1], config, folder) if dev is not None else None
     source: Callable[[int], Iterator[Batch]] = batches.steps_from
@@ -340,7 +341,7 @@ def _finish(
         ],
         "seconds": before.get("seconds", 0.0) + outcome.seconds,
         "steps": outcome.step,
-        "pairs": outcome.step * config.train.batch,
+        "pairs": outcome.step * config.train.batch * config.data.texts_per_image,
         "hardware": _hardware(device),
         "versions": {"blip2": __version__, **{n: metadata.version(n) for n in ("torch", "transformers")}},
         "loaded": before.get("loaded") or loaded,

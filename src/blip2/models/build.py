@@ -11,7 +11,8 @@ from blip2.configs import BERT_WORDS, QFormerConfig, RunConfig
 from blip2.errors import CheckpointError, ConfigError
 from blip2.models import hub, towers
 from blip2.models.bert_init import load_bert, qformer_sizes
-from blip2.models.language_model import LanguageModel, load_language_model
+from blip2.models.language_loading import load_language_model
+from blip2.models.language_model import LanguageModel
 from blip2.models.lora import add_lora
 from blip2.models.qformer import QFormer
 from blip2.models.stage1 import Stage1

@@ -160,7 +160,8 @@ class Stage2Objective(nn.Module):
     """Language modelling of the caption given the soft prompts (section 3.3).
 
     A batch of questions has their answers for captions and each question for prompt; a Q-Former that
-    reads questions sees it too (section 4.3). `questions` makes the ids of its text.
+    reads questions sees it too (section 4.3). `questions` makes the ids of its text. Where an image has
+    several texts, its soft prompts are made once, and a decoder-only model reads them once.
 
     Decoder-only: prompt + caption, loss on the caption and its end token. Encoder-decoder: the
     caption is split at a random word into a prefix for the encoder and a suffix for the decoder;
@@ -199,18 +200,20 @@ class Stage2Objective(nn.Module):
 
     def _prompts(self, batch: Batch) -> list[str]:
         if batch.questions is None:
-            return [self.config.prompt] * len(batch)
+            return [self.config.prompt] * len(batch.captions)
         return [self.config.question.format(question) for question in batch.questions]
 
     def _encoder_decoder(self, prompts_BQH: Tensor, batch: Batch, step: int) -> Tensor:
         prefixes, suffixes = self._prompts(batch), batch.captions
         if batch.questions is None:
-            split = [split_caption(c, k, self.seed, step) for c, k in zip(batch.captions, batch.keys, strict=True)]
+            keys = batch.keys * (len(batch.captions) // len(batch))
+            split = [split_caption(c, k, self.seed, step) for c, k in zip(batch.captions, keys, strict=True)]
             prefixes = [f"{self.config.prompt} {prefix}".strip() for prefix, _ in split]
             suffixes = [suffix for _, suffix in split]
         parts = self.tokenizer.pairs(prefixes, suffixes)
         enc_ids, enc_mask, dec_ids, dec_mask = (x.to(prompts_BQH.device) for x in parts)
-        loss = self.model.language_model.encoder_decoder_loss(prompts_BQH, enc_ids, enc_mask, dec_ids, dec_mask)
+        prompts_NQH = prompts_BQH.repeat(len(enc_ids) // len(prompts_BQH), 1, 1)
+        loss = self.model.language_model.encoder_decoder_loss(prompts_NQH, enc_ids, enc_mask, dec_ids, dec_mask)
         return _mean_of_all(loss, int(dec_mask.sum()))
 
 
