@@ -35,7 +35,7 @@ from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision_encoder import VisionEncoder
 from blip2.weights.assemble import assemble
-from blip2.weights.checkpoints import open_checkpoint, stage1_behind
+from blip2.weights.checkpoints import located, open_checkpoint, stage1_behind
 from blip2.weights.loading import LoadReport, fill
 
 if TYPE_CHECKING:
@@ -408,8 +408,8 @@ def load(
     """Load a model for use.
 
     Args:
-        source: run folder or weights file of ours, preset name (`blip2-opt-2.7b`), Hugging Face
-            folder or hub id, or LAVIS `.pth`.
+        source: run folder or weights file of ours, preset name (`tiny`, which comes with the package,
+            `blip2-opt-2.7b`), Hugging Face folder or hub id, or LAVIS `.pth`.
         device: `auto` is CUDA where there is one.
         dtype: of the frozen towers (`fp32`, `bf16`, `fp16` or a torch dtype); None takes bf16
             where the hardware multiplies it fast, else fp32. The Q-Former stays in float32.
@@ -424,6 +424,7 @@ def load(
         CheckpointError: nothing there, incomplete, damaged, or its weights do not fit.
         ConfigError: a setting that cannot be used.
     """
+    home = Path(located(source))
     found = open_checkpoint(source, vision=vision, language=language)
     if quantize is not None:
         settings = replace(found.config.language, quantize=None if quantize == "none" else quantize)
@@ -431,8 +432,8 @@ def load(
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     model, report = assemble(found, device=name, dtype=torch_dtype(dtype), device_map=device_map)
     if isinstance(model, Stage1):
-        return Blip2(found.config, stage1=model, home=Path(source), report=report)
-    return Blip2(found.config, stage2=model, home=Path(source), report=report)
+        return Blip2(found.config, stage1=model, home=home, report=report)
+    return Blip2(found.config, stage2=model, home=home, report=report)
 
 
 def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -282,3 +283,25 @@ def test_dev_asks_the_same_question_every_time(asked: Collection) -> None:
     assert [b.questions for b in first] == [b.questions for b in second]
     assert sum(len(b) for b in first) == 6
     assert all(b.questions is None for b in dev_batches(asked, batch=4, spec=SPEC))
+
+
+def test_both_asks_what_the_captions_agree_on(collection: Collection, asked: Collection) -> None:
+    agreeing = replace(
+        collection,
+        samples=[
+            replace(s, captions=("two dogs run on grass", "two dogs are running in the grass"))
+            for s in collection.samples
+        ],
+    )
+    stream = batches(agreeing, texts="both", texts_per_image=5).steps_from(0)
+    found = [
+        (question, text)
+        for batch in take(stream, 12)
+        for question, text in zip(batch.questions or [], batch.captions, strict=True)
+    ]
+    questions = {pair for pair in found if pair[0]}
+    assert ("How many dogs are there?", "two") in questions
+    assert {text for question, text in found if not question} == set(agreeing.samples[0].captions)
+    assert 0.1 < sum(bool(question) for question, _ in found) / len(found) < 0.3
+    own = take(batches(asked, batch=1, texts="both", texts_per_image=50).steps_from(0), 1)[0]  # questions of its own
+    assert {q for q in own.questions or [] if q} <= {q.text for s in asked.samples for q in s.questions}

@@ -236,7 +236,13 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     convert.add_argument("source", metavar="SRC", help="run, Hugging Face folder or hub id, preset, or LAVIS .pth")
     convert.add_argument("target", metavar="DST", help="new folder (.pth file for lavis)")
-    convert.add_argument("--to", required=True, choices=("blip2", "hf", "lavis"))
+    convert.add_argument(
+        "--to", required=True, choices=("blip2", "hf", "lavis", "slim"), help="slim: a run of ours to hand on, in bf16"
+    )
+    convert.add_argument("--words", metavar="DATA", help="slim: only embeddings of words in the captions of DATA")
+    convert.add_argument(
+        "--stage1", metavar="NAME", help="slim: folder beside it that embeddings and matches come from"
+    )
     convert.add_argument("--json", action="store_true", help="one JSON object on stdout")
     _add_towers(convert)
     convert.set_defaults(run=_convert)

@@ -249,12 +249,19 @@ def _assemble(
     if isinstance(model, Stage1):
         user = Blip2(config, stage1=model)
         objective: nn.Module = Stage1Objective(
-            model, user.text_tokenizer, config.loss, config.train.seed, config.train.accumulate
+            model,
+            user.text_tokenizer,
+            config.loss,
+            config.train.seed,
+            config.train.accumulate,
+            config.vision.token_drop,
         )
     else:
         user = Blip2(config, stage2=model)
         questions = user.text_tokenizer if config.qformer.question else None
-        objective = Stage2Objective(model, user.language_tokenizer, config.language, config.train.seed, questions)
+        objective = Stage2Objective(
+            model, user.language_tokenizer, config.language, config.train.seed, questions, config.vision.token_drop
+        )
         frozen.append(model.language_model)
     batches = TrainingBatches(
         data,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from blip2.data.asking import questions_from
 from blip2.data.features import FeatureCache
 from blip2.data.images import ImageSpec, decode_augmented, decode_image, plain_view
 from blip2.data.mixture import epoch_order, epoch_size
@@ -26,7 +27,8 @@ from blip2.errors import DataError
 
 # A caption, or an answer and its question.
 Text = tuple[str, str | None]
-_WANTED = {"captions": "a caption", "questions": "a question and an answer"}
+_WANTED = {"captions": "a caption", "questions": "a question and an answer", "both": "a caption"}
+_QUESTIONS = 0.2  # share of questions where both are learned
 
 
 @dataclass
@@ -39,7 +41,8 @@ class Batch:
         pixels: float32 [B, 3, S, S], or None where features are given.
         features: [B, P, C] of the frozen encoder, or None.
         skipped: bad samples met while this batch was made, each key once per process.
-        questions: one per text where questions are learned; `captions` are then their answers.
+        questions: one per text where questions are learned; `captions` are then their answers. Empty
+            where the text is a caption after all.
     """
 
     keys: list[str]
@@ -137,13 +140,19 @@ class _Steps(Dataset[Batch]):
         """Texts of a sample drawn at random: none twice before all were drawn."""
         sample = self.collection.samples[index]
         if self.texts == "questions":
-            asked = _answered(sample)
+            asked = list(_answered(sample))
             return [
                 (question.answers[int(rng.integers(len(question.answers)))], question.text)
                 for question in (asked[n] for n in self._draw(len(asked), rng))
             ]
-        captions = sample.captions or ("",)
-        return [(captions[n], None) for n in self._draw(len(captions), rng)]
+        captions: list[Text] = [(caption, None) for caption in sample.captions or ("",)]
+        drawn = [captions[n] for n in self._draw(len(captions), rng)]
+        count = int(rng.binomial(len(drawn), _QUESTIONS)) if self.texts == "both" else 0
+        about = (_answered(sample) or questions_from(sample.captions)) if count else ()
+        if about:
+            order = rng.permutation(len(about))
+            drawn[:count] = [(about[n].answers[0], about[n].text) for n in np.resize(order, count)]
+        return drawn
 
     def _draw(self, among: int, rng: np.random.Generator) -> list[int]:
         if self.texts_per_image == 1:
@@ -223,7 +232,7 @@ class _Steps(Dataset[Batch]):
             torch.stack(pixels) if pixels else None,
             torch.stack(features) if features else None,
             skipped,
-            [question or "" for _, question in texts] if self.texts == "questions" else None,
+            [question or "" for _, question in texts] if self.texts != "captions" else None,
         )
 
 
@@ -250,7 +259,7 @@ class TrainingBatches:
         augment, crop_min: random crops and flips of images.
         rank, world: this process and how many there are.
         workers: loader processes; 0 loads in this one.
-        texts: `captions`, or `questions` with their answers.
+        texts: `captions`, `questions` with their answers, or `both`.
         texts_per_image: texts drawn of each image.
 
     Raises:
@@ -374,5 +383,5 @@ def dev_batches(
         yield steps._batch(items, [])
 
 
-def _answered(sample: Sample) -> list[Question]:
-    return [question for question in sample.questions if question.answers]
+def _answered(sample: Sample) -> tuple[Question, ...]:
+    return tuple(question for question in sample.questions if question.answers)

@@ -165,6 +165,11 @@ def _bert_of(qformer: Any) -> Any:
     )
 
 
+def bert_words(name: str) -> Tensor:
+    """Word embeddings of a BERT-type checkpoint, without [DEC]."""
+    return _bert_state(name)["bert.embeddings.word_embeddings.weight"]
+
+
 def _bert_state(name: str) -> dict[str, Tensor]:
     """Tensors of a BERT-type checkpoint, its prediction head included where it has one."""
     from transformers import BertForMaskedLM
