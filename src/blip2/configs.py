@@ -185,6 +185,7 @@ class DataConfig:
             agree on (`blip2.data.asking`).
         texts_per_image: draw so many of an image's texts at each step instead (stage 2). Encoder,
             Q-Former and soft prompts are computed once for all of them.
+        clean: captions as LAVIS cleans them, here and in use: lower case, without marks but the comma.
         augment: random resized crop and horizontal flip (needs the images: with a feature cache
             it takes effect through `cache_views`).
         crop_min: smallest share of the image's area that a random crop keeps.
@@ -199,6 +200,7 @@ class DataConfig:
     dev_limit: int | None = None
     texts: str = "captions"
     texts_per_image: int = 1
+    clean: bool = False
     augment: bool = True
     crop_min: float = 0.5
     cache_features: bool = False

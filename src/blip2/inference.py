@@ -25,7 +25,7 @@ from torch import Tensor
 from blip2.configs import DecodingConfig, RunConfig
 from blip2.data.images import ImageSpec, decode_image, plain_view
 from blip2.data.samples import BadSampleError
-from blip2.data.text import LanguageTokenizer, QFormerTokenizer
+from blip2.data.text import LanguageTokenizer, QFormerTokenizer, clean_caption
 from blip2.errors import ConfigError, DataError
 from blip2.models import towers
 from blip2.models.build import build_stage1
@@ -237,7 +237,9 @@ class Blip2:
         assert self.stage2 is not None
         if questions is None or not self.stage2.reads_questions:
             return self.stage2.soft_prompts(features_BPC)
-        return self.stage2.soft_prompts(features_BPC, *self._tokens(list(questions)))
+        return self.stage2.soft_prompts(
+            features_BPC, *(x.to(self.device) for x in self.text_tokenizer(list(questions)))
+        )
 
     def generate(
         self,
@@ -289,7 +291,7 @@ class Blip2:
         listed = [texts] if isinstance(texts, str) else list(texts)
         size = 8 * self.batch
         with torch.no_grad():
-            parts = [self.stage1.embed_texts(*self._tokens(listed[n : n + size])) for n in range(0, len(listed), size)]
+            parts = [self.stage1.embed_texts(*self.text_ids(listed[n : n + size])) for n in range(0, len(listed), size)]
         return torch.cat(parts).float().cpu()
 
     def embed_features(self, features_BPC: Tensor) -> Tensor:
@@ -323,7 +325,7 @@ class Blip2:
     def match_logits(self, image_kv: ImageKV, texts: list[str]) -> Tensor:
         """ITM logits [N, 2], class 1 a match; text n is paired with image n mod B."""
         with torch.no_grad():
-            return self.stage1.match_logits(*self._tokens(texts), image_kv).float().cpu()
+            return self.stage1.match_logits(*self.text_ids(texts), image_kv).float().cpu()
 
     def match_features(self, image_kv: ImageKV, texts: list[str]) -> Tensor:
         """ITM probabilities [N]; text n is paired with image n mod B."""
@@ -390,8 +392,9 @@ class Blip2:
             with torch.no_grad():
                 yield self.vision(torch.stack(views).to(self.device))
 
-    def _tokens(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        ids, mask = self.text_tokenizer(texts)
+    def text_ids(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask [N, T] of captions for the Q-Former, cleaned where its training cleaned them."""
+        ids, mask = self.text_tokenizer([clean_caption(text) for text in texts] if self.config.data.clean else texts)
         return ids.to(self.device), mask.to(self.device)
 
 

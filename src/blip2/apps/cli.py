@@ -14,7 +14,8 @@ from blip2.errors import Blip2Error
 
 EXAMPLES = """\
 examples:
-  blip2 demo                                        train a small bridge here and caption with it
+  blip2 demo                                        the packaged tiny model on a few photographs
+  blip2 caption photos/                             captions by that model
   blip2 train tiny/stage1 --out runs/s1
   blip2 train tiny/stage2 --init runs/s1 --out runs/s2 --optim.lr 2e-4
   blip2 caption photos/ --model runs/s2 --out captions.jsonl
@@ -74,9 +75,13 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="one JSON object on stdout")
     doctor.set_defaults(run=_doctor)
     server_options.add_command(commands, _add_model)
-    demo = commands.add_parser("demo", help="train both stages on embedded defaults (about 10 minutes), then caption")
-    demo.add_argument("--out", default="runs/demo", help="folder of the two runs (default: %(default)s)")
+    demo = commands.add_parser("demo", help="caption, question and search photographs with the packaged tiny model")
+    demo.add_argument("photos", nargs="*", metavar="PHOTOS", help="folders or files (default: those in scikit-image)")
+    demo.add_argument("--out", default="runs/demo", help="folder of report and index (default: %(default)s)")
     demo.set_defaults(run=_demo)
+    demo_train = commands.add_parser("demo-train", help="train both stages on embedded defaults (about 10 minutes)")
+    demo_train.add_argument("--out", default="runs/demo-train", help="folder of the two runs (default: %(default)s)")
+    demo_train.set_defaults(run=_demo_train)
     return parser
 
 
@@ -148,7 +153,7 @@ def _add_model(command: argparse.ArgumentParser, *, named: bool = True) -> None:
         command.add_argument(
             "--model",
             help="run folder, preset, Hugging Face folder or hub id, or LAVIS .pth "
-            "(default: $BLIP2_MODEL, else the newest in runs/)",
+            "(default: $BLIP2_MODEL, else the newest in runs/, else tiny, which comes with the package)",
         )
     _add_towers(command)
     command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the frozen towers")
@@ -430,7 +435,13 @@ def _capfilt(options: argparse.Namespace, rest: list[str]) -> int:
 def _demo(options: argparse.Namespace, rest: list[str]) -> int:
     from blip2.apps.demo import demo
 
-    return demo(options.out)
+    return demo(options.photos, options.out)
+
+
+def _demo_train(options: argparse.Namespace, rest: list[str]) -> int:
+    from blip2.apps.demo_train import demo_train
+
+    return demo_train(options.out)
 
 
 if __name__ == "__main__":

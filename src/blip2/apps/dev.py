@@ -91,6 +91,7 @@ class DevEvaluator:
             spec=self.model.image_spec,
             features=self.features,
             texts="questions" if self.config.data.texts == "questions" else "captions",
+            clean=self.config.data.clean,
         )
 
     def _features(self, batch: Batch) -> Tensor:

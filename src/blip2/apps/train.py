@@ -276,6 +276,7 @@ def _assemble(
         workers=_workers(config),
         texts=config.data.texts,
         texts_per_image=config.data.texts_per_image,
+        clean=config.data.clean,
     )
     evaluator = DevEvaluator(user, objective, dev, caches[1], config, folder) if dev is not None else None
     source: Callable[[int], Iterator[Batch]] = batches.steps_from

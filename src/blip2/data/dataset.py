@@ -23,6 +23,7 @@ from blip2.data.features import FeatureCache
 from blip2.data.images import ImageSpec, decode_augmented, decode_image, plain_view
 from blip2.data.mixture import epoch_order, epoch_size
 from blip2.data.samples import BadSample, BadSampleError, Collection, Question, Sample
+from blip2.data.text import clean_caption
 from blip2.errors import DataError
 
 # A caption, or an answer and its question.
@@ -111,8 +112,9 @@ class _Steps(Dataset[Batch]):
         world: int,
         texts: str = "captions",
         texts_per_image: int = 1,
+        clean: bool = False,
     ) -> None:
-        self.texts, self.texts_per_image = texts, texts_per_image
+        self.texts, self.texts_per_image, self.clean = texts, texts_per_image, clean
         self.collection, self.batch, self.seed, self.spec = collection, batch, seed, spec
         self.features, self.augment, self.crop_min = features, augment, crop_min
         self.rank, self.world = rank, world
@@ -145,14 +147,18 @@ class _Steps(Dataset[Batch]):
                 (question.answers[int(rng.integers(len(question.answers)))], question.text)
                 for question in (asked[n] for n in self._draw(len(asked), rng))
             ]
-        captions: list[Text] = [(caption, None) for caption in sample.captions or ("",)]
-        drawn = [captions[n] for n in self._draw(len(captions), rng)]
+        captions = sample.captions or ("",)
+        drawn = [self.caption(captions[n]) for n in self._draw(len(captions), rng)]
         count = int(rng.binomial(len(drawn), _QUESTIONS)) if self.texts == "both" else 0
         about = (_answered(sample) or questions_from(sample.captions)) if count else ()
         if about:
             order = rng.permutation(len(about))
             drawn[:count] = [(about[n].answers[0], about[n].text) for n in np.resize(order, count)]
         return drawn
+
+    def caption(self, text: str) -> Text:
+        """A caption as it is learned."""
+        return clean_caption(text) if self.clean else text, None
 
     def _draw(self, among: int, rng: np.random.Generator) -> list[int]:
         if self.texts_per_image == 1:
@@ -261,6 +267,7 @@ class TrainingBatches:
         workers: loader processes; 0 loads in this one.
         texts: `captions`, `questions` with their answers, or `both`.
         texts_per_image: texts drawn of each image.
+        clean: captions through `clean_caption`.
 
     Raises:
         DataError: fewer usable samples than a batch, or a batch that `world` does not divide. While
@@ -282,11 +289,12 @@ class TrainingBatches:
         workers: int = 0,
         texts: str = "captions",
         texts_per_image: int = 1,
+        clean: bool = False,
     ) -> None:
         if spec is None and features is None:
             raise ValueError("one of spec and features is needed")
         self._steps = _Steps(
-            collection, batch, seed, spec, features, augment, crop_min, rank, world, texts, texts_per_image
+            collection, batch, seed, spec, features, augment, crop_min, rank, world, texts, texts_per_image, clean
         )
         silent = self._steps.drop_silent()
         if batch % world:
@@ -354,18 +362,19 @@ def dev_batches(
     spec: ImageSpec | None,
     features: FeatureCache | None = None,
     texts: str = "captions",
+    clean: bool = False,
 ) -> Iterator[Batch]:
     """All usable samples in order, plain views, always the same text of each; what cannot be decoded is left out.
 
     The text is the first caption; of questions, which data sets list by kind, one by the seed 0.
     """
-    steps = _Steps(collection, 1, 0, spec, features, augment=False, crop_min=1.0, rank=0, world=1, texts=texts)
+    steps = _Steps(collection, 1, 0, spec, features, False, 1.0, 0, 1, texts, clean=clean)
     if texts == "questions":
         steps.drop_silent()
     items: list[_Item] = []
     for index in map(int, steps.usable):
         captions = collection.samples[index].captions
-        drawn: list[Text] = [(captions[0] if captions else "", None)]
+        drawn = [steps.caption(captions[0] if captions else "")]
         if texts == "questions":
             drawn = steps.texts_of(index, np.random.default_rng([0, index]))
         if features is not None:
