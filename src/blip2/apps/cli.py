@@ -244,7 +244,9 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     convert.add_argument(
         "--to", required=True, choices=("blip2", "hf", "lavis", "slim"), help="slim: a run of ours to hand on, in bf16"
     )
-    convert.add_argument("--words", metavar="DATA", help="slim: only embeddings of words in the captions of DATA")
+    convert.add_argument(
+        "--words", metavar="DATA", help="slim: only embeddings of words that recur in the captions of DATA"
+    )
     convert.add_argument(
         "--stage1", metavar="NAME", help="slim: folder beside it that embeddings and matches come from"
     )

@@ -87,8 +87,8 @@ def convert(
         target: folder for `blip2`, `slim` and `hf`, file (`.pth`) for `lavis`; must not exist yet.
         to: `blip2`, `hf`, `lavis`, or `slim`: a run of ours to hand on, in bf16 and without its towers.
         progress: called with bytes written, then with bytes read back.
-        words: of `slim`: keep only the embeddings of words in the captions of this data set; the rest
-            is again that of `qformer.init` when the file is opened. None keeps all.
+        words: of `slim`: keep only the embeddings of words that the captions of this data set have more
+            than once; the rest is again that of `qformer.init` when the file is opened. None keeps all.
         stage1: of `slim`: name of the stage 1 beside a stage 2, for embeddings and matches.
 
     Raises:
@@ -228,10 +228,14 @@ def _write_slim(
 
 
 def _words_of(data: str, config: RunConfig) -> Tensor:
-    """Ids of the words in the captions of a data set, special tokens included."""
+    """Ids of the words that the captions of a data set have more than once, special tokens included."""
     tokenizer = QFormerTokenizer(towers.folder(config.qformer.init), config.qformer.max_text)
     captions = [caption for sample in open_collection(data).samples for caption in sample.captions]
-    return torch.cat([tokenizer(captions[n : n + 1000])[0].unique() for n in range(0, len(captions), 1000)]).unique()
+    counts = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
+    for start in range(0, len(captions), 1000):
+        ids, mask = tokenizer(captions[start : start + 1000])
+        counts += ids[mask].bincount(minlength=len(counts))
+    return (counts > 1).nonzero()[:, 0]
 
 
 def _write_tower(folder: Path, config: object, tensors: Tensors, progress: Progress | None) -> Tensors:
