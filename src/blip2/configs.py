@@ -176,6 +176,8 @@ class DataConfig:
         limit, dev_limit: use only the first N usable images (of each part of a mixture); None uses all.
         texts: what is learned: `captions`, or `questions` with their answers (stage 2). One of an
             image's is drawn at each step, and of a question's answers one, as often as people gave it.
+        shots: stage 2: pairs go to the language model in sequences of `shots` + 1, image, text, image,
+            text, ..., so that it learns to read examples; 0 gives it one pair at a time.
         augment: random resized crop and horizontal flip (needs the images: with a feature cache
             it takes effect through `cache_views`).
         crop_min: smallest share of the image's area that a random crop keeps.
@@ -189,6 +191,7 @@ class DataConfig:
     limit: int | None = None
     dev_limit: int | None = None
     texts: str = "captions"
+    shots: int = 0
     augment: bool = True
     crop_min: float = 0.5
     cache_features: bool = False
@@ -201,6 +204,7 @@ class DataConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"data.{name}", value, "1 or more")
         _require(self.texts in TEXTS, "data.texts", self.texts, f"one of {', '.join(TEXTS)}")
+        _require(self.shots >= 0, "data.shots", self.shots, "0 or more")
         _require(0 < self.crop_min <= 1, "data.crop_min", self.crop_min, "in (0, 1]")
         _require(self.cache_views >= 1, "data.cache_views", self.cache_views, "1 or more")
         _require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "0 or more")
@@ -447,6 +451,7 @@ class RunConfig:
     def _check_texts(self) -> None:
         texts, settings, best = self.data.texts, self.qformer, self.eval.best
         asks = texts == "questions"
+        self._check_shots()
         if self.stage == "stage1":
             _require(not asks, "data.texts", texts, "captions in stage 1")
             _require(not settings.question, "qformer.question", True, "false in stage 1")
@@ -456,3 +461,9 @@ class RunConfig:
         _require(self.init_text is None or used, "init_text", self.init_text, "null without init and qformer.question")
         possible = {"stage1": ("loss", "recall"), "stage2": ("loss", "accuracy" if asks else "cider")}[self.stage]
         _require(best in (None, *possible), "eval.best", best, f"one of {', '.join(possible)} here, or null")
+
+    def _check_shots(self) -> None:
+        shots, train = self.data.shots, self.train
+        _require(shots == 0 or self.stage == "stage2", "data.shots", shots, "0 in stage 1, which has no language model")
+        whole = train.batch % (train.accumulate * (shots + 1)) == 0
+        _require(whole, "train.batch", train.batch, f"a multiple of train.accumulate x (data.shots + 1 = {shots + 1})")

@@ -35,6 +35,7 @@ from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision_encoder import VisionEncoder
 from blip2.ops import distributed
+from blip2.training.incontext import InContextObjective
 from blip2.training.memory import apply_settings
 from blip2.training.metrics import format_seconds
 from blip2.training.objectives import Stage1Objective, Stage2Objective
@@ -254,7 +255,9 @@ def _assemble(
     else:
         user = Blip2(config, stage2=model)
         questions = user.text_tokenizer if config.qformer.question else None
-        objective = Stage2Objective(model, user.language_tokenizer, config.language, config.train.seed, questions)
+        parts = (model, user.language_tokenizer, config.language, config.train.seed, questions)
+        shots = config.data.shots
+        objective = InContextObjective(*parts, shots=shots) if shots else Stage2Objective(*parts)
         frozen.append(model.language_model)
     batches = TrainingBatches(
         data,
