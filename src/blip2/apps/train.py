@@ -311,8 +311,15 @@ def _describe(
     for line in loaded:
         _say(f"  {line}")
     _say(f"  train: {data.name}, {len(data.samples)} images" + _bad(data))
+    for shard, reason in _lost_shards(data).items():
+        _say(f"  left out {shard}: {reason}")
     if dev is not None:
         _say(f"  dev:   {dev.name}, {len(dev.samples)} images" + _bad(dev))
+
+
+def _lost_shards(collection: Collection) -> dict[str, str]:
+    """Reason by address of the shards that a store did not give: such an entry is its own key."""
+    return {bad.path: bad.reason for bad in collection.bad if bad.key == bad.path}
 
 
 def _bad(collection: Collection) -> str:
@@ -348,6 +355,7 @@ def _finish(
         "versions": {"blip2": __version__, **{n: metadata.version(n) for n in ("torch", "transformers")}},
         "loaded": before.get("loaded") or loaded,
         "skipped": dict(skipped),
+        "lost_shards": _lost_shards(batches.collection),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     beside = path.with_name(".summary.json.tmp")
