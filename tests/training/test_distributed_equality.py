@@ -243,7 +243,7 @@ def train(folder: Path, launcher: list[str], jobs: list[str], **variables: str) 
     script.write_text(SCRIPT)
     command = [sys.executable, *launcher, str(script), str(folder), *jobs]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     (folder / "stderr.txt").write_text(done.stderr)
     return folder
 
@@ -276,6 +276,7 @@ def test_two_processes_equal_one(kind: str, parallel: str, one: Path, two: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("way", ["1 to 2", "2 to 1"])
 @pytest.mark.parametrize("job", MOVED)
 def test_checkpoints_load_on_another_number_of_processes(job: str, way: str, one: Path, moved: dict[str, Path]) -> None:
@@ -284,6 +285,7 @@ def test_checkpoints_load_on_another_number_of_processes(job: str, way: str, one
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("job", ["stage1/ddp", "stage2/fsdp2"])
 def test_killed_worker_is_restarted_and_goes_on(job: str, two: Path, tmp_path: Path) -> None:
     """Killed in the fourth step, after the checkpoint of the second: every number is the undisturbed run's."""
