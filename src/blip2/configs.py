@@ -186,6 +186,8 @@ class DataConfig:
         texts_per_image: draw so many of an image's texts at each step instead (stage 2). Encoder,
             Q-Former and soft prompts are computed once for all of them.
         clean: captions as LAVIS cleans them, here and in use: lower case, without marks but the comma.
+        shots: stage 2: pairs go to the language model in sequences of `shots` + 1, image, text, image,
+            text, ..., so that it learns to read examples; 0 gives it one pair at a time.
         augment: random resized crop and horizontal flip (needs the images: with a feature cache
             it takes effect through `cache_views`).
         crop_min: smallest share of the image's area that a random crop keeps.
@@ -201,6 +203,7 @@ class DataConfig:
     texts: str = "captions"
     texts_per_image: int = 1
     clean: bool = False
+    shots: int = 0
     augment: bool = True
     crop_min: float = 0.5
     cache_features: bool = False
@@ -214,6 +217,7 @@ class DataConfig:
             _require(value is None or value >= 1, f"data.{name}", value, "1 or more")
         _require(self.texts in TEXTS, "data.texts", self.texts, f"one of {', '.join(TEXTS)}")
         _require(self.texts_per_image >= 1, "data.texts_per_image", self.texts_per_image, "1 or more")
+        _require(self.shots >= 0, "data.shots", self.shots, "0 or more")
         _require(0 < self.crop_min <= 1, "data.crop_min", self.crop_min, "in (0, 1]")
         _require(self.cache_views >= 1, "data.cache_views", self.cache_views, "1 or more")
         _require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "0 or more")
@@ -465,6 +469,7 @@ class RunConfig:
     def _check_texts(self) -> None:
         texts, settings, best = self.data.texts, self.qformer, self.eval.best
         asks = texts == "questions"
+        self._check_shots()
         if self.stage == "stage1":
             _require(texts == "captions", "data.texts", texts, "captions in stage 1")
             _require(self.data.texts_per_image == 1, "data.texts_per_image", self.data.texts_per_image, "1 in stage 1")
@@ -475,3 +480,15 @@ class RunConfig:
         _require(self.init_text is None or used, "init_text", self.init_text, "null without init and qformer.question")
         possible = {"stage1": ("loss", "recall"), "stage2": ("loss", "accuracy" if asks else "cider")}[self.stage]
         _require(best in (None, *possible), "eval.best", best, f"one of {', '.join(possible)} here, or null")
+
+    def _check_shots(self) -> None:
+        shots, train = self.data.shots, self.train
+        _require(shots == 0 or self.stage == "stage2", "data.shots", shots, "0 in stage 1, which has no language model")
+        _require(
+            shots == 0 or self.data.texts_per_image == 1,
+            "data.texts_per_image",
+            self.data.texts_per_image,
+            "1 with data.shots",
+        )
+        whole = train.batch % (train.accumulate * (shots + 1)) == 0
+        _require(whole, "train.batch", train.batch, f"a multiple of train.accumulate x (data.shots + 1 = {shots + 1})")

@@ -40,6 +40,7 @@ from blip2.weights.loading import LoadReport, fill
 
 if TYPE_CHECKING:
     from blip2.explain import Attention
+    from blip2.fewshot import Examples, ShotLike
 
 ImageLike = str | Path | bytes | Image.Image
 _QUESTIONS = 4  # questions about repeated images that go together, for each image that does
@@ -86,6 +87,7 @@ class Blip2:
         *,
         prompt: str | None = None,
         decoding: DecodingConfig | None = None,
+        shots: Examples | Sequence[ShotLike] = (),
         **options: Any,
     ) -> list[Any]:
         """Captions of B images.
@@ -94,12 +96,19 @@ class Blip2:
             prompt: text that the caption continues; None takes the run's.
             decoding: how to generate; single options (`beams=1, max_tokens=20`) may be given
                 instead.
+            shots: examples in front of every image, `{"image", "caption"}` each, or with `question` and
+                `answer` (`blip2.fewshot`); a model not trained on sequences may gain nothing by them.
 
         Returns:
             B strings; with `num` above 1, B lists of `num` strings.
         """
         config = decoding or DecodingConfig(**options)
-        found = [text for chunk in self._chunks(images) for text in self.caption_features(chunk, prompt, config)]
+        if shots:
+            text, examples = self.config.language.prompt if prompt is None else prompt, self._examples(shots)
+            parts = (examples.generate(chunk, [text] * len(chunk), config) for chunk in self._chunks(images))
+        else:
+            parts = (self.caption_features(chunk, prompt, config) for chunk in self._chunks(images))
+        found = [texts for part in parts for texts in part]
         return found if config.num > 1 else [texts[0] for texts in found]
 
     def ask(
@@ -108,6 +117,7 @@ class Blip2:
         questions: str | Sequence[str],
         *,
         decoding: DecodingConfig | None = None,
+        shots: Examples | Sequence[ShotLike] = (),
         **options: Any,
     ) -> list[str]:
         """Answers to one question per image (or one question about all).
@@ -116,6 +126,9 @@ class Blip2:
         its questions by a decoder-only language model.
 
         Decoding defaults to the paper's for VQA: beam 5, length penalty -1, 1 to 10 tokens.
+
+        Args:
+            shots: examples in front of every image, `{"image", "question", "answer"}` each, as in `caption`.
         """
         vqa = {"min_tokens": 1, "max_tokens": 10, "length_penalty": -1.0}
         config = decoding or DecodingConfig(**{**vqa, **options})
@@ -125,13 +138,15 @@ class Blip2:
             raise ConfigError(f"{len(asked)} questions for {len(pictures)} images: give one per image, or one in all")
         distinct, places = _distinct(pictures)
         # a Q-Former that reads questions has soft prompts of their own for each
-        if self.stage2 is not None and len(distinct) < len(pictures) and not self.stage2.reads_questions:
+        alone = self.stage2 is not None and not self.stage2.reads_questions and not shots
+        if alone and len(distinct) < len(pictures):
             return self._ask_repeatedly(distinct, places, asked, config)
         prompts = [self.config.language.question.format(q.strip()) for q in asked]
+        write = self._examples(shots).generate if shots else self.generate
         answers: list[str] = []
         for start, features in zip(range(0, len(pictures), self.batch), self._chunks(pictures), strict=True):
             part = slice(start, start + self.batch)
-            texts = self.generate(features, prompts[part], config, questions=asked[part])
+            texts = write(features, prompts[part], config, questions=asked[part])
             answers += [t[0] for t in texts]
         return answers
 
@@ -148,6 +163,11 @@ class Blip2:
         repeated = [picture for picture in pictures for _ in asked]
         answers = self.ask(repeated, asked * len(pictures), decoding=decoding, **options)
         return [answers[n * len(asked) : (n + 1) * len(asked)] for n in range(len(pictures))]
+
+    def _examples(self, shots: Examples | Sequence[ShotLike]) -> Examples:
+        from blip2.fewshot import Examples
+
+        return shots if isinstance(shots, Examples) else Examples(self, shots)
 
     def _ask_repeatedly(
         self, distinct: list[ImageLike], places: list[int], questions: list[str], config: DecodingConfig

@@ -144,6 +144,11 @@ def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     _add_model(chat)
     for command in (caption, ask):
         command.add_argument("--beams", type=int, default=5, help="beam width (default: %(default)s)")
+        command.add_argument(
+            "--shots",
+            metavar="FILE.jsonl",
+            help="examples to go by, a line each: image (relative to the file) with caption, or question and answer",
+        )
         _add_model(command)
 
 
@@ -193,6 +198,12 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         ):
             task.add_argument(f"--{option}", type=kind, help="default: the paper's")
     caption.add_argument("--prompt", help="text that the caption continues (default: the run's)")
+    for task in (caption, vqa):
+        task.add_argument("--shots", type=int, default=0, metavar="K", help="put K examples in front of every image")
+        task.add_argument(
+            "--shots-data", metavar="DATA", help="where they are drawn from (default: the train split of a named set)"
+        )
+        task.add_argument("--shots-seed", type=int, default=0, metavar="N", help="of the draw (default: %(default)s)")
     vqa.add_argument("--questions", type=int, metavar="N", help="first N questions only")
     vqa.add_argument("--shuffle", action="store_true", help="ask about another image: what the language alone knows")
     vqa.add_argument("--candidates", metavar="FILE|data", help="rank these answers (one per line) instead of writing")

@@ -81,6 +81,11 @@ class LanguageTokenizer:
         pad = self._tokenizer.pad_token_id
         self.pad_id: int = self.end_id if pad is None else pad
 
+    @property
+    def front(self) -> int:
+        """How many special tokens stand in front of every text of a decoder-only model (OPT: `</s>`)."""
+        return 0 if self.encoder_decoder else len(self._front)
+
     def prompts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Left-padded prompts for generation: ids and mask [B, T] bool; T may be 0."""
         rows = [self._prompt(text) for text in texts]

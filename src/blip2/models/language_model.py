@@ -164,6 +164,18 @@ class LanguageModel(nn.Module):
             Scalar; with `none` [M], in the order of `dec_ids_BT[dec_mask_BT]`.
         """
         embeds_BSH, mask_BS = self._join(prompt_BQH, enc_ids_BT, enc_mask_BT)
+        return self.encoded_loss(embeds_BSH, mask_BS, dec_ids_BT, dec_mask_BT, reduction=reduction)
+
+    def encoded_loss(
+        self,
+        embeds_BSH: Tensor,
+        mask_BS: Tensor,
+        dec_ids_BT: Tensor,
+        dec_mask_BT: Tensor,
+        *,
+        reduction: Reduction = "mean",
+    ) -> Tensor:
+        """As `encoder_decoder_loss`, after whatever the encoder is given as embeddings."""
         start = torch.full_like(dec_ids_BT[:, :1], self.model.config.decoder_start_token_id)
         options: dict[str, Any] = {"inputs_embeds": embeds_BSH, "attention_mask": mask_BS, "use_cache": False}
         options["decoder_input_ids"] = torch.cat([start, dec_ids_BT[:, :-1]], dim=1)
@@ -250,13 +262,22 @@ class LanguageModel(nn.Module):
         embeds_BSH, mask_BS = self._join(prompt_BQH, ids_BT, mask_BT)
         at_BS = torch.zeros_like(mask_BS, dtype=torch.bool)
         at_BS[:, prompt_BQH.shape[1] - 1 : -1] = labels_BT
+        return self.losses_at(embeds_BSH, mask_BS, at_BS, ids_BT[labels_BT])
+
+    def losses_at(self, embeds_BSH: Tensor, mask_BS: Tensor, at_BS: Tensor, targets_M: Tensor) -> Tensor:
+        """Cross-entropy [M] of target tokens at the places that predict them, in float32; decoder-only.
+
+        Args:
+            at_BS: bool, True where the next token is a target.
+            targets_M: those tokens, in the order of `at_BS`.
+        """
         if self._head_is_plain():
             output = self.model.base_model(inputs_embeds=embeds_BSH, attention_mask=mask_BS, use_cache=False)
             head, x_MH = self.model.get_output_embeddings(), output.last_hidden_state[at_BS]
-            return head_loss(x_MH, head, ids_BT[labels_BT], rows=self.head_chunk)
+            return head_loss(x_MH, head, targets_M, rows=self.head_chunk)
         output = self.model(inputs_embeds=embeds_BSH, attention_mask=mask_BS, use_cache=False)
         logits_MV = output.logits[at_BS]
-        return F.cross_entropy(logits_MV.float(), ids_BT[labels_BT], reduction="none")
+        return F.cross_entropy(logits_MV.float(), targets_M, reduction="none")
 
     def _shared_losses(self, prompt_BQH: Tensor, ids_NT: Tensor, mask_NT: Tensor, labels_NT: Tensor) -> Tensor | None:
         """As `_target_losses` over all texts, every image read once; None where this model cannot."""
