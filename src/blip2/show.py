@@ -158,4 +158,5 @@ def _maps(card: Card, found: Attention) -> list[str]:
 
 
 def _image(source: str, alternative: str) -> str:
-    return f'<img src="{source}" alt="{escape(alternative)}" style="display:block;max-width:100%;border-radius:6px;margin:0">'
+    style = "display:block;max-width:100%;border-radius:6px;margin:0"
+    return f'<img src="{source}" alt="{escape(alternative)}" style="{style}">'

@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from blip2.apps.caption import load_model
-from blip2.apps.pages import environment
+from blip2.apps.explain.queries import queries_command
+from blip2.apps.pages import environment, write
 from blip2.data.samples import printable
-from blip2.errors import RunError
+from blip2.errors import ConfigError
 from blip2.explain import Attention
 from blip2.inference import open_image
 from blip2.pictures import overlay, png, seen
@@ -23,7 +24,11 @@ LARGE, SMALL = 280, 112  # sides of maps on the page
 
 
 def explain_command(options: argparse.Namespace) -> int:
-    """Explain one image; the page is written where --out says."""
+    """Explain one image, or with --data the queries; the page is written where --out says."""
+    if options.data:
+        return queries_command(options)
+    if options.image is None or options.limit is not None:
+        raise ConfigError("nothing to explain: name an IMAGE, or a data set with --data DATA [--limit N]")
     picture = open_image(options.image)
     model, name = load_model(options)
     found = model.attend(picture, options.text)
@@ -82,13 +87,7 @@ def write_page(path: Path, picture: Image.Image, found: Attention, image: str, m
         queries=_queries(view, found),
         words=_words(view, found),
     )
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(page, "utf-8", "replace")
-        beside.replace(path)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
+    write(path, page)
 
 
 def _map(view: Image.Image, found: Attention, map_P: Tensor, side: int) -> str:

@@ -7,10 +7,9 @@ from pathlib import Path
 from PIL import Image
 
 from blip2.apps.index.search import Hit, read
-from blip2.apps.pages import environment
+from blip2.apps.pages import environment, write
 from blip2.data.images import decode_image
 from blip2.data.samples import BadSampleError, printable
-from blip2.errors import RunError
 from blip2.pictures import jpeg
 
 THUMB = 320
@@ -33,13 +32,7 @@ def write_page(path: Path, hits: list[Hit], text: str | None, picture: Image.Ima
         for hit in hits
     ]
     page = template.render(hits=shown, text=text, query=jpeg(picture, THUMB) if picture else None, what=printable(what))
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(page, "utf-8", "replace")
-        beside.replace(path)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
+    write(path, page)
 
 
 def _thumbnail(hit: Hit) -> str | None:
