@@ -38,10 +38,11 @@ test: $(READY) ## run the tests that take seconds
 test-slow: $(READY) ## run the tests that take minutes
 	@$(BIN)/python -m pytest -m slow
 
-checks: $(READY) ## format, lint and types
+checks: $(READY) ## format, lint, types, and known holes in what the server needs
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/python -m tools.audit
 
 format: $(READY) ## format the code and apply safe lint fixes
 	@$(BIN)/ruff check --fix-only -q .
