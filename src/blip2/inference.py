@@ -41,6 +41,7 @@ from blip2.weights.loading import LoadReport, fill
 if TYPE_CHECKING:
     from blip2.explain import Attention
     from blip2.fewshot import Examples, ShotLike
+    from blip2.show import Shown
 
 ImageLike = str | Path | bytes | Image.Image
 _QUESTIONS = 4  # questions about repeated images that go together, for each image that does
@@ -356,6 +357,29 @@ class Blip2:
         from blip2.explain import attend
 
         return attend(self, image, text)
+
+    def show(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        questions: str | Sequence[str] = (),
+        *,
+        text: str | None = None,
+        maps: bool | None = None,
+        prompt: str | None = None,
+        **options: Any,
+    ) -> Shown:
+        """What the model says of B pictures, as cards that a notebook shows and a terminal prints.
+
+        Args:
+            questions: asked of every picture (needs stage 2).
+            text: scored against every picture, with maps of what the scores depend on (needs stage 1).
+            maps: where the model looked; None shows them where there is a text.
+            prompt: text that the captions continue; None takes the run's.
+            options: of the captions' decoding (`num=3, beams=1`), see `DecodingConfig`.
+        """
+        from blip2.show import show
+
+        return show(self, images, questions, text=text, maps=maps, prompt=prompt, **options)
 
     # -- parts ----------------------------------------------------------------------------------
 

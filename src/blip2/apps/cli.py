@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from blip2 import __version__
+from blip2.apps import completion
+from blip2.apps.explain import options as explain_options
 from blip2.apps.index import options as index_options
 from blip2.apps.server import options as server_options
 from blip2.errors import Blip2Error
@@ -71,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(commands)
     _add_capfilt(commands)
     index_options.add_commands(commands, _add_model)
+    explain_options.add_command(commands, _add_model)
     doctor = commands.add_parser("doctor", help="versions, devices, memory, and what is missing for which feature")
     doctor.add_argument("--json", action="store_true", help="one JSON object on stdout")
     doctor.set_defaults(run=_doctor)
@@ -82,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     demo_train = commands.add_parser("demo-train", help="train both stages on embedded defaults (about 10 minutes)")
     demo_train.add_argument("--out", default="runs/demo-train", help="folder of the two runs (default: %(default)s)")
     demo_train.set_defaults(run=_demo_train)
+    completion.add_command(commands, parser)
     return parser
 
 
@@ -113,11 +117,11 @@ def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     caption.add_argument("images", nargs="+", metavar="IMAGE|FOLDER")
     caption.add_argument("--prompt", help="text that the caption continues (default: the run's)")
     caption.add_argument("--num", type=int, default=1, help="captions per image (default: %(default)s)")
-    caption.add_argument("--min-tokens", type=int, default=8)
-    caption.add_argument("--max-tokens", type=int, default=30)
-    caption.add_argument("--repetition-penalty", type=float, default=1.0)
+    caption.add_argument("--min-tokens", type=int, default=8, help="of a caption (default: %(default)s)")
+    caption.add_argument("--max-tokens", type=int, default=30, help="of a caption (default: %(default)s)")
+    caption.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is none (default: %(default)s)")
     caption.add_argument("--sample", action="store_true", help="nucleus sampling instead of beam search")
-    caption.add_argument("--top-p", type=float, default=0.9)
+    caption.add_argument("--top-p", type=float, default=0.9, help="of the sampling (default: %(default)s)")
     where = caption.add_mutually_exclusive_group()
     where.add_argument("--json", action="store_true", help="one JSON object per image on stdout")
     where.add_argument("--out", metavar="FILE.jsonl", help="append to a file; images already in it are skipped")
@@ -128,18 +132,11 @@ def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     ask.add_argument("question")
     ask.add_argument("--json", action="store_true", help="one JSON object on stdout")
     ask.set_defaults(run=_ask)
-    explain = commands.add_parser("explain", help="where the queries look, and what the scores with a text depend on")
-    explain.add_argument("image")
-    explain.add_argument("text", nargs="?", help="shows what ITC and ITM make of it (needs stage 1)")
-    explain.add_argument("--out", metavar="REPORT.html", help="a page with the maps")
-    explain.add_argument("--json", action="store_true", help="one JSON object with all maps on stdout")
-    explain.set_defaults(run=_explain)
-    _add_model(explain)
     chat = commands.add_parser("chat", help="ask about an image, question after question")
     chat.add_argument("image")
     chat.add_argument("--beams", type=int, default=5, help="beam width (default: %(default)s)")
     chat.add_argument("--max-tokens", type=int, default=20, help="of an answer (default: %(default)s)")
-    chat.add_argument("--repetition-penalty", type=float, default=1.0)
+    chat.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is none (default: %(default)s)")
     chat.set_defaults(run=_chat)
     _add_model(chat)
     for command in (caption, ask):
@@ -385,12 +382,6 @@ def _ask(options: argparse.Namespace, rest: list[str]) -> int:
     from blip2.apps.caption import ask_command
 
     return ask_command(options)
-
-
-def _explain(options: argparse.Namespace, rest: list[str]) -> int:
-    from blip2.apps.explain.command import explain_command
-
-    return explain_command(options)
 
 
 def _chat(options: argparse.Namespace, rest: list[str]) -> int:

@@ -11,18 +11,16 @@ from typing import Any
 
 from PIL import Image
 
-from blip2.apps.explain.command import LARGE, SMALL, seen
-from blip2.apps.explain.heat import overlay, png
 from blip2.apps.index.build import Builder, list_samples
 from blip2.apps.index.model_id import identify
-from blip2.apps.index.page import data_uri
 from blip2.apps.index.search import Hit, Index
 from blip2.apps.index.store import Store
-from blip2.apps.pages import environment
+from blip2.apps.pages import environment, write
 from blip2.data.samples import BadSampleError, Sample
 from blip2.errors import RunError
 from blip2.explain import Attention
 from blip2.inference import Blip2, load, open_image
+from blip2.pictures import jpeg, overlay, png, seen
 from blip2.training.metrics import format_seconds
 
 MODEL = "tiny"
@@ -32,6 +30,7 @@ SAMPLE_SEARCHES = ("a cat", "a cup of coffee", "a woman smiling at the camera", 
 SEARCHES = ("a dog running", "a smiling person", "people on a street", "water", "a child playing")
 _MOST = 24  # photographs; a demo is over in two minutes
 _WORDS_SHOWN = 6
+_LARGE, _SMALL = 320, 112  # sides of pictures, and of maps of words, in pixels
 _SMALL_WORDS = {"the", "and", "are", "its", "his", "her", "with", "for", "from", "that", "this", "into"}
 
 
@@ -113,7 +112,7 @@ def _search(model: Blip2, path: Path, photos: list[str], texts: tuple[str, ...])
 
 
 def _write(path: Path, model: Blip2, shown: list[Seen], found: dict[str, list[Hit]]) -> None:
-    pictures = {one.sample.key: data_uri(one.picture) for one in shown}
+    pictures = {one.sample.key: jpeg(one.picture, _LARGE) for one in shown}
     page = (
         environment(Path(__file__).parent)
         .get_template("demo.html.j2")
@@ -126,12 +125,7 @@ def _write(path: Path, model: Blip2, shown: list[Seen], found: dict[str, list[Hi
             queries=model.config.qformer.queries,
         )
     )
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        beside.write_text(page, "utf-8", "replace")
-        beside.replace(path)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
+    write(path, page)
 
 
 def _entry(model: Blip2, one: Seen, picture: str) -> dict[str, Any]:
@@ -140,10 +134,10 @@ def _entry(model: Blip2, one: Seen, picture: str) -> dict[str, Any]:
     assert found is not None
     assert found.words is not None
     assert found.word_maps is not None
-    view = seen(one.picture, model.image_spec.resize)
+    view = seen(one.picture, model.image_spec.resize, _LARGE)
     whole = png(overlay(view, found.heat(found.queries.mean(dim=(0, 1))).numpy()))
     words = [
-        (word.strip(), png(overlay(view.resize((SMALL, SMALL)), found.heat(map_P).numpy())))
+        (word.strip(), png(overlay(view.resize((_SMALL, _SMALL)), found.heat(map_P).numpy())))
         for word, map_P in zip(found.words, found.word_maps, strict=True)
         if len(word.strip()) > 2 and word.strip() not in _SMALL_WORDS
     ]
@@ -153,7 +147,6 @@ def _entry(model: Blip2, one: Seen, picture: str) -> dict[str, Any]:
         "caption": one.caption,
         "answers": list(zip(QUESTIONS, one.answers, strict=True)),
         "queries": whole,
-        "side": LARGE,
         "words": words[:_WORDS_SHOWN],
     }
 
