@@ -396,6 +396,8 @@ class DecodingConfig:
         repetition_penalty: above 1 makes tokens already written less likely.
         sample: nucleus sampling instead of beam search.
         top_p, temperature: of the sampling.
+        rerank: captions: write so many, and return the `num` of them whose ITC similarity with the image
+            is highest (needs stage 1); 0 returns what is likeliest.
     """
 
     beams: int = 5
@@ -407,12 +409,14 @@ class DecodingConfig:
     sample: bool = False
     top_p: float = 0.9
     temperature: float = 1.0
+    rerank: int = 0
 
     def __post_init__(self) -> None:
         for name in ("beams", "num", "max_tokens"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "between 0 and max_tokens")
         _require(self.sample or self.num <= self.beams, "num", self.num, f"at most beams ({self.beams})")
+        _require(self.rerank == 0 or self.rerank >= self.num, "rerank", self.rerank, f"0, or num ({self.num}) or more")
         _require(self.temperature > 0, "temperature", self.temperature, "positive")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
 

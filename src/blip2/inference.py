@@ -72,6 +72,8 @@ class Blip2(Loaded):
         """
         config = decoding or DecodingConfig(**options)
         if shots:
+            if config.rerank:
+                raise ConfigError(f"rerank is {config.rerank}: it must be 0 with examples in front of the images")
             text, examples = self.config.language.prompt if prompt is None else prompt, self._examples(shots)
             parts = (examples.generate(chunk, [text] * len(chunk), config) for chunk in self._chunks(images))
         else:
@@ -215,10 +217,23 @@ class Blip2(Loaded):
 
     def caption_features(self, features_BPC: Tensor, prompt: str | None, config: DecodingConfig) -> list[list[str]]:
         """Captions from image features: B lists of `config.num` strings."""
+        if config.rerank:
+            wide = replace(config, rerank=0, num=config.rerank, beams=max(config.beams, config.rerank))
+            found = self.caption_features(features_BPC, prompt, wide)
+            return [texts[: config.num] for texts in self._by_similarity(features_BPC, found)]
         if self.stage2 is None:
             return [[text] for text in self._caption_with_qformer(features_BPC, config)]
         prompt = self.config.language.prompt if prompt is None else prompt
         return self.generate(features_BPC, [prompt] * len(features_BPC), config)
+
+    def _by_similarity(self, features_BPC: Tensor, found: list[list[str]]) -> list[list[str]]:
+        """Each image's texts, the most similar to it by ITC first."""
+        images_BQE = self.embed_features(features_BPC)
+        ranked = []
+        for image_QE, texts in zip(images_BQE, found, strict=True):
+            likeness = query_text_similarity(image_QE.unsqueeze(0), self.embed_texts(texts))[0]
+            ranked.append([texts[n] for n in likeness.argsort(descending=True).tolist()])
+        return ranked
 
     def soft_prompts(self, features_BPC: Tensor, questions: Sequence[str] | None = None) -> Tensor:
         """Soft prompts [B, Q, H]; a Q-Former that reads questions is given them."""

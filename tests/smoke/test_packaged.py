@@ -62,7 +62,8 @@ def test_files_are_small_enough_to_ship_and_have_their_card() -> None:
 def test_it_tells_its_photographs_apart(tmp_path: Path) -> None:
     """The text that fits scores higher, both ways: a woman in a suit and a cat."""
     model = blip2.load("tiny/stage1")
-    pictures = [photographs(tmp_path / "p") / name for name in ("astronaut.png", "chelsea.png")]
+    folder = photographs(tmp_path / "p")
+    pictures = [folder / name for name in ("astronaut.png", "chelsea.png")]
     found = model.similarity(pictures, ["a woman smiling at the camera", "a close up of a brown cat"])
     assert found[0, 0] > found[1, 0]
     assert found[1, 1] > found[0, 1]
@@ -102,3 +103,20 @@ def test_demo_of_nothing_is_one_line_and_exit_2(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert len(done.stderr.strip().splitlines()) == 1
         assert name in done.stderr
+
+
+def test_captions_most_similar_first(tmp_path: Path) -> None:
+    """`rerank` returns candidates of the same beam search, by falling similarity."""
+    model = blip2.load("tiny")
+    folder = photographs(tmp_path / "p")
+    pictures = [folder / name for name in ("astronaut.png", "chelsea.png")]
+    plain = model.caption(pictures, num=4, beams=4)
+    ranked = model.caption(pictures, num=3, rerank=4, beams=4)
+    for picture, before, after in zip(pictures, plain, ranked, strict=True):
+        assert len(after) == 3
+        assert set(after) <= set(before)
+        likeness = model.similarity([picture], after)[0].tolist()
+        assert likeness == sorted(likeness, reverse=True)
+        assert likeness[0] == pytest.approx(float(model.similarity([picture], before).max()), abs=1e-5)
+    with pytest.raises(blip2.ConfigError, match="rerank is 2: it must be 0, or num"):
+        model.caption(pictures, num=3, rerank=2)

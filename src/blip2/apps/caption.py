@@ -36,6 +36,7 @@ def caption_command(options: argparse.Namespace) -> int:
         repetition_penalty=options.repetition_penalty,
         sample=options.sample,
         top_p=options.top_p,
+        rerank=options.rerank,
     )
     paths = find_images(options.images)
     todo = _not_done(paths, options)

@@ -122,6 +122,7 @@ def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     caption.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is none (default: %(default)s)")
     caption.add_argument("--sample", action="store_true", help="nucleus sampling instead of beam search")
     caption.add_argument("--top-p", type=float, default=0.9, help="of the sampling (default: %(default)s)")
+    caption.add_argument("--rerank", type=int, default=0, metavar="N", help="of N captions the most similar by ITC")
     where = caption.add_mutually_exclusive_group()
     where.add_argument("--json", action="store_true", help="one JSON object per image on stdout")
     where.add_argument("--out", metavar="FILE.jsonl", help="append to a file; images already in it are skipped")

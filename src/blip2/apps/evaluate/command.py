@@ -136,7 +136,7 @@ def _decoding(options: argparse.Namespace) -> DecodingConfig:
     usual = {"min_tokens": 1, "max_tokens": 10, "length_penalty": -1.0} if vqa else {}
     given = {
         name: getattr(options, name)
-        for name in ("beams", "min_tokens", "max_tokens", "length_penalty", "repetition_penalty")
+        for name in ("beams", "min_tokens", "max_tokens", "length_penalty", "repetition_penalty", "rerank")
         if getattr(options, name, None) is not None
     }
     return DecodingConfig(**{**usual, **given})

@@ -37,6 +37,7 @@ def add_command(commands: Parsers[argparse.ArgumentParser], add_model: Callable[
             ("repetition-penalty", float),
         ):
             task.add_argument(f"--{option}", type=kind, help="default: the paper's")
+    caption.add_argument("--rerank", type=int, metavar="N", help="of N captions the most similar by ITC (default: 0)")
     caption.add_argument("--prompt", help="text that the caption continues (default: the run's)")
     for task in (caption, vqa):
         task.add_argument("--shots", type=int, default=0, metavar="K", help="put K examples in front of every image")
