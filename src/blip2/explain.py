@@ -81,16 +81,15 @@ class Attention:
 def attend(model: Blip2, image: ImageLike, text: str | None = None) -> Attention:
     """See `Blip2.attend`."""
     features_1PC = model.features([image])
-    side = model.vision.grid // model.vision.pool
-    grid, prefix = (side, side), model.vision.prefix
+    grid, prefix = grid_of(model), model.vision.prefix
     if text is not None and text.strip():
         found = _with_text(model, features_1PC, text.strip(), grid)
     else:
         stage = model.stage2 or model.stage1
-        shadow, recorded = recording(_qformer(stage))
+        shadow, recorded = recording(qformer_of(stage))
         with torch.no_grad():
             shadow.encode_queries(shadow.project_image(stage.ln_vision(features_1PC.float())))
-        found = Attention(grid, prefix, _cross_layers(_qformer(stage)), recorded.maps())
+        found = Attention(grid, prefix, cross_layers(qformer_of(stage)), recorded.maps())
     if model.stage2 is not None:
         _add_words(model, features_1PC, found)
     return found
@@ -99,7 +98,7 @@ def attend(model: Blip2, image: ImageLike, text: str | None = None) -> Attention
 def _with_text(model: Blip2, features_1PC: Tensor, text: str, grid: tuple[int, int]) -> Attention:
     """ITC and ITM of one pair, with their maps."""
     stage1 = model.stage1
-    ids, mask = (x.to(model.device) for x in model.text_tokenizer([text]))
+    ids, mask = model.text_ids([text])
     with torch.no_grad():
         kv = stage1.project_image(features_1PC)
         text_E = stage1.embed_texts(ids, mask)[0]
@@ -114,7 +113,7 @@ def _with_text(model: Blip2, features_1PC: Tensor, text: str, grid: tuple[int, i
     return Attention(
         grid,
         model.vision.prefix,
-        _cross_layers(stage1.qformer),
+        cross_layers(stage1.qformer),
         alone.maps(),
         text,
         itc_Q.detach().float().cpu(),
@@ -134,7 +133,7 @@ def _add_words(model: Blip2, features_1PC: Tensor, found: Attention) -> None:
         return
     tokenizer = model.language_tokenizer
     ids, mask, labels = (x.to(model.device) for x in tokenizer.targets([language.prompt], [found.caption]))
-    shadow, recorded = recording(_qformer(stage2))
+    shadow, recorded = recording(qformer_of(stage2))
     with torch.no_grad():
         kv = shadow.project_image(stage2.ln_vision(features_1PC.to(stage2.ln_vision.weight.dtype)))
         soft_1QH = stage2.language_proj(shadow.encode_queries(kv)[0])
@@ -146,7 +145,18 @@ def _add_words(model: Blip2, features_1PC: Tensor, found: Attention) -> None:
     found.word_maps = shares_WQ @ recorded.maps()[-1]
 
 
-def _qformer(stage: Stage1 | Stage2) -> QFormer:
+def grid_of(model: Blip2) -> tuple[int, int]:
+    """Rows and columns of patches that the queries see."""
+    side = model.vision.grid // model.vision.pool
+    return side, side
+
+
+def qformer_of(stage: Stage1 | Stage2) -> QFormer:
+    """The Q-Former of a stage.
+
+    Raises:
+        ConfigError: the run has a linear layer in its place.
+    """
     if not isinstance(stage.qformer, QFormer):
         raise ConfigError(
             "this run has a linear layer in place of the Q-Former (qformer.bridge): there is no attention"
@@ -154,5 +164,6 @@ def _qformer(stage: Stage1 | Stage2) -> QFormer:
     return stage.qformer
 
 
-def _cross_layers(qformer: QFormer) -> list[int]:
+def cross_layers(qformer: QFormer) -> list[int]:
+    """Numbers of the layers that have cross-attention."""
     return [n for n, layer in enumerate(qformer._layers()) if layer.cross_attention is not None]

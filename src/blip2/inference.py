@@ -25,7 +25,7 @@ from torch import Tensor
 from blip2.configs import DecodingConfig, RunConfig
 from blip2.data.images import ImageSpec, decode_image, plain_view
 from blip2.data.samples import BadSampleError
-from blip2.data.text import LanguageTokenizer, QFormerTokenizer
+from blip2.data.text import LanguageTokenizer, QFormerTokenizer, clean_caption
 from blip2.errors import ConfigError, DataError
 from blip2.models import towers
 from blip2.models.build import build_stage1
@@ -35,12 +35,13 @@ from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision_encoder import VisionEncoder
 from blip2.weights.assemble import assemble
-from blip2.weights.checkpoints import open_checkpoint, stage1_behind
+from blip2.weights.checkpoints import located, open_checkpoint, stage1_behind
 from blip2.weights.loading import LoadReport, fill
 
 if TYPE_CHECKING:
     from blip2.explain import Attention
     from blip2.fewshot import Examples, ShotLike
+    from blip2.show import Shown
 
 ImageLike = str | Path | bytes | Image.Image
 _QUESTIONS = 4  # questions about repeated images that go together, for each image that does
@@ -257,7 +258,9 @@ class Blip2:
         assert self.stage2 is not None
         if questions is None or not self.stage2.reads_questions:
             return self.stage2.soft_prompts(features_BPC)
-        return self.stage2.soft_prompts(features_BPC, *self._tokens(list(questions)))
+        return self.stage2.soft_prompts(
+            features_BPC, *(x.to(self.device) for x in self.text_tokenizer(list(questions)))
+        )
 
     def generate(
         self,
@@ -309,7 +312,7 @@ class Blip2:
         listed = [texts] if isinstance(texts, str) else list(texts)
         size = 8 * self.batch
         with torch.no_grad():
-            parts = [self.stage1.embed_texts(*self._tokens(listed[n : n + size])) for n in range(0, len(listed), size)]
+            parts = [self.stage1.embed_texts(*self.text_ids(listed[n : n + size])) for n in range(0, len(listed), size)]
         return torch.cat(parts).float().cpu()
 
     def embed_features(self, features_BPC: Tensor) -> Tensor:
@@ -343,7 +346,7 @@ class Blip2:
     def match_logits(self, image_kv: ImageKV, texts: list[str]) -> Tensor:
         """ITM logits [N, 2], class 1 a match; text n is paired with image n mod B."""
         with torch.no_grad():
-            return self.stage1.match_logits(*self._tokens(texts), image_kv).float().cpu()
+            return self.stage1.match_logits(*self.text_ids(texts), image_kv).float().cpu()
 
     def match_features(self, image_kv: ImageKV, texts: list[str]) -> Tensor:
         """ITM probabilities [N]; text n is paired with image n mod B."""
@@ -354,6 +357,29 @@ class Blip2:
         from blip2.explain import attend
 
         return attend(self, image, text)
+
+    def show(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        questions: str | Sequence[str] = (),
+        *,
+        text: str | None = None,
+        maps: bool | None = None,
+        prompt: str | None = None,
+        **options: Any,
+    ) -> Shown:
+        """What the model says of B pictures, as cards that a notebook shows and a terminal prints.
+
+        Args:
+            questions: asked of every picture (needs stage 2).
+            text: scored against every picture, with maps of what the scores depend on (needs stage 1).
+            maps: where the model looked; None shows them where there is a text.
+            prompt: text that the captions continue; None takes the run's.
+            options: of the captions' decoding (`num=3, beams=1`), see `DecodingConfig`.
+        """
+        from blip2.show import show
+
+        return show(self, images, questions, text=text, maps=maps, prompt=prompt, **options)
 
     # -- parts ----------------------------------------------------------------------------------
 
@@ -410,8 +436,9 @@ class Blip2:
             with torch.no_grad():
                 yield self.vision(torch.stack(views).to(self.device))
 
-    def _tokens(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        ids, mask = self.text_tokenizer(texts)
+    def text_ids(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask [N, T] of captions for the Q-Former, cleaned where its training cleaned them."""
+        ids, mask = self.text_tokenizer([clean_caption(text) for text in texts] if self.config.data.clean else texts)
         return ids.to(self.device), mask.to(self.device)
 
 
@@ -428,8 +455,8 @@ def load(
     """Load a model for use.
 
     Args:
-        source: run folder or weights file of ours, preset name (`blip2-opt-2.7b`), Hugging Face
-            folder or hub id, or LAVIS `.pth`.
+        source: run folder or weights file of ours, preset name (`tiny`, which comes with the package,
+            `blip2-opt-2.7b`), Hugging Face folder or hub id, or LAVIS `.pth`.
         device: `auto` is CUDA where there is one.
         dtype: of the frozen towers (`fp32`, `bf16`, `fp16` or a torch dtype); None takes bf16
             where the hardware multiplies it fast, else fp32. The Q-Former stays in float32.
@@ -444,6 +471,7 @@ def load(
         CheckpointError: nothing there, incomplete, damaged, or its weights do not fit.
         ConfigError: a setting that cannot be used.
     """
+    home = Path(located(source))
     found = open_checkpoint(source, vision=vision, language=language)
     if quantize is not None:
         settings = replace(found.config.language, quantize=None if quantize == "none" else quantize)
@@ -451,8 +479,8 @@ def load(
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     model, report = assemble(found, device=name, dtype=torch_dtype(dtype), device_map=device_map)
     if isinstance(model, Stage1):
-        return Blip2(found.config, stage1=model, home=Path(source), report=report)
-    return Blip2(found.config, stage2=model, home=Path(source), report=report)
+        return Blip2(found.config, stage1=model, home=home, report=report)
+    return Blip2(found.config, stage2=model, home=home, report=report)
 
 
 def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:

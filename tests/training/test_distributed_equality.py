@@ -53,7 +53,8 @@ from blip2.configs import (
     TrainConfig,
 )
 from blip2.data.dataset import Batch
-from blip2.models.language_model import LanguageModel, language_model_from_config, load_language_model
+from blip2.models.language_loading import language_model_from_config, load_language_model
+from blip2.models.language_model import LanguageModel
 from blip2.models.qformer import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2

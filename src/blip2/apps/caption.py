@@ -16,7 +16,7 @@ from tqdm import tqdm
 from blip2.configs import DecodingConfig
 from blip2.data.samples import printable
 from blip2.data.shots import read_shots
-from blip2.errors import ConfigError, DataError, RunError
+from blip2.errors import DataError, RunError
 from blip2.fewshot import Examples
 from blip2.inference import Blip2, load, open_image
 from blip2.weights import runs
@@ -95,7 +95,7 @@ def find_images(names: list[str]) -> list[str]:
 
 
 def default_run() -> str:
-    """`$BLIP2_MODEL`, else the stage-2 run under `runs/` whose weights are newest."""
+    """`$BLIP2_MODEL`, else the stage-2 run under `runs/` whose weights are newest, else the packaged `tiny`."""
     named = os.environ.get("BLIP2_MODEL")
     if named:
         return named
@@ -104,14 +104,14 @@ def default_run() -> str:
         found = runs.checkpoints(config.parent)
         if found and runs.read_config(config).stage == "stage2":
             newest = max(newest or (0.0, ""), (found[-1][1].stat().st_mtime, str(config.parent)))
-    if newest is None:
-        raise ConfigError("no model: give --model RUN, set BLIP2_MODEL, or train one first (blip2 demo)")
-    return newest[1]
+    return newest[1] if newest is not None else "tiny"
 
 
 def load_model(options: argparse.Namespace) -> tuple[Blip2, str]:
     """The model that a command's options name, and that name."""
     name = options.model or default_run()
+    if not options.model:
+        print(f"model: {name} (--model takes another)", file=sys.stderr)
     model = load(
         name,
         device=options.device,

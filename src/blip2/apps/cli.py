@@ -8,13 +8,16 @@ import sys
 from collections.abc import Sequence
 
 from blip2 import __version__
+from blip2.apps import completion
+from blip2.apps.explain import options as explain_options
 from blip2.apps.index import options as index_options
 from blip2.apps.server import options as server_options
 from blip2.errors import Blip2Error
 
 EXAMPLES = """\
 examples:
-  blip2 demo                                        train a small bridge here and caption with it
+  blip2 demo                                        the packaged tiny model on a few photographs
+  blip2 caption photos/                             captions by that model
   blip2 train tiny/stage1 --out runs/s1
   blip2 train tiny/stage2 --init runs/s1 --out runs/s2 --optim.lr 2e-4
   blip2 caption photos/ --model runs/s2 --out captions.jsonl
@@ -70,13 +73,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(commands)
     _add_capfilt(commands)
     index_options.add_commands(commands, _add_model)
+    explain_options.add_command(commands, _add_model)
     doctor = commands.add_parser("doctor", help="versions, devices, memory, and what is missing for which feature")
     doctor.add_argument("--json", action="store_true", help="one JSON object on stdout")
     doctor.set_defaults(run=_doctor)
     server_options.add_command(commands, _add_model)
-    demo = commands.add_parser("demo", help="train both stages on embedded defaults (about 10 minutes), then caption")
-    demo.add_argument("--out", default="runs/demo", help="folder of the two runs (default: %(default)s)")
+    demo = commands.add_parser("demo", help="caption, question and search photographs with the packaged tiny model")
+    demo.add_argument("photos", nargs="*", metavar="PHOTOS", help="folders or files (default: those in scikit-image)")
+    demo.add_argument("--out", default="runs/demo", help="folder of report and index (default: %(default)s)")
     demo.set_defaults(run=_demo)
+    demo_train = commands.add_parser("demo-train", help="train both stages on embedded defaults (about 10 minutes)")
+    demo_train.add_argument("--out", default="runs/demo-train", help="folder of the two runs (default: %(default)s)")
+    demo_train.set_defaults(run=_demo_train)
+    completion.add_command(commands, parser)
     return parser
 
 
@@ -108,11 +117,11 @@ def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     caption.add_argument("images", nargs="+", metavar="IMAGE|FOLDER")
     caption.add_argument("--prompt", help="text that the caption continues (default: the run's)")
     caption.add_argument("--num", type=int, default=1, help="captions per image (default: %(default)s)")
-    caption.add_argument("--min-tokens", type=int, default=8)
-    caption.add_argument("--max-tokens", type=int, default=30)
-    caption.add_argument("--repetition-penalty", type=float, default=1.0)
+    caption.add_argument("--min-tokens", type=int, default=8, help="of a caption (default: %(default)s)")
+    caption.add_argument("--max-tokens", type=int, default=30, help="of a caption (default: %(default)s)")
+    caption.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is none (default: %(default)s)")
     caption.add_argument("--sample", action="store_true", help="nucleus sampling instead of beam search")
-    caption.add_argument("--top-p", type=float, default=0.9)
+    caption.add_argument("--top-p", type=float, default=0.9, help="of the sampling (default: %(default)s)")
     where = caption.add_mutually_exclusive_group()
     where.add_argument("--json", action="store_true", help="one JSON object per image on stdout")
     where.add_argument("--out", metavar="FILE.jsonl", help="append to a file; images already in it are skipped")
@@ -123,18 +132,11 @@ def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     ask.add_argument("question")
     ask.add_argument("--json", action="store_true", help="one JSON object on stdout")
     ask.set_defaults(run=_ask)
-    explain = commands.add_parser("explain", help="where the queries look, and what the scores with a text depend on")
-    explain.add_argument("image")
-    explain.add_argument("text", nargs="?", help="shows what ITC and ITM make of it (needs stage 1)")
-    explain.add_argument("--out", metavar="REPORT.html", help="a page with the maps")
-    explain.add_argument("--json", action="store_true", help="one JSON object with all maps on stdout")
-    explain.set_defaults(run=_explain)
-    _add_model(explain)
     chat = commands.add_parser("chat", help="ask about an image, question after question")
     chat.add_argument("image")
     chat.add_argument("--beams", type=int, default=5, help="beam width (default: %(default)s)")
     chat.add_argument("--max-tokens", type=int, default=20, help="of an answer (default: %(default)s)")
-    chat.add_argument("--repetition-penalty", type=float, default=1.0)
+    chat.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is none (default: %(default)s)")
     chat.set_defaults(run=_chat)
     _add_model(chat)
     for command in (caption, ask):
@@ -153,7 +155,7 @@ def _add_model(command: argparse.ArgumentParser, *, named: bool = True) -> None:
         command.add_argument(
             "--model",
             help="run folder, preset, Hugging Face folder or hub id, or LAVIS .pth "
-            "(default: $BLIP2_MODEL, else the newest in runs/)",
+            "(default: $BLIP2_MODEL, else the newest in runs/, else tiny, which comes with the package)",
         )
     _add_towers(command)
     command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the frozen towers")
@@ -247,7 +249,15 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     convert.add_argument("source", metavar="SRC", help="run, Hugging Face folder or hub id, preset, or LAVIS .pth")
     convert.add_argument("target", metavar="DST", help="new folder (.pth file for lavis)")
-    convert.add_argument("--to", required=True, choices=("blip2", "hf", "lavis"))
+    convert.add_argument(
+        "--to", required=True, choices=("blip2", "hf", "lavis", "slim"), help="slim: a run of ours to hand on, in bf16"
+    )
+    convert.add_argument(
+        "--words", metavar="DATA", help="slim: only embeddings of words that recur in the captions of DATA"
+    )
+    convert.add_argument(
+        "--stage1", metavar="NAME", help="slim: folder beside it that embeddings and matches come from"
+    )
     convert.add_argument("--json", action="store_true", help="one JSON object on stdout")
     _add_towers(convert)
     convert.set_defaults(run=_convert)
@@ -374,12 +384,6 @@ def _ask(options: argparse.Namespace, rest: list[str]) -> int:
     return ask_command(options)
 
 
-def _explain(options: argparse.Namespace, rest: list[str]) -> int:
-    from blip2.apps.explain.command import explain_command
-
-    return explain_command(options)
-
-
 def _chat(options: argparse.Namespace, rest: list[str]) -> int:
     from blip2.apps.chat import chat_command
 
@@ -435,7 +439,13 @@ def _capfilt(options: argparse.Namespace, rest: list[str]) -> int:
 def _demo(options: argparse.Namespace, rest: list[str]) -> int:
     from blip2.apps.demo import demo
 
-    return demo(options.out)
+    return demo(options.photos, options.out)
+
+
+def _demo_train(options: argparse.Namespace, rest: list[str]) -> int:
+    from blip2.apps.demo_train import demo_train
+
+    return demo_train(options.out)
 
 
 if __name__ == "__main__":

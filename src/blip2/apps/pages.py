@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blip2.errors import RunError
+
 if TYPE_CHECKING:
     import jinja2
 
@@ -20,3 +22,18 @@ def environment(folder: Path) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def write(path: Path, page: str) -> None:
+    """Write a page beside its place and rename it; its folder is made.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(page, "utf-8", "replace")
+        beside.replace(path)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from error

@@ -250,12 +250,24 @@ def _assemble(
     if isinstance(model, Stage1):
         user = Blip2(config, stage1=model)
         objective: nn.Module = Stage1Objective(
-            model, user.text_tokenizer, config.loss, config.train.seed, config.train.accumulate
+            model,
+            user.text_tokenizer,
+            config.loss,
+            config.train.seed,
+            config.train.accumulate,
+            config.vision.token_drop,
         )
     else:
         user = Blip2(config, stage2=model)
         questions = user.text_tokenizer if config.qformer.question else None
-        parts = (model, user.language_tokenizer, config.language, config.train.seed, questions)
+        parts = (
+            model,
+            user.language_tokenizer,
+            config.language,
+            config.train.seed,
+            questions,
+            config.vision.token_drop,
+        )
         shots = config.data.shots
         objective = InContextObjective(*parts, shots=shots) if shots else Stage2Objective(*parts)
         frozen.append(model.language_model)
@@ -271,6 +283,8 @@ def _assemble(
         world=distributed.world_size(),
         workers=_workers(config),
         texts=config.data.texts,
+        texts_per_image=config.data.texts_per_image,
+        clean=config.data.clean,
     )
     evaluator = DevEvaluator(user, objective, dev, caches[1], config, folder) if dev is not None else None
     source: Callable[[int], Iterator[Batch]] = batches.steps_from
@@ -350,7 +364,7 @@ def _finish(
         ],
         "seconds": before.get("seconds", 0.0) + outcome.seconds,
         "steps": outcome.step,
-        "pairs": outcome.step * config.train.batch,
+        "pairs": outcome.step * config.train.batch * config.data.texts_per_image,
         "hardware": _hardware(device),
         "versions": {"blip2": __version__, **{n: metadata.version(n) for n in ("torch", "transformers")}},
         "loaded": before.get("loaded") or loaded,

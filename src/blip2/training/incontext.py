@@ -38,10 +38,11 @@ class InContextObjective(Stage2Objective):
         config: LanguageConfig,
         seed: int = 0,
         questions: QFormerTokenizer | None = None,
+        token_drop: float = 0.0,
         *,
         shots: int,
     ) -> None:
-        super().__init__(model, tokenizer, config, seed, questions)
+        super().__init__(model, tokenizer, config, seed, questions, token_drop)
         self.length = shots + 1
 
     def forward(self, batch: Batch, step: int) -> Losses:
@@ -74,7 +75,9 @@ class InContextObjective(Stage2Objective):
             if n % self.length < last:
                 prefixes.append(f"{prompt} {text}".strip())
                 continue
-            head, tail = ("", text) if batch.questions is not None else split_caption(text, key, self.seed, step)
+            head, tail = (
+                ("", text) if batch.questions and batch.questions[n] else split_caption(text, key, self.seed, step)
+            )
             prefixes.append(f"{prompt} {head}".strip())
             suffixes.append(tail)
         read = self.tokenizer.pairs(prefixes, [])[:2]

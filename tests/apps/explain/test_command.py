@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from blip2.apps.cli import main
-from blip2.apps.explain.command import seen
-from blip2.apps.explain.heat import colours, overlay
+from blip2.pictures import colours, overlay, seen
 
 
 def test_a_page_and_numbers(tiny: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,6 +44,37 @@ def test_a_stage_2_model_explains_its_words(
     assert "What each word of the caption drew on" in page.read_text()
 
 
+def test_queries_over_a_data_set(tiny: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "p01.txt").write_text("a <script>dog</script>")
+    page = tmp_path / "queries.html"
+    given = ["explain", "--data", str(photos), "--model", str(tiny), "--out", str(page)]
+    assert main([*given, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["images"], found["texts"], len(found["bad"])) == (6, 6, 0)
+    assert sum(query["wins"] for query in found["queries"]) == pytest.approx(1, abs=1e-4)
+    maps = np.array([query["map"] for query in found["queries"]])
+    assert maps.shape == (5, 2, 17)
+    np.testing.assert_allclose(maps.sum(axis=-1), 1, atol=1e-4)
+    html = page.read_text()
+    assert html.count("data:image/png;base64,") == 5 + sum(len(query["examples"]) for query in found["queries"])
+    assert re.findall(r"""(?:src|href)=["'](?!data:)""", html) == []
+    assert "<script" not in html
+    assert html.count("<img") == html.count("alt=")
+    assert main([*given, "--limit", "2"]) == 0
+    assert "over 2 images and 2 texts" in capsys.readouterr().out
+
+
+def test_an_image_or_a_data_set(tiny: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in (
+        [],
+        [str(photos / "p01.png"), "--data", str(photos)],
+        ["--limit", "3"],
+        ["--data", str(photos), "--limit", "0"],
+    ):
+        assert main(["explain", *wrong, "--model", str(tiny)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_mistakes_are_one_line(tiny_opt: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "nowhere.jpg"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -69,5 +99,5 @@ def test_a_map_of_nothing_is_dark() -> None:
 def test_the_view_is_what_the_encoder_saw() -> None:
     wide = Image.new("RGB", (300, 100), "red")
     wide.paste("blue", (100, 0, 200, 100))
-    assert seen(wide, "crop").getcolors() == [(280 * 280, (0, 0, 255))]
-    assert seen(wide, "squash").getpixel((5, 5)) == (255, 0, 0)
+    assert seen(wide, "crop", 280).getcolors() == [(280 * 280, (0, 0, 255))]
+    assert seen(wide, "squash", 280).getpixel((5, 5)) == (255, 0, 0)

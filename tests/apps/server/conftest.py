@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +55,34 @@ def serve(both: Blip2) -> Iterator[Callable[..., Any]]:
     yield client
     for each in opened:
         each.__exit__(None, None, None)
+
+
+@contextmanager
+def _listening(model: Blip2, *, index: Any = None, **settings: Any) -> Iterator[tuple[str, Any, Any]]:
+    """uvicorn in a thread on a free port: its address, the uvicorn server and the application."""
+    import uvicorn
+
+    from blip2.apps.server.app import create_app
+    from blip2.apps.server.command import listen
+    from blip2.apps.server.settings import Settings
+
+    app = create_app(model, Settings(**settings), name="tiny", index=index)
+    bound = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=60))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}", server, app
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        bound.close()
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def listening() -> Callable[..., AbstractContextManager[tuple[str, Any, Any]]]:
+    """`with listening(model, queue=2) as (address, server, app)`: a real server of these settings."""
+    return _listening

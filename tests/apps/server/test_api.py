@@ -53,31 +53,6 @@ def assert_refused(answer: Any, status: int | None = None) -> dict[str, Any]:
 
 
 @contextmanager
-def listening(model: Blip2, **settings: Any) -> Iterator[tuple[str, Any, Any]]:
-    """uvicorn in a thread on a free port: its address, the uvicorn server and the application."""
-    import uvicorn
-
-    from blip2.apps.server.app import create_app
-    from blip2.apps.server.command import listen
-    from blip2.apps.server.settings import Settings
-
-    app = create_app(model, Settings(**settings), name="tiny")
-    bound = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=60))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}", server, app
-    finally:
-        server.should_exit = True
-        thread.join(60)
-        bound.close()
-        assert not thread.is_alive()
-
-
-@contextmanager
 def held(app: Any) -> Iterator[None]:
     """The model does not answer inside."""
     gate, batcher = threading.Event(), app.state.server.batcher
@@ -94,7 +69,7 @@ def held(app: Any) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def openai(both: Blip2) -> Iterator[Any]:
+def openai(both: Blip2, listening: Any) -> Iterator[Any]:
     """OpenAI's client of a real server that asks for a key."""
     package = pytest.importorskip("openai", reason="OpenAI's client is not installed")
     with listening(both, api_key="secret") as (address, _, _):
@@ -368,7 +343,7 @@ def test_what_cannot_be_served_is_said_in_one_line(capsys: pytest.CaptureFixture
 # -- under load ----------------------------------------------------------------------------------------------
 
 
-def test_batched_answers_equal_those_one_at_a_time(both: Blip2) -> None:
+def test_batched_answers_equal_those_one_at_a_time(both: Blip2, listening: Any) -> None:
     import httpx
 
     questions = ["what is it?", "where?", "what is the dog on the grass doing?", "a bird?"]
@@ -395,7 +370,7 @@ def test_batched_answers_equal_those_one_at_a_time(both: Blip2) -> None:
     assert 'blip2_requests_total{path="/ask",status="200"} 12.0' in metrics
 
 
-def test_overload_and_time_limit(both: Blip2) -> None:
+def test_overload_and_time_limit(both: Blip2, listening: Any) -> None:
     import httpx
 
     with listening(both, queue=2, max_batch=1, timeout=4) as (address, _, app), ThreadPoolExecutor(8) as pool:
@@ -414,7 +389,7 @@ def test_overload_and_time_limit(both: Blip2) -> None:
         assert 200 in (caption(0).status_code for _ in range(10))  # it goes on
 
 
-def test_a_client_that_leaves_frees_its_place(both: Blip2) -> None:
+def test_a_client_that_leaves_frees_its_place(both: Blip2, listening: Any) -> None:
     import httpx
 
     with listening(both) as (address, _, app), ThreadPoolExecutor(1) as pool:
@@ -434,7 +409,7 @@ def test_a_client_that_leaves_frees_its_place(both: Blip2) -> None:
         assert app.state.server.metrics.registry.get_sample_value("blip2_batch_size_sum") == 1
 
 
-def test_shutdown_answers_what_was_taken(both: Blip2) -> None:
+def test_shutdown_answers_what_was_taken(both: Blip2, listening: Any) -> None:
     import httpx
 
     with listening(both) as (address, server, app), ThreadPoolExecutor(4) as pool:

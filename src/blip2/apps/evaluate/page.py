@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from blip2.apps.evaluate.work import write_beside
 from blip2.apps.pages import environment
 from blip2.data.images import decode_image
 from blip2.data.samples import BadSampleError, Collection, Sample
+from blip2.pictures import jpeg
 
 SHOWN, THUMB = 8, 256
 
@@ -68,10 +67,7 @@ def picture_of(sample: Sample | None) -> str | None:
         picture = decode_image(sample.read())
     except BadSampleError:
         return None
-    picture.thumbnail((THUMB, THUMB))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return jpeg(picture, THUMB)
 
 
 def _rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -12,18 +12,23 @@ from PIL import Image
 from torch import Tensor
 
 from blip2.apps.caption import load_model
-from blip2.apps.explain.heat import overlay, png
-from blip2.apps.pages import environment
+from blip2.apps.explain.queries import queries_command
+from blip2.apps.pages import environment, write
 from blip2.data.samples import printable
-from blip2.errors import RunError
+from blip2.errors import ConfigError
 from blip2.explain import Attention
 from blip2.inference import open_image
+from blip2.pictures import overlay, png, seen
 
 LARGE, SMALL = 280, 112  # sides of maps on the page
 
 
 def explain_command(options: argparse.Namespace) -> int:
-    """Explain one image; the page is written where --out says."""
+    """Explain one image, or with --data the queries; the page is written where --out says."""
+    if options.data:
+        return queries_command(options)
+    if options.image is None or options.limit is not None:
+        raise ConfigError("nothing to explain: name an IMAGE, or a data set with --data DATA [--limit N]")
     picture = open_image(options.image)
     model, name = load_model(options)
     found = model.attend(picture, options.text)
@@ -71,7 +76,7 @@ def write_page(path: Path, picture: Image.Image, found: Attention, image: str, m
         RunError: it cannot be written.
     """
     template = environment(Path(__file__).parent).get_template("explain.html.j2")
-    view = seen(picture, resize)
+    view = seen(picture, resize, LARGE)
     page = template.render(
         image=image,
         model=printable(model),
@@ -82,22 +87,7 @@ def write_page(path: Path, picture: Image.Image, found: Attention, image: str, m
         queries=_queries(view, found),
         words=_words(view, found),
     )
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(page, "utf-8", "replace")
-        beside.replace(path)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def seen(picture: Image.Image, resize: str) -> Image.Image:
-    """The part of the picture that the encoder saw: all of it squashed, or its centre."""
-    if resize == "crop":
-        side = min(picture.size)
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        picture = picture.crop((left, top, left + side, top + side))
-    return picture.resize((LARGE, LARGE), Image.Resampling.BICUBIC)
+    write(path, page)
 
 
 def _map(view: Image.Image, found: Attention, map_P: Tensor, side: int) -> str:

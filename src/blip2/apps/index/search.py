@@ -91,9 +91,17 @@ class Index:
         return len(self.store)
 
     def refresh(self) -> None:
-        """Take up what was written since the index was opened; cheap where nothing was."""
+        """Take up what was written since the index was opened; cheap where nothing was.
+
+        Raises:
+            DataError: the index is gone or damaged by now; what is open stays so.
+            ConfigError: it was built anew with another model.
+        """
         store = self.store.current()
         if store is not self.store:
+            now, before = store.manifest.model, self.store.manifest.model
+            if now.fingerprint != before.fingerprint:
+                raise ConfigError(f"{store.path} was built anew with {now}: it was {before} when it was opened")
             self.store, self.engine = store, open_engine(store)
 
     @cached_property

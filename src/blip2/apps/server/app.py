@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from blip2 import __version__
 from blip2.apps.index.search import Hit, Index
 from blip2.apps.index.segments import Row
-from blip2.apps.server import openai_routes, page, routes
+from blip2.apps.server import document, openai_routes, page, routes
 from blip2.apps.server.batching import Batcher
 from blip2.apps.server.images import view_of
 from blip2.apps.server.intake import Intake, from_validation
@@ -130,6 +130,7 @@ def create_app(model: Blip2, settings: Settings, *, name: str, index: Index | No
     openai_routes.add(app, server)
     routes.add(app, server)
     page.add(app)
+    document.add(app)
     return app
 
 

@@ -52,7 +52,12 @@ def add(app: FastAPI, server: Server) -> None:
         _require_model(model, server)
         return card()
 
-    @app.post("/v1/chat/completions", tags=["OpenAI"], summary="Ask about an image; multi-turn, streamed on request")
+    @app.post(
+        "/v1/chat/completions",
+        tags=["OpenAI"],
+        summary="Ask about an image; multi-turn, streamed on request",
+        responses={200: {"content": {"text/event-stream": {}}}},
+    )
     async def chat(request: Request, body: ChatRequest) -> Response:
         _require_model(body.model, server)
         talk = conversation(body.messages)

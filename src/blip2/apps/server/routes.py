@@ -47,7 +47,13 @@ def add(app: FastAPI, server: Server) -> None:
         response.status_code = 200 if alive else 503
         return {"status": "ok" if alive else "stopping", "model": server.name}
 
-    @app.get("/metrics", tags=["server"], summary="Figures in Prometheus' format")
+    @app.get(
+        "/metrics",
+        tags=["server"],
+        summary="Figures in Prometheus' format",
+        responses={200: {"content": {"text/plain": {}}}},
+        response_class=Response,
+    )
     async def metrics() -> Response:
         return Response(server.metrics.text(), media_type=server.metrics.content_type)
 

@@ -18,6 +18,21 @@ class Given(BaseModel):
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
 
+class Problem(BaseModel):
+    """What went wrong, in one line."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's shape of an error."""
+
+    error: Problem
+
+
 class Decoding(Given):
     """How text is generated; beam search unless `sample`."""
 

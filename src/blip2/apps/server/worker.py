@@ -5,6 +5,7 @@ Shape letters: B images, N texts, Q queries, E contrastive width, S side in pixe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,6 +20,8 @@ from blip2.configs import DecodingConfig
 from blip2.errors import Blip2Error, ConfigError
 from blip2.inference import Blip2
 from blip2.models.qformer import QFormer
+
+_log = logging.getLogger("blip2.serve")
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class Worker:
 
     def __init__(self, model: Blip2, index: Index | None = None) -> None:
         self.model, self.index = model, index
+        self._trouble = ""  # what was last wrong with the index on the disk
         try:
             self.matches = model.stage1 is not None
         except Blip2Error:
@@ -222,10 +226,21 @@ class Worker:
         return list(torch.cat(parts).split([len(views) for views in items]))
 
     def search(self, items: Sequence[Query]) -> list[list[Hit]]:
-        """Hits in the index."""
+        """Hits in the index, with what was added to it since the server began."""
         if self.index is None:
             raise RequestError(404, "this server has no index: start it with --index INDEX", code="no_index")
+        self._refresh(self.index)
         return [self.index.search(q.text, q.image, k=q.k, rerank=q.rerank, within=q.within) for q in items]
+
+    def _refresh(self, index: Index) -> None:
+        """Take up what was written; an index that went bad on the disk is searched as it was, and the log says so."""
+        try:
+            index.refresh()
+            self._trouble = ""
+        except Blip2Error as error:
+            if str(error) != self._trouble:
+                _log.warning("searching the index as it was: %s", error)
+            self._trouble = str(error)
 
     def attend(self, items: Sequence[Query]) -> list[dict[str, Any]]:
         """Attention maps over the patches, as lists of rows; see `Blip2.attend`."""

@@ -1,4 +1,4 @@
-"""Heat maps over pictures, as images inside a page. Pillow and numpy only.
+"""Pictures inside a page, and heat maps over them. Pillow and numpy only.
 
 Shapes: h, w patches; S side in pixels.
 """
@@ -53,3 +53,21 @@ def png(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.quantize(128, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def jpeg(picture: Image.Image, side: int) -> str:
+    """A thumbnail of at most `side` pixels as an inline JPEG."""
+    small = picture.copy()
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.convert("RGB").save(buffer, "JPEG", quality=82)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def seen(picture: Image.Image, resize: str, side: int) -> Image.Image:
+    """The part of a picture that an image encoder saw, as a square: all of it squashed, or its centre (`crop`)."""
+    if resize == "crop":
+        short = min(picture.size)
+        left, top = (picture.width - short) // 2, (picture.height - short) // 2
+        picture = picture.crop((left, top, left + short, top + short))
+    return picture.resize((side, side), Image.Resampling.BICUBIC)
