@@ -28,7 +28,8 @@ from blip2.models.stage2 import Stage2
 from blip2.ops.losses import mean_over_queries
 
 if TYPE_CHECKING:
-    from blip2.inference import Blip2, ImageLike
+    from blip2.inference import Blip2
+    from blip2.reading import ImageLike
 
 
 @dataclass

@@ -11,74 +11,41 @@ E contrastive width.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from blip2.configs import DecodingConfig, RunConfig
-from blip2.data.images import ImageSpec, decode_image, plain_view
-from blip2.data.samples import BadSampleError
-from blip2.data.text import LanguageTokenizer, QFormerTokenizer, clean_caption
-from blip2.errors import ConfigError, DataError
-from blip2.models import towers
-from blip2.models.build import build_stage1
+from blip2.configs import DecodingConfig
+from blip2.errors import ConfigError
+from blip2.loaded import Loaded
 from blip2.models.decoding import generate, generate_with_qformer
 from blip2.models.qformer import ImageKV
 from blip2.models.stage1 import Stage1
-from blip2.models.stage2 import Stage2
-from blip2.models.vision_encoder import VisionEncoder
+from blip2.ops.contrastive import query_text_similarity
+from blip2.reading import ImageLike, distinct, listed
 from blip2.weights.assemble import assemble
-from blip2.weights.checkpoints import located, open_checkpoint, stage1_behind
-from blip2.weights.loading import LoadReport, fill
+from blip2.weights.checkpoints import located, open_checkpoint
 
 if TYPE_CHECKING:
     from blip2.explain import Attention
     from blip2.fewshot import Examples, ShotLike
     from blip2.show import Shown
 
-ImageLike = str | Path | bytes | Image.Image
 _QUESTIONS = 4  # questions about repeated images that go together, for each image that does
 
 
-class Blip2:
+class Blip2(Loaded):
     """A loaded model; methods take one image or text, or a list, and work in batches.
 
     Stage-2 runs caption and answer; embeddings and matches come from the stage-1 run that they
     began from. A stage-1 run captions by itself, through its ITG head.
 
-    Args:
-        config: of the run.
-        stage1, stage2: the models at hand; a missing stage 1 is loaded from `config.init` when
-            first needed.
-        batch: images that go through the model together.
-        home: where the run was loaded from; runs that moved together find each other by name.
-        report: what was loaded, left out, started fresh and reshaped.
+    See `blip2.loaded.Loaded` for its attributes.
     """
-
-    def __init__(
-        self,
-        config: RunConfig,
-        *,
-        stage1: Stage1 | None = None,
-        stage2: Stage2 | None = None,
-        batch: int = 16,
-        home: Path | None = None,
-        report: LoadReport | None = None,
-    ) -> None:
-        self.config, self.batch, self.home, self.report = config, batch, home, report
-        self._stage1, self.stage2 = stage1, stage2
-        main = stage2 or stage1
-        if main is None or not isinstance(main.vision, VisionEncoder):
-            raise ConfigError("a model needs a stage and its image encoder")
-        self.vision = main.vision
-        self.device = main.ln_vision.weight.device
 
     # -- text from images ---------------------------------------------------------------------
 
@@ -133,15 +100,15 @@ class Blip2:
         """
         vqa = {"min_tokens": 1, "max_tokens": 10, "length_penalty": -1.0}
         config = decoding or DecodingConfig(**{**vqa, **options})
-        pictures = _listed(images)
+        pictures = listed(images)
         asked = [questions] * len(pictures) if isinstance(questions, str) else list(questions)
         if len(asked) != len(pictures):
             raise ConfigError(f"{len(asked)} questions for {len(pictures)} images: give one per image, or one in all")
-        distinct, places = _distinct(pictures)
+        once, places = distinct(pictures)
         # a Q-Former that reads questions has soft prompts of their own for each
         alone = self.stage2 is not None and not self.stage2.reads_questions and not shots
-        if alone and len(distinct) < len(pictures):
-            return self._ask_repeatedly(distinct, places, asked, config)
+        if alone and len(once) < len(pictures):
+            return self._ask_repeatedly(once, places, asked, config)
         prompts = [self.config.language.question.format(q.strip()) for q in asked]
         write = self._examples(shots).generate if shots else self.generate
         answers: list[str] = []
@@ -160,7 +127,7 @@ class Blip2:
         **options: Any,
     ) -> list[list[str]]:
         """Answers to every question about every image: B lists, in the order of the questions; see `ask`."""
-        pictures, asked = _listed(images), list(questions)
+        pictures, asked = listed(images), list(questions)
         repeated = [picture for picture in pictures for _ in asked]
         answers = self.ask(repeated, asked * len(pictures), decoding=decoding, **options)
         return [answers[n * len(asked) : (n + 1) * len(asked)] for n in range(len(pictures))]
@@ -171,12 +138,12 @@ class Blip2:
         return shots if isinstance(shots, Examples) else Examples(self, shots)
 
     def _ask_repeatedly(
-        self, distinct: list[ImageLike], places: list[int], questions: list[str], config: DecodingConfig
+        self, once: list[ImageLike], places: list[int], questions: list[str], config: DecodingConfig
     ) -> list[str]:
         """Answers to questions of which number n is about image `places[n]`."""
         assert self.stage2 is not None
         tokenizer, answers = self.language_tokenizer, [""] * len(questions)
-        for start, features in zip(range(0, len(distinct), self.batch), self._chunks(distinct), strict=True):
+        for start, features in zip(range(0, len(once), self.batch), self._chunks(once), strict=True):
             with torch.no_grad():
                 soft = self.stage2.soft_prompts(features)
             about = [n for n, place in enumerate(places) if start <= place < start + self.batch]
@@ -211,7 +178,7 @@ class Blip2:
         """
         if self.stage2 is None:
             raise ConfigError("this run is stage 1 and has no language model: questions need a stage-2 run")
-        pictures = _listed(images)
+        pictures = listed(images)
         asked = [questions] * len(pictures) if isinstance(questions, str) else list(questions)
         best: list[str] = []
         for start, features in zip(range(0, len(pictures), self.batch), self._chunks(pictures), strict=True):
@@ -309,10 +276,10 @@ class Blip2:
 
     def embed_texts(self, texts: str | Sequence[str]) -> Tensor:
         """Unit-norm text embeddings [N, E], float32 on the CPU."""
-        listed = [texts] if isinstance(texts, str) else list(texts)
+        given = [texts] if isinstance(texts, str) else list(texts)
         size = 8 * self.batch
         with torch.no_grad():
-            parts = [self.stage1.embed_texts(*self.text_ids(listed[n : n + size])) for n in range(0, len(listed), size)]
+            parts = [self.stage1.embed_texts(*self.text_ids(given[n : n + size])) for n in range(0, len(given), size)]
         return torch.cat(parts).float().cpu()
 
     def embed_features(self, features_BPC: Tensor) -> Tensor:
@@ -323,19 +290,17 @@ class Blip2:
 
     def similarity(self, images: ImageLike | Sequence[ImageLike], texts: str | Sequence[str]) -> Tensor:
         """ITC similarity [B, N] in [-1, 1]: the largest dot product over an image's queries."""
-        from blip2.ops.contrastive import query_text_similarity
-
         return query_text_similarity(self.embed_images(images), self.embed_texts(texts))
 
     def match(self, images: ImageLike | Sequence[ImageLike], texts: str | Sequence[str]) -> Tensor:
         """ITM probability [B] that text i describes image i (one text may stand for all)."""
-        pictures = _listed(images)
-        listed = [texts] * len(pictures) if isinstance(texts, str) else list(texts)
-        if len(listed) != len(pictures):
-            raise ConfigError(f"{len(listed)} texts for {len(pictures)} images: give one per image, or one in all")
+        pictures = listed(images)
+        paired = [texts] * len(pictures) if isinstance(texts, str) else list(texts)
+        if len(paired) != len(pictures):
+            raise ConfigError(f"{len(paired)} texts for {len(pictures)} images: give one per image, or one in all")
         found = []
         for start, features in zip(range(0, len(pictures), self.batch), self._chunks(pictures), strict=True):
-            found.append(self.match_features(self.image_kv(features), listed[start : start + self.batch]))
+            found.append(self.match_features(self.image_kv(features), paired[start : start + self.batch]))
         return torch.cat(found)
 
     def image_kv(self, features_BPC: Tensor) -> ImageKV:
@@ -380,66 +345,6 @@ class Blip2:
         from blip2.show import show
 
         return show(self, images, questions, text=text, maps=maps, prompt=prompt, **options)
-
-    # -- parts ----------------------------------------------------------------------------------
-
-    @property
-    def stage1(self) -> Stage1:
-        """The stage-1 model; loaded from the run that stage 2 began from when it is first needed."""
-        if self._stage1 is None:
-            if not self.config.init:
-                raise ConfigError(
-                    "this is stage 2 and names no stage 1 (init): embeddings and matches need a stage-1 checkpoint"
-                )
-            found = stage1_behind(self.config.init, self.home)
-            if self.config.vision.train or found.config.vision.train:
-                raise ConfigError(
-                    f"this run or its stage 1 fine-tuned the image encoder: load {found.source} for embeddings and "
-                    "matches"
-                )
-            stage1 = build_stage1(found.config, self.vision, start=False)
-            fill(stage1, found.source, found.tensors, found.allowed)
-            self._stage1 = stage1.to(self.device).eval()
-        return self._stage1
-
-    @cached_property
-    def text_tokenizer(self) -> QFormerTokenizer:
-        """Tokenizer of the Q-Former's text branch."""
-        return QFormerTokenizer(towers.folder(self.config.qformer.init), self.config.qformer.max_text)
-
-    @cached_property
-    def language_tokenizer(self) -> LanguageTokenizer:
-        """Tokenizer of the language model."""
-        assert self.stage2 is not None
-        language = self.config.language
-        return LanguageTokenizer(
-            towers.folder(language.name),
-            end=language.end,
-            max_text=language.max_text,
-            encoder_decoder=self.stage2.language_model.encoder_decoder,
-        )
-
-    @property
-    def image_spec(self) -> ImageSpec:
-        """Size, normalisation and resizing that the image encoder expects."""
-        vision = self.vision
-        return ImageSpec(vision.size, vision.mean, vision.std, self.config.vision.resize)
-
-    def features(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
-        """Features [B, P, C] of the frozen image encoder."""
-        return torch.cat(list(self._chunks(images)))
-
-    def _chunks(self, images: ImageLike | Sequence[ImageLike]) -> Iterator[Tensor]:
-        pictures = _listed(images)
-        for start in range(0, len(pictures), self.batch):
-            views = [plain_view(open_image(image), self.image_spec) for image in pictures[start : start + self.batch]]
-            with torch.no_grad():
-                yield self.vision(torch.stack(views).to(self.device))
-
-    def text_ids(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Ids and mask [N, T] of captions for the Q-Former, cleaned where its training cleaned them."""
-        ids, mask = self.text_tokenizer([clean_caption(text) for text in texts] if self.config.data.clean else texts)
-        return ids.to(self.device), mask.to(self.device)
 
 
 def load(
@@ -495,45 +400,3 @@ def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     if name not in known:
         raise ConfigError(f"dtype is {name!r}: it must be one of {', '.join(known)}")
     return known[name]
-
-
-def open_image(image: ImageLike) -> Image.Image:
-    """An RGB picture from a path, bytes, or a Pillow image.
-
-    Raises:
-        DataError: names the file and what is wrong with it.
-    """
-    if isinstance(image, Image.Image):
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        return decode_image(buffer.getvalue())
-    if isinstance(image, bytes):
-        name, data = "image", image
-    else:
-        name = str(image)
-        try:
-            data = Path(image).read_bytes()
-        except OSError as error:
-            raise DataError(f"{name}: {error.strerror}") from error
-    try:
-        return decode_image(data)
-    except BadSampleError as error:
-        raise DataError(f"{name}: {error.reason}") from error
-
-
-def _listed(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
-    if isinstance(images, str | Path | bytes | Image.Image):
-        return [images]
-    return list(images)
-
-
-def _distinct(pictures: list[ImageLike]) -> tuple[list[ImageLike], list[int]]:
-    """Pictures without repeats (by path, content or identity), and the place of each one given among them."""
-    found: dict[str | bytes | int, ImageLike] = {}
-    keys: list[str | bytes | int] = []
-    for picture in pictures:
-        own = id(picture) if isinstance(picture, Image.Image) else picture
-        keys.append(str(own) if isinstance(own, Path) else own)
-        found.setdefault(keys[-1], picture)
-    places = {key: place for place, key in enumerate(found)}
-    return list(found.values()), [places[key] for key in keys]

@@ -19,7 +19,8 @@ from blip2.explain import Attention
 from blip2.pictures import jpeg, overlay, png, seen
 
 if TYPE_CHECKING:
-    from blip2.inference import Blip2, ImageLike
+    from blip2.inference import Blip2
+    from blip2.reading import ImageLike
 
 _SIDE, _SMALL = 320, 112  # pixels of a picture, and of a word's map
 _CARD = "flex:0 1 340px;min-width:0;margin:0;font:14px/1.45 system-ui,sans-serif"
@@ -88,7 +89,7 @@ def show(
     **options: Any,
 ) -> Shown:
     """Captions, answers and maps of B pictures; see `Blip2.show`."""
-    from blip2.inference import open_image
+    from blip2.reading import open_image
 
     given = [images] if isinstance(images, str | Path | bytes | Image.Image) else list(images)
     pictures = [open_image(image) for image in given]

@@ -18,7 +18,8 @@ from blip2.data.samples import printable
 from blip2.data.shots import read_shots
 from blip2.errors import DataError, RunError
 from blip2.fewshot import Examples
-from blip2.inference import Blip2, load, open_image
+from blip2.inference import Blip2, load
+from blip2.reading import open_image
 from blip2.weights import runs
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}

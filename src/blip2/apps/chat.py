@@ -13,7 +13,8 @@ from torch import Tensor
 from blip2.apps.caption import load_model
 from blip2.configs import DecodingConfig
 from blip2.errors import ConfigError
-from blip2.inference import Blip2, open_image
+from blip2.inference import Blip2
+from blip2.reading import open_image
 
 TURNS = 6  # earlier questions that the language model still sees
 _HELP = "Ask about the picture; /caption, /forget what was said, /quit or Ctrl-D."

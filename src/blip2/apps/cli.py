@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from blip2 import __version__
-from blip2.apps import completion
+from blip2.apps import completion, data_options
+from blip2.apps.capfilt import options as capfilt_options
+from blip2.apps.evaluate import options as evaluate_options
 from blip2.apps.explain import options as explain_options
 from blip2.apps.index import options as index_options
 from blip2.apps.server import options as server_options
@@ -30,8 +32,6 @@ examples:
   blip2 serve --model runs/s2 --index photos.index
   blip2 ask dog.jpg "What is the dog doing?" --model runs/s2
 """
-
-DATA_SETS = "coco, vg, cc3m, cc12m, sbu, laion, flickr30k, nocaps, vqav2, gqa, okvqa, table, jsonl or folder"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,11 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_train(commands)
     _add_use(commands)
-    _add_evaluate(commands)
+    evaluate_options.add_command(commands, _add_model)
     _add_ablate(commands)
     _add_convert(commands)
-    _add_data(commands)
-    _add_capfilt(commands)
+    data_options.add_command(commands)
+    capfilt_options.add_command(commands)
     index_options.add_commands(commands, _add_model)
     explain_options.add_command(commands, _add_model)
     doctor = commands.add_parser("doctor", help="versions, devices, memory, and what is missing for which feature")
@@ -166,59 +166,6 @@ def _add_model(command: argparse.ArgumentParser, *, named: bool = True) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
 
 
-def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    evaluate = commands.add_parser("evaluate", help="captioning, VQA or retrieval on a data set, as the paper measures")
-    tasks = evaluate.add_subparsers(dest="task", metavar="TASK", required=True)
-    caption = tasks.add_parser("caption", help="BLEU, METEOR, ROUGE-L, CIDEr, SPICE against all references")
-    vqa = tasks.add_parser("vqa", help="VQA accuracy over people's answers, or exact match")
-    retrieval = tasks.add_parser("retrieval", help="recall by ITC, and re-ranked by ITM, both ways")
-    prompts = tasks.add_parser("prompts", help="instructed generation: prompts of a file, side by side over models")
-    prompts.add_argument("--prompts", required=True, metavar="FILE", help="one prompt per line")
-    prompts.add_argument(
-        "--models", required=True, nargs="+", metavar="MODEL", help="one or more, as --model elsewhere"
-    )
-    for task in (caption, vqa, retrieval, prompts):
-        task.add_argument("--data", required=True, help="named set, shards, folder or JSONL file")
-        task.add_argument("--split", help="of a named set")
-        task.add_argument("--limit", type=int, help="first N images only")
-        task.add_argument("--out", metavar="DIR", help="default: runs/evaluate/TASK-MODEL-DATA; resumed where it is")
-        task.add_argument("--json", action="store_true", help="one JSON object last on stdout")
-        _add_model(task, named=task is not prompts)
-        task.set_defaults(run=_evaluate)
-    for task in (caption, vqa, prompts):
-        for option, kind in (
-            ("beams", int),
-            ("min-tokens", int),
-            ("max-tokens", int),
-            ("length-penalty", float),
-            ("repetition-penalty", float),
-        ):
-            task.add_argument(f"--{option}", type=kind, help="default: the paper's")
-    caption.add_argument("--prompt", help="text that the caption continues (default: the run's)")
-    for task in (caption, vqa):
-        task.add_argument("--shots", type=int, default=0, metavar="K", help="put K examples in front of every image")
-        task.add_argument(
-            "--shots-data", metavar="DATA", help="where they are drawn from (default: the train split of a named set)"
-        )
-        task.add_argument("--shots-seed", type=int, default=0, metavar="N", help="of the draw (default: %(default)s)")
-    vqa.add_argument("--questions", type=int, metavar="N", help="first N questions only")
-    vqa.add_argument("--shuffle", action="store_true", help="ask about another image: what the language alone knows")
-    vqa.add_argument("--candidates", metavar="FILE|data", help="rank these answers (one per line) instead of writing")
-    vqa.add_argument(
-        "--lemmas",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="compare base forms of words; auto does for OK-VQA, whose answers are such (default: %(default)s)",
-    )
-    retrieval.add_argument("-k", type=int, default=128, help="candidates re-ranked per query (default: %(default)s)")
-    retrieval.add_argument(
-        "--itc-weight",
-        default="1",
-        metavar="W|auto",
-        help="of the ITC similarity beside the ITM logit; 1 as LAVIS, auto is 1 / temperature (default: %(default)s)",
-    )
-
-
 def _add_ablate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     ablate = commands.add_parser("ablate", help="what stage 1, ITM, ITG and the Q-Former are worth: a table and a plot")
     ablate.add_argument("base", help="whose recipes: tiny")
@@ -266,73 +213,6 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _add_towers(command: argparse.ArgumentParser) -> None:
     for option, what in (("--vision", "image encoder"), ("--language", "language model")):
         command.add_argument(option, metavar="NAME", help=f"{what} in place of the one that the checkpoint names")
-
-
-def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    data = commands.add_parser("data", help="look after data sets")
-    kinds = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
-    check = kinds.add_parser("check", help="decode every image, list every bad sample with its reason")
-    check.add_argument("path", help="named set, shards, folder or JSONL file")
-    check.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    check.set_defaults(run=_data_check)
-    convert = kinds.add_parser(
-        "convert",
-        help="public data sets to shards, with checksums and a manifest",
-        description="Reads a data set as it is downloaded, looks at every image, writes WebDataset shards, "
-        "manifest.json and left_out.jsonl. Run it again and it goes on where it was.",
-    )
-    convert.add_argument("source", metavar="SOURCE", help="annotation file, or the folder that holds it")
-    convert.add_argument("out", metavar="OUT", help="folder of the shards")
-    convert.add_argument("--from", dest="kind", required=True, metavar="KIND", help=DATA_SETS)
-    convert.add_argument("--images", metavar="DIR", help="folder of the images (default: that of the annotations)")
-    convert.add_argument("--split", help="train, val, test, ... as the data set names it")
-    convert.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
-    convert.add_argument("--shard-size", default="1000", metavar="N|MB", help="1000 samples, or 500MB of images")
-    convert.add_argument("--licence", metavar="TEXT", help="of the data, for the manifest")
-    convert.add_argument("--drop-duplicates", action="store_true", help="leave out near-duplicates of earlier images")
-    convert.add_argument(
-        "--against", nargs="+", default=[], metavar="EVALSET", help="leave out images of these data sets"
-    )
-    convert.add_argument("--threshold", type=int, default=6, help="bits of 64 in which copies differ at most")
-    convert.add_argument("--skip-missing", action="store_true", help="go on where an annotated image is missing")
-    convert.add_argument("--columns", default="", metavar="image=NAME,caption=NAME", help="of a table")
-    convert.add_argument("--json", action="store_true", help="the manifest on stdout")
-    convert.set_defaults(run=_data_convert)
-
-
-def _add_capfilt(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    capfilt = commands.add_parser(
-        "capfilt",
-        help="caption shards anew, rank all texts against the image, keep the best",
-        description="Draws captions of every image, ranks them with the web text by image-text similarity and keeps "
-        "the best; shard in, shard out. Run it again and it goes on where it was.",
-    )
-    capfilt.add_argument("source", metavar="IN", help="shards: folder, glob, brace range or named set")
-    capfilt.add_argument("out", metavar="OUT", help="folder of the new shards")
-    capfilt.add_argument("--captioner", required=True, metavar="M", help="run, checkpoint, or BLIP of transformers")
-    capfilt.add_argument("--ranker", metavar="M", help="run (ITC) or CLIP of transformers (default: the captioner's)")
-    for option, kind, default, what in (
-        ("samples", int, 10, "captions drawn per image; 0 only ranks"),
-        ("keep", int, 2, "captions kept per image"),
-        ("itm-threshold", float, None, "least ITM probability of a kept text (BLIP: 0.5)"),
-        ("prompt", str, None, "text that captions continue"),
-        ("top-p", float, 0.9, "of the nucleus sampling"),
-        ("temperature", float, 1.0, "of the sampling"),
-        ("min-tokens", int, 5, "of a caption"),
-        ("max-tokens", int, 20, "of a caption"),
-        ("batch", int, 8, "images at a time"),
-        ("seed", int, 0, "of the sampling"),
-        ("workers", int, 1, "processes, each with its models"),
-        ("threads", int, None, "of each process (default: the cores shared equally)"),
-    ):
-        shown = "" if default is None else f" (default: {default})"
-        capfilt.add_argument(f"--{option}", type=kind, default=default, metavar="N", help=what + shown)
-    capfilt.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the frozen towers")
-    capfilt.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    capfilt.add_argument("--engine", default="local", choices=("local", "ray"), help="default: %(default)s")
-    capfilt.add_argument("--part", default="0/1", metavar="I/N", help="every N-th shard from I on, for array jobs")
-    capfilt.add_argument("--json", action="store_true", help="the manifest on stdout")
-    capfilt.set_defaults(run=_capfilt)
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
@@ -396,16 +276,6 @@ def _doctor(options: argparse.Namespace, rest: list[str]) -> int:
     return doctor_command(options)
 
 
-def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
-    if options.task == "prompts":
-        from blip2.apps.evaluate.prompts import prompts_command
-
-        return prompts_command(options)
-    from blip2.apps.evaluate.command import evaluate_command
-
-    return evaluate_command(options)
-
-
 def _ablate(options: argparse.Namespace, rest: list[str]) -> int:
     from blip2.apps.ablate import ablate_command
 
@@ -416,24 +286,6 @@ def _convert(options: argparse.Namespace, rest: list[str]) -> int:
     from blip2.apps.convert import convert_command
 
     return convert_command(options)
-
-
-def _data_check(options: argparse.Namespace, rest: list[str]) -> int:
-    from blip2.apps.data import check_command
-
-    return check_command(options.path, as_json=options.json)
-
-
-def _data_convert(options: argparse.Namespace, rest: list[str]) -> int:
-    from blip2.apps.data import convert_command
-
-    return convert_command(options)
-
-
-def _capfilt(options: argparse.Namespace, rest: list[str]) -> int:
-    from blip2.apps.capfilt.command import capfilt_command
-
-    return capfilt_command(options)
 
 
 def _demo(options: argparse.Namespace, rest: list[str]) -> int:

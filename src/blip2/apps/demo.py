@@ -19,8 +19,9 @@ from blip2.apps.pages import environment, write
 from blip2.data.samples import BadSampleError, Sample
 from blip2.errors import RunError
 from blip2.explain import Attention
-from blip2.inference import Blip2, load, open_image
+from blip2.inference import Blip2, load
 from blip2.pictures import jpeg, overlay, png, seen
+from blip2.reading import open_image
 from blip2.training.metrics import format_seconds
 
 MODEL = "tiny"

@@ -145,7 +145,7 @@ def test_pages_that_commands_write(
     """`explain` of an image, and of a data set."""
     from blip2.apps.explain import command, queries
     from blip2.data.sources import open_collection
-    from blip2.inference import open_image
+    from blip2.reading import open_image
     from blip2.specialisation import specialisation
 
     picture = open_image(photos / "p01.png")

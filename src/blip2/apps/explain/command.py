@@ -17,8 +17,8 @@ from blip2.apps.pages import environment, write
 from blip2.data.samples import printable
 from blip2.errors import ConfigError
 from blip2.explain import Attention
-from blip2.inference import open_image
 from blip2.pictures import overlay, png, seen
+from blip2.reading import open_image
 
 LARGE, SMALL = 280, 112  # sides of maps on the page
 

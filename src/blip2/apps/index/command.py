@@ -21,7 +21,8 @@ from blip2.apps.index.segments import Row
 from blip2.apps.index.store import Store
 from blip2.data.samples import printable
 from blip2.errors import ConfigError, DataError
-from blip2.inference import Blip2, open_image
+from blip2.inference import Blip2
+from blip2.reading import open_image
 
 _SHOWN = 5  # bad images named on the terminal
 

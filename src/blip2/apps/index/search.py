@@ -27,7 +27,8 @@ from blip2.apps.index.segments import Ids, Row
 from blip2.apps.index.store import Store
 from blip2.data.samples import BadSampleError, Sample
 from blip2.errors import ConfigError, DataError
-from blip2.inference import Blip2, ImageLike, load, open_image
+from blip2.inference import Blip2, load
+from blip2.reading import ImageLike, open_image
 
 FIELDS = ("images", "captions", "both")
 _POOL = 4  # candidates of an approximate engine that are scored exactly, per one that is wanted
