@@ -10,8 +10,9 @@ them. All else is one of the assumptions below, printed with its source.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blip2.apps.activations import PROMPT_TOKENS, _stage1_losses, _stage2_loss
 from blip2.apps.estimate import build_on_meta
-from blip2.configs import RunConfig
+from blip2.configs import LanguageConfig, RunConfig
 from blip2.data.shards import read_shards
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
@@ -56,6 +57,21 @@ ASSUMED = {
     "paper, stage 2 ViT-g": Assumption(16 * 3 * 86400, "A100 s", "arXiv 2301.12597, section 4: under three days on 16"),
     "web image at 256 px": Assumption(25e3, "B", "assumed: img2dataset's JPEGs, shorter side 256, quality 95"),
     "web image at 384 px": Assumption(56e3, "B", "assumed: the former by area"),
+}
+
+
+# What was measured on 2 cores of an AMD EPYC (AVX2, float32), and the file that says so.
+MEASURED = {
+    "tiny/stage1, seconds a pair": Assumption(
+        5.93 / 64, "s", "docs/results/flickr8k-tiny.md: 5.93 s a step of 64 pairs"
+    ),
+    "tiny/stage2, seconds a pair": Assumption(
+        4.69 / 32, "s", "docs/results/flickr8k-tiny.md: 4.69 s a step of 32 pairs"
+    ),
+    "tiny caption, greedy": Assumption(0.18, "s", "docs/results/flickr8k-tiny.md: 0.18 s a caption, encoder included"),
+    "decode and augment": Assumption(295, "images/s a core", "docs/data.md: benchmarks.stream_rate, 224 px sources"),
+    "index": Assumption(7300, "samples/s a core", "docs/data.md: benchmarks.stream_rate"),
+    "index in memory": Assumption(970, "B a sample", "benchmarks.stream_rate, five captions each"),
 }
 
 
@@ -94,8 +110,12 @@ def flops(work: Callable[[], Any]) -> float:
     return float(counter.get_total_flops())
 
 
+@functools.cache
 def count(config: RunConfig) -> Counts:
     """What a step of a run costs, per pair."""
+    plain = replace(config, recipe="", language=LanguageConfig()) if config.stage == "stage1" else config
+    if plain != config:
+        return count(plain)  # presets of one image encoder share a stage 1
     model = build_on_meta(config)
     vision = model.vision
     assert isinstance(vision, VisionEncoder)
@@ -152,9 +172,35 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, tuple("---" for _ in head), *rows])
 
 
-def assumptions() -> str:
-    rows = [(name, f"{a.value:.4g} {a.unit}".strip(), a.source) for name, a in ASSUMED.items()]
-    return table(("assumed", "value", "source"), rows)
+def given(numbers: dict[str, Assumption], what: str) -> str:
+    rows = [(name, f"{a.value:.4g} {a.unit}".strip(), a.source) for name, a in numbers.items()]
+    return table((what, "value", "source"), rows)
+
+
+def on_a_cpu(images: float) -> str:
+    """Core-hours of one pass over all images by the tiny pair, and what every process does at its start."""
+    cores, core_hours = 2, []
+    for name in ("tiny/stage1, seconds a pair", "tiny/stage2, seconds a pair"):
+        core_hours.append((f"a pass of {name.partition(',')[0]}", images * MEASURED[name].value * cores / 3600))
+    drawn = images * DRAWN * MEASURED["tiny caption, greedy"].value * cores / 3600
+    core_hours.append((f"{DRAWN} captions an image, at most (the image is encoded once, not {DRAWN} times)", drawn))
+    core_hours.append(("decode and augment once", images / MEASURED["decode and augment"].value / 3600))
+    core_hours.append(("index, in every process", images / MEASURED["index"].value / 3600))
+    rows = [(name, f"{hours:,.0f}") for name, hours in core_hours]
+    held = images * MEASURED["index in memory"].value / 1e9
+    return table(("work on all images", "core-hours"), rows) + f"\n\nThe index takes {held:,.0f} GB in every process."
+
+
+def feeding(shard_bytes: float) -> str:
+    """What a card at the tuned share wants of its node: cores that decode, and bytes."""
+    peak, share = ASSUMED["H200 bf16 peak"].value, ASSUMED["share of the peak, tuned"].value
+    rows = []
+    for preset in PRESETS:
+        for stage in ("stage1", "stage2"):
+            rate = peak * share / count(recipe(f"{preset}/{stage}")).pair
+            cores = rate / MEASURED["decode and augment"].value
+            rows.append((f"{preset}/{stage}", f"{rate:,.0f}", f"{cores:.1f}", f"{rate * shard_bytes / 1e6:,.0f}"))
+    return table(("run", "pairs/s a card", "cores that decode, a card", "MB/s of shards, a card"), rows)
 
 
 def storage(images: float, folder: Path | None) -> str:
@@ -270,13 +316,16 @@ def main() -> None:
     options = parser.parse_args()
     print(f"`python -m benchmarks.scale_plan --images {options.images:g} --cards {options.cards}`\n")
     for title, text in (
-        ("Assumed", assumptions()),
+        ("Measured", given(MEASURED, "measured")),
+        ("Assumed", given(ASSUMED, "assumed")),
         ("Storage", storage(options.images, options.shards)),
         ("CapFilt: GFLOP per image, and card-hours", capfilt(options.images)),
         ("Pretraining", pretraining(options.cards)),
+        ("Feeding a card, images at 256 px", feeding(ASSUMED["web image at 256 px"].value)),
         ("Network, MB", network(options.cards)),
+        ("Without a card: the tiny pair", on_a_cpu(options.images)),
     ):
-        print(f"## {title}\n\n{text}\n")
+        print(f"## {title}\n\n{text}\n", flush=True)
 
 
 if __name__ == "__main__":

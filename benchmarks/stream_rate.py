@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 import urllib.request
 from collections.abc import Callable
 from itertools import islice
@@ -84,6 +85,15 @@ def fetched(paths: list[Path]) -> float:
         server.wait()
 
 
+def index_bytes(paths: list[Path]) -> float:
+    """Memory of a sample in the index, which every process keeps whole."""
+    tracemalloc.start()
+    collection = read_shards("", paths)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    return held / len(collection.samples)
+
+
 def main() -> None:
     """Measure and print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,6 +108,7 @@ def main() -> None:
         "data": options.data,
         "samples": len(collection.samples),
         "mean_image_kb": round(sum(s.size for s in collection.samples) / len(collection.samples) / 1e3, 2),
+        "index_bytes_per_sample": index_bytes(paths),
         "indexed_per_s": rate(len(collection.samples), lambda: read_shards("", paths)),
         "read_shuffled_per_s": rate(count, lambda: shuffled(collection, count)),
         "webdataset_from_front_per_s": rate(count, lambda: from_front(paths, count)),

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, OPTConfig, T5Config
 
 from blip2.configs import DecodingConfig
 from blip2.models.interleave import generate_after, interleave, interleaved_loss
-from blip2.models.language_model import LanguageModel, language_model_from_config
+from blip2.models.language_loading import language_model_from_config
+from blip2.models.language_model import LanguageModel
 
 Q, H = 3, 16
 LENGTHS = [4, 2, 5, 1, 3, 6]

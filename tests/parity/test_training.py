@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,23 @@ def test_a_stage_starts_from_stage_1(
         torch.testing.assert_close(after[name], before[name].read(), atol=1e-6, rtol=0)
     if stage == "stage2":
         assert "start fresh (language_proj)" in said
+
+
+@pytest.mark.parametrize("language", ["opt", "t5"])
+def test_sequences_of_pairs(
+    language: str, hf: HF, stage1: dict[str, Path], pictures: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Stage 2 with an example in front of every second pair, by a language model of either kind."""
+    more = ["--language.name", str(hf(language)[0]), "--data.shots"]
+    losses = {}
+    for shots in ("0", "1"):
+        out = tmp_path / shots
+        assert main(command("stage2", hf, pictures, out, stage1["blip2"], *more, shots)) == 0, capsys.readouterr().err
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        losses[shots] = next(line["loss"] for line in lines if line["kind"] == "train")
+    assert losses["1"] != pytest.approx(losses["0"], rel=1e-4)
+    assert main(command("stage2", hf, pictures, tmp_path / "3", stage1["blip2"], *more, "2")) == 2
+    assert "train.batch is 4: it must be a multiple of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])

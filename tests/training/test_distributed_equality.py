@@ -23,7 +23,7 @@ import torch
 from blip2.weights import native, runs
 
 # What trains, and over what; adapters on quantized weights are for DDP alone.
-KINDS = ("stage1", "stage2", "t5", "stage1+vision", "questions", "stage2+lora")
+KINDS = ("stage1", "stage2", "t5", "stage1+vision", "questions", "shots", "stage2+lora")
 # Losses of every step and evaluation, what was generated, and the final weights.
 Results = tuple[list[dict[str, float]], list[object], dict[str, torch.Tensor]]
 JOBS = {kind: ("ddp", "fsdp2") for kind in KINDS} | {"stage2+int8": ("ddp",)}
@@ -60,6 +60,7 @@ from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision_encoder import vision_encoder_from_config
 from blip2.ops import distributed
+from blip2.training.incontext import InContextObjective
 from blip2.training.objectives import Stage1Objective, Stage2Objective
 from blip2.training.parallel import process_group
 from blip2.training.trainer import Trainer
@@ -71,7 +72,7 @@ BATCH = 8
 class Words:
     """[CLS] words [SEP] of a closed vocabulary, for both kinds of model."""
 
-    pad_id, cls_id, sep_id, dec_id, end_id = 0, 1, 2, 3, 2
+    pad_id, cls_id, sep_id, dec_id, end_id, front = 0, 1, 2, 3, 2, 1
 
     def rows(self, texts):
         return [[1, *(4 + WORDS.index(w) for w in t.split()), 2] for t in texts]
@@ -154,6 +155,8 @@ def objective_of(kind: str, out: Path):
         model = Stage2(QFormer(**sizes, **text, head=False), language)
         return Stage2Objective(model, Words(), LanguageConfig(prompt="", question="{}"), 0, Words())
     model = Stage2(QFormer(**sizes, vocab=None), language)
+    if kind == "shots":
+        return InContextObjective(model, Words(), LanguageConfig(prompt=""), seed=0, shots=1)
     if "+" in kind:
         from blip2.models.lora import add_lora
 
@@ -185,7 +188,7 @@ def run(kind: str, parallel: str, out: Path) -> None:
         return found
 
     out.mkdir(parents=True, exist_ok=True)
-    frozen = [model.language_model] if kind in ("stage2", "t5", "questions") else []
+    frozen = [model.language_model] if kind in ("stage2", "t5", "questions", "shots") else []
     source = partial(batches, kind=kind)
     trainer = Trainer(objective, source, config, out, device=torch.device("cpu"), frozen=frozen, evaluate=evaluate)
     sharded = parallel == "fsdp2" and distributed.world_size() > 1
@@ -269,7 +272,8 @@ def test_two_processes_equal_one(kind: str, parallel: str, one: Path, two: Path)
     at 1e-2 and more.
     """
     if kind not in kinds():
-        pytest.skip(f"{' or '.join(NEEDS[kind])} is not installed")
+        reason = f"{' or '.join(NEEDS[kind])} is not installed" if kind in NEEDS else "not among BLIP2_KINDS"
+        pytest.skip(reason)
     expected = results(one, f"{kind}/ddp")
     assert len(expected[0]) == STEPS + 2  # evaluations before the first and after the last
     assert len(expected[1]) == (0 if kind.startswith("stage1") else 2 * 2 * BATCH)
