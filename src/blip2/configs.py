@@ -23,7 +23,7 @@ PARALLEL = ("ddp", "fsdp2")
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "sgd")
 RESIZES = ("squash", "crop")
 BRIDGES = ("qformer", "linear")
-TEXTS = ("captions", "questions")
+TEXTS = ("captions", "questions", "both")
 # Dev numbers that can choose a run's best checkpoint.
 BEST = ("loss", "cider", "accuracy", "recall")
 QUANTIZE = ("int8", "nf4")
@@ -49,6 +49,9 @@ class VisionConfig:
         resize: `squash` scales both sides (as LAVIS and transformers do for BLIP-2), `crop` scales
             the shorter side and takes the centre.
         train: train it too, as the paper's fine-tuning does (`optim.layer_decay` by depth).
+        token_drop: share of the patches that a training step hides from the Q-Former, others for every
+            image (as arXiv 2212.00794 does inside an encoder): augmentation that cached features can
+            have too. 0 hides none.
     """
 
     name: str = "dinov2-s"
@@ -58,8 +61,10 @@ class VisionConfig:
     resize: str = "squash"
     norm_eps: float = 1e-5
     train: bool = False
+    token_drop: float = 0.0
 
     def __post_init__(self) -> None:
+        _require(0 <= self.token_drop < 1, "vision.token_drop", self.token_drop, "in [0, 1)")
         _require(bool(self.name), "vision.name", self.name, "a model name or folder")
         _require(self.pool >= 1, "vision.pool", self.pool, "1 or more")
         _require(self.image_size is None or self.image_size >= 16, "vision.image_size", self.image_size, "at least 16")
@@ -174,8 +179,15 @@ class DataConfig:
         train, dev: a named set (`flickr8k:train`), tar shards (path, glob or brace range), a folder
             of images with sidecar texts, or a JSONL file; or a weighted mixture (`a.tar*2+b.tar`).
         limit, dev_limit: use only the first N usable images (of each part of a mixture); None uses all.
-        texts: what is learned: `captions`, or `questions` with their answers (stage 2). One of an
-            image's is drawn at each step, and of a question's answers one, as often as people gave it.
+        texts: what is learned: `captions`, `questions` with their answers, or `both`, every fifth a
+            question (stage 2). One of an image's is drawn at each step, and of a question's answers one,
+            as often as people gave it. Of an image without questions `both` asks what its captions
+            agree on (`blip2.data.asking`).
+        texts_per_image: draw so many of an image's texts at each step instead (stage 2). Encoder,
+            Q-Former and soft prompts are computed once for all of them.
+        clean: captions as LAVIS cleans them, here and in use: lower case, without marks but the comma.
+        shots: stage 2: pairs go to the language model in sequences of `shots` + 1, image, text, image,
+            text, ..., so that it learns to read examples; 0 gives it one pair at a time.
         augment: random resized crop and horizontal flip (needs the images: with a feature cache
             it takes effect through `cache_views`).
         crop_min: smallest share of the image's area that a random crop keeps.
@@ -189,6 +201,9 @@ class DataConfig:
     limit: int | None = None
     dev_limit: int | None = None
     texts: str = "captions"
+    texts_per_image: int = 1
+    clean: bool = False
+    shots: int = 0
     augment: bool = True
     crop_min: float = 0.5
     cache_features: bool = False
@@ -201,6 +216,8 @@ class DataConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"data.{name}", value, "1 or more")
         _require(self.texts in TEXTS, "data.texts", self.texts, f"one of {', '.join(TEXTS)}")
+        _require(self.texts_per_image >= 1, "data.texts_per_image", self.texts_per_image, "1 or more")
+        _require(self.shots >= 0, "data.shots", self.shots, "0 or more")
         _require(0 < self.crop_min <= 1, "data.crop_min", self.crop_min, "in (0, 1]")
         _require(self.cache_views >= 1, "data.cache_views", self.cache_views, "1 or more")
         _require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "0 or more")
@@ -291,7 +308,8 @@ class TrainConfig:
 
     Args:
         steps: optimizer steps of the whole run.
-        batch: image-text pairs per optimizer step, over all processes.
+        batch: images per optimizer step, over all processes, each with one text
+            (`data.texts_per_image`: more).
         accumulate: micro-batches a step is split into; ITC and ITM see one micro-batch at a time.
         precision: `auto` is bf16 autocast where the hardware multiplies it fast (CUDA, CPUs with
             AVX512-BF16 or AMX), else fp32. Weights and optimizer state stay fp32.
@@ -441,14 +459,20 @@ class RunConfig:
         whole = self.optim.name in ("adamw", "sgd")
         _require(whole or not sharded, "optim.name", self.optim.name, "adamw or sgd with train.parallel fsdp2")
         _require(not (sharded and self.train.compile), "train.compile", True, "false with train.parallel fsdp2")
+        linear = self.qformer.bridge == "linear" and self.vision.token_drop
+        _require(
+            not linear, "vision.token_drop", self.vision.token_drop, "0 with qformer.bridge linear, which averages all"
+        )
         cached = self.vision.train and self.data.cache_features
         _require(not cached, "data.cache_features", True, "false with vision.train: features change as it trains")
 
     def _check_texts(self) -> None:
         texts, settings, best = self.data.texts, self.qformer, self.eval.best
         asks = texts == "questions"
+        self._check_shots()
         if self.stage == "stage1":
-            _require(not asks, "data.texts", texts, "captions in stage 1")
+            _require(texts == "captions", "data.texts", texts, "captions in stage 1")
+            _require(self.data.texts_per_image == 1, "data.texts_per_image", self.data.texts_per_image, "1 in stage 1")
             _require(not settings.question, "qformer.question", True, "false in stage 1")
             _require(settings.bridge == "qformer", "qformer.bridge", settings.bridge, "qformer in stage 1")
         _require(asks or not settings.question, "qformer.question", True, "false unless data.texts is questions")
@@ -456,3 +480,15 @@ class RunConfig:
         _require(self.init_text is None or used, "init_text", self.init_text, "null without init and qformer.question")
         possible = {"stage1": ("loss", "recall"), "stage2": ("loss", "accuracy" if asks else "cider")}[self.stage]
         _require(best in (None, *possible), "eval.best", best, f"one of {', '.join(possible)} here, or null")
+
+    def _check_shots(self) -> None:
+        shots, train = self.data.shots, self.train
+        _require(shots == 0 or self.stage == "stage2", "data.shots", shots, "0 in stage 1, which has no language model")
+        _require(
+            shots == 0 or self.data.texts_per_image == 1,
+            "data.texts_per_image",
+            self.data.texts_per_image,
+            "1 with data.shots",
+        )
+        whole = train.batch % (train.accumulate * (shots + 1)) == 0
+        _require(whole, "train.batch", train.batch, f"a multiple of train.accumulate x (data.shots + 1 = {shots + 1})")

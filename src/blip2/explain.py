@@ -98,7 +98,7 @@ def attend(model: Blip2, image: ImageLike, text: str | None = None) -> Attention
 def _with_text(model: Blip2, features_1PC: Tensor, text: str, grid: tuple[int, int]) -> Attention:
     """ITC and ITM of one pair, with their maps."""
     stage1 = model.stage1
-    ids, mask = (x.to(model.device) for x in model.text_tokenizer([text]))
+    ids, mask = model.text_ids([text])
     with torch.no_grad():
         kv = stage1.project_image(features_1PC)
         text_E = stage1.embed_texts(ids, mask)[0]

@@ -25,7 +25,7 @@ from torch import Tensor
 from blip2.configs import DecodingConfig, RunConfig
 from blip2.data.images import ImageSpec, decode_image, plain_view
 from blip2.data.samples import BadSampleError
-from blip2.data.text import LanguageTokenizer, QFormerTokenizer
+from blip2.data.text import LanguageTokenizer, QFormerTokenizer, clean_caption
 from blip2.errors import ConfigError, DataError
 from blip2.models import towers
 from blip2.models.build import build_stage1
@@ -35,11 +35,12 @@ from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision_encoder import VisionEncoder
 from blip2.weights.assemble import assemble
-from blip2.weights.checkpoints import open_checkpoint, stage1_behind
+from blip2.weights.checkpoints import located, open_checkpoint, stage1_behind
 from blip2.weights.loading import LoadReport, fill
 
 if TYPE_CHECKING:
     from blip2.explain import Attention
+    from blip2.fewshot import Examples, ShotLike
     from blip2.show import Shown
 
 ImageLike = str | Path | bytes | Image.Image
@@ -87,6 +88,7 @@ class Blip2:
         *,
         prompt: str | None = None,
         decoding: DecodingConfig | None = None,
+        shots: Examples | Sequence[ShotLike] = (),
         **options: Any,
     ) -> list[Any]:
         """Captions of B images.
@@ -95,12 +97,19 @@ class Blip2:
             prompt: text that the caption continues; None takes the run's.
             decoding: how to generate; single options (`beams=1, max_tokens=20`) may be given
                 instead.
+            shots: examples in front of every image, `{"image", "caption"}` each, or with `question` and
+                `answer` (`blip2.fewshot`); a model not trained on sequences may gain nothing by them.
 
         Returns:
             B strings; with `num` above 1, B lists of `num` strings.
         """
         config = decoding or DecodingConfig(**options)
-        found = [text for chunk in self._chunks(images) for text in self.caption_features(chunk, prompt, config)]
+        if shots:
+            text, examples = self.config.language.prompt if prompt is None else prompt, self._examples(shots)
+            parts = (examples.generate(chunk, [text] * len(chunk), config) for chunk in self._chunks(images))
+        else:
+            parts = (self.caption_features(chunk, prompt, config) for chunk in self._chunks(images))
+        found = [texts for part in parts for texts in part]
         return found if config.num > 1 else [texts[0] for texts in found]
 
     def ask(
@@ -109,6 +118,7 @@ class Blip2:
         questions: str | Sequence[str],
         *,
         decoding: DecodingConfig | None = None,
+        shots: Examples | Sequence[ShotLike] = (),
         **options: Any,
     ) -> list[str]:
         """Answers to one question per image (or one question about all).
@@ -117,6 +127,9 @@ class Blip2:
         its questions by a decoder-only language model.
 
         Decoding defaults to the paper's for VQA: beam 5, length penalty -1, 1 to 10 tokens.
+
+        Args:
+            shots: examples in front of every image, `{"image", "question", "answer"}` each, as in `caption`.
         """
         vqa = {"min_tokens": 1, "max_tokens": 10, "length_penalty": -1.0}
         config = decoding or DecodingConfig(**{**vqa, **options})
@@ -126,13 +139,15 @@ class Blip2:
             raise ConfigError(f"{len(asked)} questions for {len(pictures)} images: give one per image, or one in all")
         distinct, places = _distinct(pictures)
         # a Q-Former that reads questions has soft prompts of their own for each
-        if self.stage2 is not None and len(distinct) < len(pictures) and not self.stage2.reads_questions:
+        alone = self.stage2 is not None and not self.stage2.reads_questions and not shots
+        if alone and len(distinct) < len(pictures):
             return self._ask_repeatedly(distinct, places, asked, config)
         prompts = [self.config.language.question.format(q.strip()) for q in asked]
+        write = self._examples(shots).generate if shots else self.generate
         answers: list[str] = []
         for start, features in zip(range(0, len(pictures), self.batch), self._chunks(pictures), strict=True):
             part = slice(start, start + self.batch)
-            texts = self.generate(features, prompts[part], config, questions=asked[part])
+            texts = write(features, prompts[part], config, questions=asked[part])
             answers += [t[0] for t in texts]
         return answers
 
@@ -149,6 +164,11 @@ class Blip2:
         repeated = [picture for picture in pictures for _ in asked]
         answers = self.ask(repeated, asked * len(pictures), decoding=decoding, **options)
         return [answers[n * len(asked) : (n + 1) * len(asked)] for n in range(len(pictures))]
+
+    def _examples(self, shots: Examples | Sequence[ShotLike]) -> Examples:
+        from blip2.fewshot import Examples
+
+        return shots if isinstance(shots, Examples) else Examples(self, shots)
 
     def _ask_repeatedly(
         self, distinct: list[ImageLike], places: list[int], questions: list[str], config: DecodingConfig
@@ -238,7 +258,9 @@ class Blip2:
         assert self.stage2 is not None
         if questions is None or not self.stage2.reads_questions:
             return self.stage2.soft_prompts(features_BPC)
-        return self.stage2.soft_prompts(features_BPC, *self._tokens(list(questions)))
+        return self.stage2.soft_prompts(
+            features_BPC, *(x.to(self.device) for x in self.text_tokenizer(list(questions)))
+        )
 
     def generate(
         self,
@@ -290,7 +312,7 @@ class Blip2:
         listed = [texts] if isinstance(texts, str) else list(texts)
         size = 8 * self.batch
         with torch.no_grad():
-            parts = [self.stage1.embed_texts(*self._tokens(listed[n : n + size])) for n in range(0, len(listed), size)]
+            parts = [self.stage1.embed_texts(*self.text_ids(listed[n : n + size])) for n in range(0, len(listed), size)]
         return torch.cat(parts).float().cpu()
 
     def embed_features(self, features_BPC: Tensor) -> Tensor:
@@ -324,7 +346,7 @@ class Blip2:
     def match_logits(self, image_kv: ImageKV, texts: list[str]) -> Tensor:
         """ITM logits [N, 2], class 1 a match; text n is paired with image n mod B."""
         with torch.no_grad():
-            return self.stage1.match_logits(*self._tokens(texts), image_kv).float().cpu()
+            return self.stage1.match_logits(*self.text_ids(texts), image_kv).float().cpu()
 
     def match_features(self, image_kv: ImageKV, texts: list[str]) -> Tensor:
         """ITM probabilities [N]; text n is paired with image n mod B."""
@@ -414,8 +436,9 @@ class Blip2:
             with torch.no_grad():
                 yield self.vision(torch.stack(views).to(self.device))
 
-    def _tokens(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        ids, mask = self.text_tokenizer(texts)
+    def text_ids(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask [N, T] of captions for the Q-Former, cleaned where its training cleaned them."""
+        ids, mask = self.text_tokenizer([clean_caption(text) for text in texts] if self.config.data.clean else texts)
         return ids.to(self.device), mask.to(self.device)
 
 
@@ -432,8 +455,8 @@ def load(
     """Load a model for use.
 
     Args:
-        source: run folder or weights file of ours, preset name (`blip2-opt-2.7b`), Hugging Face
-            folder or hub id, or LAVIS `.pth`.
+        source: run folder or weights file of ours, preset name (`tiny`, which comes with the package,
+            `blip2-opt-2.7b`), Hugging Face folder or hub id, or LAVIS `.pth`.
         device: `auto` is CUDA where there is one.
         dtype: of the frozen towers (`fp32`, `bf16`, `fp16` or a torch dtype); None takes bf16
             where the hardware multiplies it fast, else fp32. The Q-Former stays in float32.
@@ -448,6 +471,7 @@ def load(
         CheckpointError: nothing there, incomplete, damaged, or its weights do not fit.
         ConfigError: a setting that cannot be used.
     """
+    home = Path(located(source))
     found = open_checkpoint(source, vision=vision, language=language)
     if quantize is not None:
         settings = replace(found.config.language, quantize=None if quantize == "none" else quantize)
@@ -455,8 +479,8 @@ def load(
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     model, report = assemble(found, device=name, dtype=torch_dtype(dtype), device_map=device_map)
     if isinstance(model, Stage1):
-        return Blip2(found.config, stage1=model, home=Path(source), report=report)
-    return Blip2(found.config, stage2=model, home=Path(source), report=report)
+        return Blip2(found.config, stage1=model, home=home, report=report)
+    return Blip2(found.config, stage2=model, home=home, report=report)
 
 
 def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:

@@ -22,7 +22,7 @@ from blip2.apps.activations import (
 from blip2.configs import LossConfig, QFormerConfig, RunConfig
 from blip2.data.dataset import Batch
 from blip2.models.build import build_qformer
-from blip2.models.language_model import language_model_from_config
+from blip2.models.language_loading import language_model_from_config
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision_encoder import vision_encoder_from_config

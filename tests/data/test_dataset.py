@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,22 @@ def test_split_keeps_order_and_skipped_once(collection: Collection) -> None:
     with pytest.raises(DataError, match="a batch of 4 cannot be split into 3"):
         batch.split(3)
     assert same(batch.to(torch.device("cpu")), batch)
+
+
+def test_several_texts_of_an_image(collection: Collection) -> None:
+    """Text n is about image n mod B; none comes twice before all of an image's have come."""
+    stream = batches(collection, texts_per_image=3).steps_from(0)
+    captions = {sample.key: sample.captions for sample in collection.samples}
+    for batch in take(stream, 3):
+        assert len(batch.captions) == 3 * len(batch) == 12
+        for image, key in enumerate(batch.keys):
+            mine = batch.captions[image :: len(batch)]
+            assert set(mine) <= set(captions[key])
+            assert len(set(mine)) == min(3, len(set(captions[key])))
+        halves = batch.split(2)
+        assert [half.captions for half in halves] == [
+            [c for n, c in enumerate(batch.captions) if n % 4 in rows] for rows in ((0, 1), (2, 3))
+        ]
 
 
 def test_image_ids_are_equal_for_the_same_image(tmp_path: Path, jpeg: Jpeg) -> None:
@@ -266,3 +283,25 @@ def test_dev_asks_the_same_question_every_time(asked: Collection) -> None:
     assert [b.questions for b in first] == [b.questions for b in second]
     assert sum(len(b) for b in first) == 6
     assert all(b.questions is None for b in dev_batches(asked, batch=4, spec=SPEC))
+
+
+def test_both_asks_what_the_captions_agree_on(collection: Collection, asked: Collection) -> None:
+    agreeing = replace(
+        collection,
+        samples=[
+            replace(s, captions=("two dogs run on grass", "two dogs are running in the grass"))
+            for s in collection.samples
+        ],
+    )
+    stream = batches(agreeing, texts="both", texts_per_image=5).steps_from(0)
+    found = [
+        (question, text)
+        for batch in take(stream, 12)
+        for question, text in zip(batch.questions or [], batch.captions, strict=True)
+    ]
+    questions = {pair for pair in found if pair[0]}
+    assert ("How many dogs are there?", "two") in questions
+    assert {text for question, text in found if not question} == set(agreeing.samples[0].captions)
+    assert 0.1 < sum(bool(question) for question, _ in found) / len(found) < 0.3
+    own = take(batches(asked, batch=1, texts="both", texts_per_image=50).steps_from(0), 1)[0]  # questions of its own
+    assert {q for q in own.questions or [] if q} <= {q.text for s in asked.samples for q in s.questions}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip2.data.text import LanguageTokenizer, QFormerTokenizer
+from blip2.data.text import LanguageTokenizer, QFormerTokenizer, clean_caption
 from blip2.errors import CheckpointError, ConfigError
 
 SENTENCES = ["a photo of a dog on the grass", "two cats sleep on a red sofa", "Question: what is it? Answer: a bird\n"]
@@ -171,3 +171,16 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path: Path, text: str) -> None:
     with pytest.raises(CheckpointError, match=f"^{folder}: its tokenizer cannot be read") as caught:
         LanguageTokenizer(folder, end=None, max_text=8, encoder_decoder=False)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("A dog runs , in the snow .", "a dog runs, in the snow"),
+        ('Two "men" (in red)  stand; waiting !', "two men in red stand waiting"),
+        ("it's a T-shirt\n", "it's a t-shirt"),
+        (" . ", ""),
+    ],
+)
+def test_clean_captions(text: str, clean: str) -> None:
+    assert clean_caption(text) == clean

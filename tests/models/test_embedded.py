@@ -20,7 +20,7 @@ from blip2.configs import LanguageConfig, VisionConfig
 from blip2.errors import CheckpointError
 from blip2.models import embedded
 from blip2.models.freezing import assert_frozen
-from blip2.models.language_model import load_language_model
+from blip2.models.language_loading import load_language_model
 from blip2.models.vision_encoder import VisionEncoder, load_vision_encoder
 
 

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from blip2.models import cache, continuation, search
-from blip2.models.language_model import LanguageModel, language_model_from_config
+from blip2.models.language_loading import language_model_from_config
+from blip2.models.language_model import LanguageModel
 
 V = 97
 SIZES: dict[str, Any] = {

@@ -26,7 +26,8 @@ from transformers import (
 from blip2.configs import LanguageConfig
 from blip2.errors import ConfigError
 from blip2.models.freezing import assert_frozen, weights_digest
-from blip2.models.language_model import LanguageModel, language_model_from_config, load_language_model
+from blip2.models.language_loading import language_model_from_config, load_language_model
+from blip2.models.language_model import LanguageModel
 
 V = 61
 SIZES: dict[str, Any] = {
@@ -180,6 +181,43 @@ def test_rows_of_similar_length_together_change_nothing(kind: str) -> None:
         found.append((each, grad))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.parametrize("lead", [0, 2])
+@pytest.mark.parametrize("first", [0, 3])
+def test_texts_of_one_image_share_its_soft_prompts(kind: str, lead: int, first: int) -> None:
+    """Losses and gradients of the same texts with the soft prompts of every one of its own."""
+    model = build(kind)
+    lengths = torch.tensor([6, 20, 5, 6, 19, 4])  # two images, three texts each
+    mask = torch.arange(20) < lengths[:, None]
+    ids = torch.randint(3, V, mask.shape, generator=torch.Generator().manual_seed(3)).masked_fill(~mask, 0)
+    ids[:, :lead] = 7
+    labels = mask & (torch.arange(20) >= first)
+    soft = prompts(model).requires_grad_()
+    shared = model.decoder_loss(soft, ids, mask, labels, reduction="none")
+    whole = model.decoder_loss(soft.repeat(3, 1, 1), ids, mask, labels, reduction="none")
+    torch.testing.assert_close(shared, whole, rtol=1e-5, atol=1e-5)
+    weights = torch.rand(len(whole), generator=torch.Generator().manual_seed(4))
+    (ours,) = torch.autograd.grad((shared * weights).sum(), soft)
+    (theirs,) = torch.autograd.grad((whole * weights).sum(), soft)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_soft_prompts_are_read_once_per_image() -> None:
+    model, (ids, mask, labels) = build("llama"), text()
+    rows: list[tuple[int, int]] = []
+    model.model.base_model.layers[0].register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[:2]))
+    ids, mask, labels = (x.repeat(3, 1) for x in (ids, mask, labels))
+    model.decoder_loss(prompts(model), ids, mask, labels)
+    assert rows[0] == (2, 3)  # both images, their three soft prompts
+    assert sum(n for n, _ in rows[1:]) == 6
+    model.gradient_checkpointing = True  # would append to what it reads twice
+    rows.clear()
+    model.decoder_loss(prompts(model), ids, mask, labels)
+    assert {length for _, length in rows} <= {9, 7}
+    with pytest.raises(ValueError, match="5 texts for the soft prompts of 2 images"):
+        model.decoder_loss(prompts(model), ids[:5], mask[:5], labels[:5])
 
 
 @pytest.mark.parametrize("kind", ["opt", "llama", "gemma2"])

@@ -14,7 +14,8 @@ from transformers import CohereConfig, GPT2Config, LlamaConfig, OPTConfig, T5Con
 from blip2.configs import LoraConfig
 from blip2.errors import ConfigError, RunError
 from blip2.models.freezing import assert_frozen, is_adapter, parameter_table, weights_digest
-from blip2.models.language_model import LanguageModel, language_model_from_config
+from blip2.models.language_loading import language_model_from_config
+from blip2.models.language_model import LanguageModel
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'blip2[train]')")
 

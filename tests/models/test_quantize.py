@@ -17,7 +17,8 @@ from blip2.configs import LanguageConfig, LoraConfig, RunConfig, TrainConfig
 from blip2.errors import ConfigError
 from blip2.models import quantize
 from blip2.models.freezing import assert_frozen, parameter_table, weights_digest
-from blip2.models.language_model import LanguageModel, language_model_from_config, load_language_model
+from blip2.models.language_loading import language_model_from_config, load_language_model
+from blip2.models.language_model import LanguageModel
 
 V, H = 40, 64
 CPU = torch.device("cpu")

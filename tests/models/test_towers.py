@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from blip2.models import towers
-from blip2.models.language_model import language_model_from_config
+from blip2.models.language_loading import language_model_from_config
 from blip2.models.vision_encoder import vision_encoder_from_config
 
 MILLIONS = {

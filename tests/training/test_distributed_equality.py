@@ -1,5 +1,8 @@
 """Two processes give what one gives at the same global batch: losses and weights, DDP and FSDP2.
 
+So does a run that changes from two processes to one or from one to two in its middle, and one whose worker
+is killed and started again by `torchrun --max-restarts`.
+
 Real gloo processes through `torchrun`, the real `Trainer`, and features made here. Starting a
 process takes seconds and training next to nothing, so that one launch does every run.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -20,10 +24,16 @@ from blip2.weights import native, runs
 
 # What trains, and over what; adapters on quantized weights are for DDP alone.
 KINDS = ("stage1", "stage2", "t5", "stage1+vision", "questions", "stage2+lora")
+# Losses of every step and evaluation, what was generated, and the final weights.
+Results = tuple[list[dict[str, float]], list[object], dict[str, torch.Tensor]]
 JOBS = {kind: ("ddp", "fsdp2") for kind in KINDS} | {"stage2+int8": ("ddp",)}
 NEEDS = {"stage2+lora": ("peft",), "stage2+int8": ("peft", "torchao")}
 STEPS, BATCH = 4, 8
+# What goes on with another number of processes: every way in which weights and moments can be sharded.
+MOVED = ("stage1/ddp", "stage1/fsdp2", "stage2/fsdp2", "stage1+vision/fsdp2")
 SCRIPT = '''
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -43,7 +53,8 @@ from blip2.configs import (
     TrainConfig,
 )
 from blip2.data.dataset import Batch
-from blip2.models.language_model import LanguageModel, language_model_from_config, load_language_model
+from blip2.models.language_loading import language_model_from_config, load_language_model
+from blip2.models.language_model import LanguageModel
 from blip2.models.qformer import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
@@ -82,8 +93,17 @@ class Words:
         return ids, mask, labels
 
 
+def die_once(step: int) -> None:
+    """Be killed as the system kills: the second process, the first time that it gets to the step asked for."""
+    mark = Path(os.environ["DIE_MARK"]) if "DIE_MARK" in os.environ else None
+    if mark is not None and step == int(os.environ["DIE_AT"]) and distributed.rank() == 1 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def batches(step: int, kind: str) -> Iterator[Batch]:
     while True:
+        die_once(step)
         g = torch.Generator().manual_seed(step)
         features = torch.randn(BATCH, 5, 12, generator=g)
         lengths = torch.randint(1, 9, (BATCH,), generator=g).tolist()
@@ -148,7 +168,7 @@ def run(kind: str, parallel: str, out: Path) -> None:
         qformer=QFormerConfig(question=asks),
         data=DataConfig(texts="questions" if asks else "captions"),
         optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup=1, layer_decay=0.5),
-        train=TrainConfig(steps=4, batch=BATCH, save_every=4, eval_every=4, parallel=parallel, precision="fp32"),
+        train=TrainConfig(steps=4, batch=BATCH, save_every=2, eval_every=4, parallel=parallel, precision="fp32"),
     )
     objective = objective_of(kind, out)
     model = objective.model
@@ -168,8 +188,9 @@ def run(kind: str, parallel: str, out: Path) -> None:
     frozen = [model.language_model] if kind in ("stage2", "t5", "questions") else []
     source = partial(batches, kind=kind)
     trainer = Trainer(objective, source, config, out, device=torch.device("cpu"), frozen=frozen, evaluate=evaluate)
+    sharded = parallel == "fsdp2" and distributed.world_size() > 1
     # FSDP2's processes must run a block equally often, whatever the lengths of their texts
-    assert kind.startswith("stage1") or model.language_model.split_lengths == (parallel == "ddp")
+    assert kind.startswith("stage1") or model.language_model.split_lengths != sharded
     trainer.resume()
     trainer.run()
 
@@ -196,22 +217,39 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def kinds() -> list[str]:
-    """What can be trained with the libraries that are there."""
-    return [kind for kind in JOBS if all(find_spec(library) for library in NEEDS.get(kind, ()))]
+    """What can be trained with the libraries that are there; `BLIP2_KINDS=stage1,stage2` takes only these."""
+    chosen = os.environ.get("BLIP2_KINDS", ",".join(JOBS)).split(",")
+    return [kind for kind in JOBS if kind in chosen and all(find_spec(library) for library in NEEDS.get(kind, ()))]
 
 
-def train(folder: Path, launcher: list[str], jobs: list[str]) -> Path:
+@pytest.fixture(scope="module")
+def moved(one: Path, two: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of runs that one process began and two ended (`1 to 2`), and the other way."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = {}
+    for name, source, command in (("1 to 2", one, launcher), ("2 to 1", two, [])):
+        folder = tmp_path_factory.mktemp("moved")
+        for job in MOVED:
+            kind = job.partition("/")[0]
+            begun = source / (f"{kind}/ddp" if source == one else job)
+            shutil.copytree(begun, folder / job)
+            shutil.rmtree(folder / job / "checkpoints" / f"step-{STEPS:06d}")
+        found[name] = train(folder, command, list(MOVED))
+    return found
+
+
+def train(folder: Path, launcher: list[str], jobs: list[str], **variables: str) -> Path:
     """Run the script above; returns the folder of its runs, in which what came after an error is missing."""
     script = folder / "train.py"
     script.write_text(SCRIPT)
     command = [sys.executable, *launcher, str(script), str(folder), *jobs]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     (folder / "stderr.txt").write_text(done.stderr)
     return folder
 
 
-def results(folder: Path, job: str) -> tuple[list[dict[str, float]], list[object], dict[str, torch.Tensor]]:
+def results(folder: Path, job: str) -> Results:
     """Losses of every step and evaluation, what was generated, and the final weights."""
     found = runs.checkpoints(folder / job)
     assert found, (folder / "stderr.txt").read_text()[-4000:]
@@ -232,10 +270,38 @@ def test_two_processes_equal_one(kind: str, parallel: str, one: Path, two: Path)
     """
     if kind not in kinds():
         pytest.skip(f"{' or '.join(NEEDS[kind])} is not installed")
-    losses, texts, weights = results(one, f"{kind}/ddp")
-    assert len(losses) == STEPS + 2  # evaluations before the first and after the last
-    assert len(texts) == (0 if kind.startswith("stage1") else 2 * 2 * BATCH)
-    others, other_texts, other_weights = results(two, f"{kind}/{parallel}")
+    expected = results(one, f"{kind}/ddp")
+    assert len(expected[0]) == STEPS + 2  # evaluations before the first and after the last
+    assert len(expected[1]) == (0 if kind.startswith("stage1") else 2 * 2 * BATCH)
+    require_same(expected, results(two, f"{kind}/{parallel}"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("way", ["1 to 2", "2 to 1"])
+@pytest.mark.parametrize("job", MOVED)
+def test_checkpoints_load_on_another_number_of_processes(job: str, way: str, one: Path, moved: dict[str, Path]) -> None:
+    """Two of four steps by one number of processes, the others by another: tolerances as above."""
+    require_same(results(one, f"{job.partition('/')[0]}/ddp"), results(moved[way], job))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("job", ["stage1/ddp", "stage2/fsdp2"])
+def test_killed_worker_is_restarted_and_goes_on(job: str, two: Path, tmp_path: Path) -> None:
+    """Killed in the fourth step, after the checkpoint of the second: every number is the undisturbed run's."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    folder = train(tmp_path, launcher, [job], DIE_AT="3", DIE_MARK=str(tmp_path / "died"))
+    assert (tmp_path / "died").exists()
+    found, expected = results(folder, job), results(two, job)
+    assert found[0] == expected[0]
+    assert all(torch.equal(found[2][name], value) for name, value in expected[2].items())
+
+
+def require_same(expected: Results, found: Results) -> None:
+    """Equal to the tolerances above."""
+    (losses, texts, weights), (others, other_texts, other_weights) = expected, found
+    assert len(losses) == len(others)
     for mine, theirs in zip(losses, others, strict=True):
         assert theirs == pytest.approx(mine, rel=2e-4, abs=2e-4)
     assert other_texts == texts

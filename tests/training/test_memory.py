@@ -12,7 +12,7 @@ from transformers import Gemma2Config
 
 from blip2.configs import LanguageConfig, LossConfig, OptimConfig, RunConfig, TrainConfig
 from blip2.errors import ConfigError
-from blip2.models.language_model import language_model_from_config
+from blip2.models.language_loading import language_model_from_config
 from blip2.training import checkpoint
 from blip2.training.memory import apply_settings, require_compiler
 from blip2.training.objectives import Stage1Objective, Stage2Objective

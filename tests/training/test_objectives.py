@@ -21,7 +21,7 @@ from blip2.data.dataset import Batch
 from blip2.models.freezing import freeze
 from blip2.models.stage1 import Stage1
 from blip2.models.vision_encoder import VisionEncoder
-from blip2.training.objectives import Stage1Objective, Stage2Objective, split_caption
+from blip2.training.objectives import Stage1Objective, Stage2Objective, drop_tokens, split_caption
 
 
 def smoothed(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
@@ -285,3 +285,26 @@ def test_split_is_a_pure_function_of_seed_step_and_key() -> None:
 @pytest.mark.parametrize(("caption", "halves"), [("dog", ("", "dog")), ("  dog ", ("", "dog")), ("", ("", ""))])
 def test_split_of_short_captions(caption: str, halves: tuple[str, str]) -> None:
     assert split_caption(caption, "ключ", 0, 0) == halves
+
+
+def test_dropped_tokens_are_others_for_every_image_and_cls_stays() -> None:
+    torch.manual_seed(0)
+    features = torch.arange(2 * 17.0).view(2, 17, 1).expand(-1, -1, 3)
+    kept = drop_tokens(features, 0.5, prefix=1)
+    assert kept.shape == (2, 9, 3)
+    for image in range(2):
+        numbers = kept[image, :, 0].tolist()
+        assert numbers[0] == 17 * image
+        assert len(set(numbers)) == 9
+        assert set(numbers) <= set(features[image, :, 0].tolist())
+    assert kept[0, :, 0].tolist() != (kept[1, :, 0] - 17).tolist()
+
+
+def test_tokens_are_dropped_while_training_only(tiny: Any) -> None:
+    batch = tiny.batch(2)
+    objective = Stage1Objective(tiny.stage1(), tiny.tokenizer, LossConfig(itm=0.0), token_drop=0.4)
+    seen: list[int] = []
+    objective.model.ln_vision.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    objective.train()(batch, 0)
+    objective.eval()(batch, 0)
+    assert seen == [3, 5]

@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from blip2.configs import DecodingConfig
 from blip2.data.samples import printable
-from blip2.errors import ConfigError, DataError, RunError
+from blip2.data.shots import read_shots
+from blip2.errors import DataError, RunError
+from blip2.fewshot import Examples
 from blip2.inference import Blip2, load, open_image
 from blip2.weights import runs
 
@@ -40,12 +42,15 @@ def caption_command(options: argparse.Namespace) -> int:
         print(f"{len(paths) - len(todo)} of {len(paths)} images are done already", file=sys.stderr)
     if not todo:
         return 0
+    shots = read_shots(options.shots) if options.shots else []
     model, _ = load_model(options)
+    examples = Examples(model, shots) if shots else ()
     sink = _open_sink(options)
     failed: list[str] = []
     with tqdm(total=len(todo), unit="image", desc="captioning", disable=len(todo) < 2) as bar:
         for names, pictures in _batches(todo, options.batch, failed):
-            found = model.caption(pictures, prompt=options.prompt, decoding=decoding) if pictures else []
+            chosen = {"prompt": options.prompt, "decoding": decoding, "shots": examples}
+            found = model.caption(pictures, **chosen) if pictures else []
             for name, captions in zip(names, found, strict=True):
                 sink(name, captions if isinstance(captions, list) else [captions])
             bar.update(len(names))
@@ -59,7 +64,8 @@ def caption_command(options: argparse.Namespace) -> int:
 def ask_command(options: argparse.Namespace) -> int:
     """Answer one question about one image."""
     picture = open_image(options.image)
-    answer = load_model(options)[0].ask([picture], [options.question], beams=options.beams)[0]
+    shots = read_shots(options.shots) if options.shots else []
+    answer = load_model(options)[0].ask([picture], [options.question], beams=options.beams, shots=shots)[0]
     if options.json:
         print(json.dumps({"image": options.image, "question": options.question, "answer": answer}))
     else:
@@ -89,7 +95,7 @@ def find_images(names: list[str]) -> list[str]:
 
 
 def default_run() -> str:
-    """`$BLIP2_MODEL`, else the stage-2 run under `runs/` whose weights are newest."""
+    """`$BLIP2_MODEL`, else the stage-2 run under `runs/` whose weights are newest, else the packaged `tiny`."""
     named = os.environ.get("BLIP2_MODEL")
     if named:
         return named
@@ -98,14 +104,14 @@ def default_run() -> str:
         found = runs.checkpoints(config.parent)
         if found and runs.read_config(config).stage == "stage2":
             newest = max(newest or (0.0, ""), (found[-1][1].stat().st_mtime, str(config.parent)))
-    if newest is None:
-        raise ConfigError("no model: give --model RUN, set BLIP2_MODEL, or train one first (blip2 demo)")
-    return newest[1]
+    return newest[1] if newest is not None else "tiny"
 
 
 def load_model(options: argparse.Namespace) -> tuple[Blip2, str]:
     """The model that a command's options name, and that name."""
     name = options.model or default_run()
+    if not options.model:
+        print(f"model: {name} (--model takes another)", file=sys.stderr)
     model = load(
         name,
         device=options.device,

@@ -16,7 +16,8 @@ from blip2.errors import Blip2Error
 
 EXAMPLES = """\
 examples:
-  blip2 demo                                        train a small bridge here and caption with it
+  blip2 demo                                        the packaged tiny model on a few photographs
+  blip2 caption photos/                             captions by that model
   blip2 train tiny/stage1 --out runs/s1
   blip2 train tiny/stage2 --init runs/s1 --out runs/s2 --optim.lr 2e-4
   blip2 caption photos/ --model runs/s2 --out captions.jsonl
@@ -77,9 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="one JSON object on stdout")
     doctor.set_defaults(run=_doctor)
     server_options.add_command(commands, _add_model)
-    demo = commands.add_parser("demo", help="train both stages on embedded defaults (about 10 minutes), then caption")
-    demo.add_argument("--out", default="runs/demo", help="folder of the two runs (default: %(default)s)")
+    demo = commands.add_parser("demo", help="caption, question and search photographs with the packaged tiny model")
+    demo.add_argument("photos", nargs="*", metavar="PHOTOS", help="folders or files (default: those in scikit-image)")
+    demo.add_argument("--out", default="runs/demo", help="folder of report and index (default: %(default)s)")
     demo.set_defaults(run=_demo)
+    demo_train = commands.add_parser("demo-train", help="train both stages on embedded defaults (about 10 minutes)")
+    demo_train.add_argument("--out", default="runs/demo-train", help="folder of the two runs (default: %(default)s)")
+    demo_train.set_defaults(run=_demo_train)
     completion.add_command(commands, parser)
     return parser
 
@@ -136,6 +141,11 @@ def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     _add_model(chat)
     for command in (caption, ask):
         command.add_argument("--beams", type=int, default=5, help="beam width (default: %(default)s)")
+        command.add_argument(
+            "--shots",
+            metavar="FILE.jsonl",
+            help="examples to go by, a line each: image (relative to the file) with caption, or question and answer",
+        )
         _add_model(command)
 
 
@@ -145,7 +155,7 @@ def _add_model(command: argparse.ArgumentParser, *, named: bool = True) -> None:
         command.add_argument(
             "--model",
             help="run folder, preset, Hugging Face folder or hub id, or LAVIS .pth "
-            "(default: $BLIP2_MODEL, else the newest in runs/)",
+            "(default: $BLIP2_MODEL, else the newest in runs/, else tiny, which comes with the package)",
         )
     _add_towers(command)
     command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the frozen towers")
@@ -185,6 +195,12 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         ):
             task.add_argument(f"--{option}", type=kind, help="default: the paper's")
     caption.add_argument("--prompt", help="text that the caption continues (default: the run's)")
+    for task in (caption, vqa):
+        task.add_argument("--shots", type=int, default=0, metavar="K", help="put K examples in front of every image")
+        task.add_argument(
+            "--shots-data", metavar="DATA", help="where they are drawn from (default: the train split of a named set)"
+        )
+        task.add_argument("--shots-seed", type=int, default=0, metavar="N", help="of the draw (default: %(default)s)")
     vqa.add_argument("--questions", type=int, metavar="N", help="first N questions only")
     vqa.add_argument("--shuffle", action="store_true", help="ask about another image: what the language alone knows")
     vqa.add_argument("--candidates", metavar="FILE|data", help="rank these answers (one per line) instead of writing")
@@ -233,7 +249,15 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     convert.add_argument("source", metavar="SRC", help="run, Hugging Face folder or hub id, preset, or LAVIS .pth")
     convert.add_argument("target", metavar="DST", help="new folder (.pth file for lavis)")
-    convert.add_argument("--to", required=True, choices=("blip2", "hf", "lavis"), help="whose form to write")
+    convert.add_argument(
+        "--to", required=True, choices=("blip2", "hf", "lavis", "slim"), help="slim: a run of ours to hand on, in bf16"
+    )
+    convert.add_argument(
+        "--words", metavar="DATA", help="slim: only embeddings of words that recur in the captions of DATA"
+    )
+    convert.add_argument(
+        "--stage1", metavar="NAME", help="slim: folder beside it that embeddings and matches come from"
+    )
     convert.add_argument("--json", action="store_true", help="one JSON object on stdout")
     _add_towers(convert)
     convert.set_defaults(run=_convert)
@@ -415,7 +439,13 @@ def _capfilt(options: argparse.Namespace, rest: list[str]) -> int:
 def _demo(options: argparse.Namespace, rest: list[str]) -> int:
     from blip2.apps.demo import demo
 
-    return demo(options.out)
+    return demo(options.photos, options.out)
+
+
+def _demo_train(options: argparse.Namespace, rest: list[str]) -> int:
+    from blip2.apps.demo_train import demo_train
+
+    return demo_train(options.out)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,9 +23,12 @@ from tqdm import tqdm
 
 from blip2.apps.export_hf import write_huggingface
 from blip2.configs import RunConfig, to_dict
+from blip2.data.sources import open_collection
+from blip2.data.text import QFormerTokenizer
 from blip2.errors import CheckpointError
+from blip2.models import towers
 from blip2.models.build import bert_config
-from blip2.weights import names, runs
+from blip2.weights import names, runs, slim
 from blip2.weights.adapters import has_adapters
 from blip2.weights.checkpoint import Checkpoint, Format
 from blip2.weights.checkpoints import open_checkpoint
@@ -69,15 +72,24 @@ class Converted:
 
 
 def convert(
-    source: str | Path | Checkpoint, target: str | Path, to: Format, progress: Progress | None = None
+    source: str | Path | Checkpoint,
+    target: str | Path,
+    to: Format | Literal["slim"],
+    progress: Progress | None = None,
+    *,
+    words: str | None = None,
+    stage1: str | None = None,
 ) -> Converted:
     """Write a checkpoint in another format.
 
     Args:
         source: what `blip2.load` takes, or an open checkpoint.
-        target: folder for `blip2` and `hf`, file (`.pth`) for `lavis`; must not exist yet.
-        to: `blip2`, `hf` or `lavis`.
+        target: folder for `blip2`, `slim` and `hf`, file (`.pth`) for `lavis`; must not exist yet.
+        to: `blip2`, `hf`, `lavis`, or `slim`: a run of ours to hand on, in bf16 and without its towers.
         progress: called with bytes written, then with bytes read back.
+        words: of `slim`: keep only the embeddings of words that the captions of this data set have more
+            than once; the rest is again that of `qformer.init` when the file is opened. None keeps all.
+        stage1: of `slim`: name of the stage 1 beside a stage 2, for embeddings and matches.
 
     Raises:
         CheckpointError: the target exists or cannot be written, the format has no place for this
@@ -86,22 +98,27 @@ def convert(
     target = Path(target)
     found = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     _require_possible(found, target, to)
-    found = found if to == "blip2" else with_own_encoder(found)
-    writer = {"blip2": _write_blip2, "hf": write_huggingface, "lavis": _write_lavis}[to]
+    found = with_own_encoder(found) if to in ("hf", "lavis") else found
+    writers = {"blip2": _write_blip2, "hf": write_huggingface, "lavis": _write_lavis}
     with _beside(target) as place:
-        written, notes = writer(found, place, progress)
+        if to == "slim":
+            written, notes = _write_slim(found, place, progress, words, stage1)
+        else:
+            written, notes = writers[to](found, place, progress)
         count, size = _verify(written, progress)
     return Converted(target, count, size, tuple(notes))
 
 
-def _require_possible(found: Checkpoint, target: Path, to: Format) -> None:
+def _require_possible(found: Checkpoint, target: Path, to: Format | Literal["slim"]) -> None:
     """What can be known to fail fails before anything is written."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointError(f"{target}: exists already: give another name, or remove it")
     if found.partial:
         raise CheckpointError(f"{found.source}: a Q-Former alone: there is nothing to convert it to")
+    if to == "slim" and found.format != "blip2":
+        raise CheckpointError(f"{found.source}: slim is for runs of ours: convert it with --to blip2 first")
     settings = found.config.qformer
-    if to != "blip2" and (settings.question or settings.bridge != "qformer"):
+    if to in ("hf", "lavis") and (settings.question or settings.bridge != "qformer"):
         what = "a Q-Former that reads questions" if settings.question else "a linear layer in place of the Q-Former"
         raise CheckpointError(f"{found.source}: {what}, for which BLIP-2 of transformers and LAVIS has no place")
     if to == "lavis" and has_adapters(found):
@@ -190,6 +207,35 @@ def _write_blip2(found: Checkpoint, place: Path, progress: Progress | None) -> t
         if not name.startswith("./") and (what == "image encoder" or config.stage == "stage2"):
             notes.append(f"{what}: {name}, loaded from there when the run is used")
     return {place / runs.WEIGHTS: tensors, **written}, notes
+
+
+def _write_slim(
+    found: Checkpoint, place: Path, progress: Progress | None, words: str | None, stage1: str | None
+) -> tuple[dict[Path, Tensors], list[str]]:
+    """A run folder of one small file."""
+    place.mkdir()
+    tensors = slim.slim(found, _words_of(words, found.config) if words else None)
+    config = replace(
+        found.config, out=None, init=stage1 or (Path(found.config.init).name if found.config.init else None)
+    )
+    metadata = {"format": "blip2", "config": json.dumps(to_dict(config))}
+    write_safetensors(place / runs.WEIGHTS, tensors, metadata, progress)
+    runs.write_config(place, config)
+    notes = [f"towers are not in it: {config.vision.name}, {config.qformer.init}, {config.language.name}"]
+    if slim.ROWS in tensors:
+        notes.append(f"{tensors[slim.ROWS].shape[0]} words are in it, the rest is that of {config.qformer.init}")
+    return {place / runs.WEIGHTS: tensors}, notes
+
+
+def _words_of(data: str, config: RunConfig) -> Tensor:
+    """Ids of the words that the captions of a data set have more than once, special tokens included."""
+    tokenizer = QFormerTokenizer(towers.folder(config.qformer.init), config.qformer.max_text)
+    captions = [caption for sample in open_collection(data).samples for caption in sample.captions]
+    counts = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
+    for start in range(0, len(captions), 1000):
+        ids, mask = tokenizer(captions[start : start + 1000])
+        counts += ids[mask].bincount(minlength=len(counts))
+    return (counts > 1).nonzero()[:, 0]
 
 
 def _write_tower(folder: Path, config: object, tensors: Tensors, progress: Progress | None) -> Tensors:
@@ -295,7 +341,7 @@ def convert_command(options: argparse.Namespace) -> int:
     _require_possible(found, Path(options.target), options.to)
     print(f"{found.source}: {_NAMES[found.format]}, {found.config.stage}", file=sys.stderr)
     with tqdm(unit="B", unit_scale=True, desc="writing and reading back") as bar:
-        done = convert(found, options.target, options.to, bar.update)
+        done = convert(found, options.target, options.to, bar.update, words=options.words, stage1=options.stage1)
     if options.json:
         print(
             json.dumps(

@@ -1,92 +1,155 @@
-"""`blip2 demo`: both stages on embedded defaults, then captions of photographs never seen."""
+"""`blip2 demo`: the bridge that comes with the package captions, answers and searches a few photographs."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from blip2.apps.caption import SUFFIXES
-from blip2.apps.dev import write_thumbnail
-from blip2.apps.report import write_report
-from blip2.apps.train import train
-from blip2.configs import DataConfig, RunConfig
-from blip2.data.samples import Collection
-from blip2.data.sources import open_collection
-from blip2.errors import DataError
-from blip2.inference import Blip2, load
-from blip2.recipes import recipe
+from PIL import Image
+
+from blip2.apps.index.build import Builder, list_samples
+from blip2.apps.index.model_id import identify
+from blip2.apps.index.search import Hit, Index
+from blip2.apps.index.store import Store
+from blip2.apps.pages import environment, write
+from blip2.data.samples import BadSampleError, Sample
+from blip2.errors import RunError
+from blip2.explain import Attention
+from blip2.inference import Blip2, load, open_image
+from blip2.pictures import jpeg, overlay, png, seen
 from blip2.training.metrics import format_seconds
 
-PICTURES = 6
+MODEL = "tiny"
+QUESTIONS = ("Who is in the picture?", "What animal is in the picture?", "Where was the picture taken?")
+# What the photographs of scikit-image show; people's own are searched for what Flickr8k is full of.
+SAMPLE_SEARCHES = ("a cat", "a cup of coffee", "a woman smiling at the camera", "a motorcycle", "a rocket in the sky")
+SEARCHES = ("a dog running", "a smiling person", "people on a street", "water", "a child playing")
+_MOST = 24  # photographs; a demo is over in two minutes
+_WORDS_SHOWN = 6
+_LARGE, _SMALL = 320, 112  # sides of pictures, and of maps of words, in pixels
+_SMALL_WORDS = {"the", "and", "are", "its", "his", "her", "with", "for", "from", "that", "this", "into"}
 
 
-def demo(out: str) -> int:
-    """Train `tiny/demo-stage1` and `tiny/demo-stage2` below `out`, resumed where they are there.
+@dataclass
+class Seen:
+    """One photograph and what was made of it."""
 
-    Flickr8k is used where it is found, else the shapes of the PyPI package `easy-vqa`.
+    sample: Sample
+    picture: Image.Image
+    caption: str = ""
+    answers: tuple[str, ...] = ()
+    attention: Attention | None = None
+
+
+def demo(photos: list[str], out: str, model_name: str = MODEL) -> int:
+    """Caption, question and search photographs, and write `report.html` and an index below `out`.
+
+    Args:
+        photos: folders, files or data sets; none takes the photographs inside scikit-image.
     """
-    began = time.monotonic()
-    folder = Path(out)
-    photographs = _has_flickr8k()
-    for stage in ("stage1", "stage2"):
-        config = _config(recipe(f"tiny/demo-{stage}"), folder, photographs)
-        print(
-            f"\n== {stage}: {config.data.train}, {config.train.steps} steps of {config.train.batch} pairs",
-            file=sys.stderr,
-            flush=True,
-        )
-        code = train(config)
-        if code:
-            return code
-    model = load(folder / "stage2")
-    unseen = _unseen(photographs)
-    print(f"\n== captions of {unseen.name}, never seen in training", file=sys.stderr, flush=True)
-    _show(model, unseen, folder)
-    print(f"\ndone in {format_seconds(time.monotonic() - began)}; the report: {write_report(folder / 'stage2')}")
-    print(f"now try: blip2 caption YOUR_PHOTO.jpg --model {folder / 'stage2'}")
+    began, folder = time.monotonic(), Path(out)
+    shown = _read(photos)
+    _say(f"loading {model_name}: DINOv2-S, its trained Q-Former, SmolLM2-135M (the first time they are converted)")
+    model = load(model_name)
+    _say(f"ready after {format_seconds(time.monotonic() - began)}\n")
+    _look(model, shown)
+    searches = SEARCHES if photos else SAMPLE_SEARCHES
+    index = folder / "photos.index"
+    found = _search(model, index, photos, searches)
+    for text, hits in found.items():
+        _say(f'search "{text}": ' + ", ".join(f"{hit.key} {hit.parts['text']:.2f}" for hit in hits[:3]))
+    report = folder / "report.html"
+    _write(report, model, shown, found)
+    _say("")
+    print(f"done in {format_seconds(time.monotonic() - began)}; look at {report}")
+    print(
+        f'more:  blip2 search {index} "two dogs"     blip2 ask PHOTO "Is there a dog in the picture?"     blip2 serve'
+    )
+    print("train one on your own pictures:  blip2 train tiny/stage1 --data FOLDER     (README: Train your own bridge)")
     return 0
 
 
-def _has_flickr8k() -> bool:
-    try:
-        open_collection("flickr8k:train")
-    except DataError:
-        return False
-    return True
+def _read(photos: list[str]) -> list[Seen]:
+    samples, bad = list_samples(photos or ["skimage"])
+    for one in bad:
+        _say(f"left out: {one.path}: {one.reason}")
+    shown: list[Seen] = []
+    for sample in samples:
+        if len(shown) == _MOST:
+            _say(f"{len(samples)} photographs: the first {_MOST} are shown")
+            break
+        try:
+            shown.append(Seen(sample, open_image(sample.read())))
+        except BadSampleError as error:
+            _say(f"left out: {sample.path}: {error.reason}")
+    if not shown:
+        raise RunError(f"{' '.join(photos)}: not one picture can be read")
+    return shown
 
 
-def _config(base: RunConfig, folder: Path, photographs: bool) -> RunConfig:
-    stage = base.stage
-    data: DataConfig = base.data
-    if not photographs:
-        data = replace(data, train="easy-vqa:train", dev="easy-vqa:test")
-    init = str(folder / "stage1") if stage == "stage2" else None
-    return replace(base, data=data, init=init, out=str(folder / stage))
+def _look(model: Blip2, shown: list[Seen]) -> None:
+    """Caption, ask and explain; prints as it goes."""
+    for one in shown:
+        one.caption = model.caption([one.picture])[0]
+        one.answers = tuple(model.ask_many([one.picture], QUESTIONS)[0])
+        one.attention = model.attend(one.picture)
+        asked = "; ".join(f"{q} {a}" for q, a in zip(QUESTIONS, one.answers, strict=True))
+        _say(f"{one.sample.key}: {one.caption}\n    {asked}")
 
 
-def _unseen(photographs: bool) -> Collection:
-    """Dev photographs beyond those that the runs looked at, else scikit-image's samples."""
-    if not photographs:
-        return open_collection("skimage").limited(PICTURES)
-    dev = open_collection("flickr8k:dev")
-    return Collection("flickr8k:dev", dev.samples[-PICTURES:], [])
+def _search(model: Blip2, path: Path, photos: list[str], texts: tuple[str, ...]) -> dict[str, list[Hit]]:
+    """The best hits for each text in an index made anew."""
+    if (path / "manifest.json").exists():
+        shutil.rmtree(path)
+    store = Store.create(path, identify(model, MODEL), "faiss", None)
+    Builder(store, model, progress=False).add(list_samples(photos or ["skimage"])[0][:_MOST])
+    index = Index(store.current(), model)
+    return {text: index.search(text, k=5, rerank=0) for text in texts}
 
 
-def _show(model: Blip2, unseen: Collection, folder: Path) -> None:
-    pixels = [sample.read() for sample in unseen.samples]
-    first, second = load(folder / "stage1").caption(pixels), model.caption(pixels)
-    pictures = folder / "captioned"
-    pictures.mkdir(parents=True, exist_ok=True)
-    for sample, before, caption in zip(unseen.samples, first, second, strict=True):
-        name = Path(sample.key).name
-        target = pictures / (name if Path(name).suffix.lower() in SUFFIXES else f"{name}.jpg")
-        write_thumbnail(sample, target.with_suffix(".jpg"))
-        print(f"{target.with_suffix('.jpg')}")
-        print(f"    stage 1, by its own text branch: {before}")
-        print(f"    stage 2, through the language model: {caption}")
-        if sample.captions:
-            print(f"    a person wrote: {sample.captions[0]}")
-    answer = model.ask([unseen.samples[0].read()], ["What is in the picture?"])[0]
-    print(f"{unseen.samples[0].key}: what is in the picture? {answer}")
+def _write(path: Path, model: Blip2, shown: list[Seen], found: dict[str, list[Hit]]) -> None:
+    pictures = {one.sample.key: jpeg(one.picture, _LARGE) for one in shown}
+    page = (
+        environment(Path(__file__).parent)
+        .get_template("demo.html.j2")
+        .render(
+            photos=[_entry(model, one, pictures[one.sample.key]) for one in shown],
+            searches=[
+                (text, [(hit, pictures.get(hit.key)) for hit in hits if hit.key in pictures])
+                for text, hits in found.items()
+            ],
+            queries=model.config.qformer.queries,
+        )
+    )
+    write(path, page)
+
+
+def _entry(model: Blip2, one: Seen, picture: str) -> dict[str, Any]:
+    """A photograph as the page shows it."""
+    found = one.attention
+    assert found is not None
+    assert found.words is not None
+    assert found.word_maps is not None
+    view = seen(one.picture, model.image_spec.resize, _LARGE)
+    whole = png(overlay(view, found.heat(found.queries.mean(dim=(0, 1))).numpy()))
+    words = [
+        (word.strip(), png(overlay(view.resize((_SMALL, _SMALL)), found.heat(map_P).numpy())))
+        for word, map_P in zip(found.words, found.word_maps, strict=True)
+        if len(word.strip()) > 2 and word.strip() not in _SMALL_WORDS
+    ]
+    return {
+        "name": one.sample.key,
+        "image": picture,
+        "caption": one.caption,
+        "answers": list(zip(QUESTIONS, one.answers, strict=True)),
+        "queries": whole,
+        "words": words[:_WORDS_SHOWN],
+    }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

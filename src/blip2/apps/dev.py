@@ -90,7 +90,8 @@ class DevEvaluator:
             batch=size,
             spec=self.model.image_spec,
             features=self.features,
-            texts=self.config.data.texts,
+            texts="questions" if self.config.data.texts == "questions" else "captions",
+            clean=self.config.data.clean,
         )
 
     def _features(self, batch: Batch) -> Tensor:

@@ -78,7 +78,7 @@ def devices() -> dict[str, Any]:
     """CPU cores and threads, accelerators with their memory, and the dtype that towers load in."""
     import torch
 
-    from blip2.models.language_model import fast_dtype
+    from blip2.models.language_loading import fast_dtype
 
     cards = []
     for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):

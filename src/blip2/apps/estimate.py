@@ -21,7 +21,7 @@ from blip2.errors import ConfigError
 from blip2.models import hub, towers
 from blip2.models.build import build_qformer
 from blip2.models.freezing import parameter_table
-from blip2.models.language_model import language_model_from_config
+from blip2.models.language_loading import language_model_from_config
 from blip2.models.lora import add_lora
 from blip2.models.qformer import QFormer
 from blip2.models.quantize import quantized_bytes, quantized_layers

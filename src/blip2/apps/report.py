@@ -115,6 +115,7 @@ def render(run: Run) -> str:
         loaded=_loaded(run.summary),
         cost=_cost(run),
         skipped=_mapping(run.summary, "skipped"),
+        lost_shards=_mapping(run.summary, "lost_shards"),
         finished="skipped" in run.summary,
         config=run.config_text,
     )

@@ -35,6 +35,7 @@ from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision_encoder import VisionEncoder
 from blip2.ops import distributed
+from blip2.training.incontext import InContextObjective
 from blip2.training.memory import apply_settings
 from blip2.training.metrics import format_seconds
 from blip2.training.objectives import Stage1Objective, Stage2Objective
@@ -249,12 +250,26 @@ def _assemble(
     if isinstance(model, Stage1):
         user = Blip2(config, stage1=model)
         objective: nn.Module = Stage1Objective(
-            model, user.text_tokenizer, config.loss, config.train.seed, config.train.accumulate
+            model,
+            user.text_tokenizer,
+            config.loss,
+            config.train.seed,
+            config.train.accumulate,
+            config.vision.token_drop,
         )
     else:
         user = Blip2(config, stage2=model)
         questions = user.text_tokenizer if config.qformer.question else None
-        objective = Stage2Objective(model, user.language_tokenizer, config.language, config.train.seed, questions)
+        parts = (
+            model,
+            user.language_tokenizer,
+            config.language,
+            config.train.seed,
+            questions,
+            config.vision.token_drop,
+        )
+        shots = config.data.shots
+        objective = InContextObjective(*parts, shots=shots) if shots else Stage2Objective(*parts)
         frozen.append(model.language_model)
     batches = TrainingBatches(
         data,
@@ -268,6 +283,8 @@ def _assemble(
         world=distributed.world_size(),
         workers=_workers(config),
         texts=config.data.texts,
+        texts_per_image=config.data.texts_per_image,
+        clean=config.data.clean,
     )
     evaluator = DevEvaluator(user, objective, dev, caches[1], config, folder) if dev is not None else None
     source: Callable[[int], Iterator[Batch]] = batches.steps_from
@@ -308,8 +325,15 @@ def _describe(
     for line in loaded:
         _say(f"  {line}")
     _say(f"  train: {data.name}, {len(data.samples)} images" + _bad(data))
+    for shard, reason in _lost_shards(data).items():
+        _say(f"  left out {shard}: {reason}")
     if dev is not None:
         _say(f"  dev:   {dev.name}, {len(dev.samples)} images" + _bad(dev))
+
+
+def _lost_shards(collection: Collection) -> dict[str, str]:
+    """Reason by address of the shards that a store did not give: such an entry is its own key."""
+    return {bad.path: bad.reason for bad in collection.bad if bad.key == bad.path}
 
 
 def _bad(collection: Collection) -> str:
@@ -340,11 +364,12 @@ def _finish(
         ],
         "seconds": before.get("seconds", 0.0) + outcome.seconds,
         "steps": outcome.step,
-        "pairs": outcome.step * config.train.batch,
+        "pairs": outcome.step * config.train.batch * config.data.texts_per_image,
         "hardware": _hardware(device),
         "versions": {"blip2": __version__, **{n: metadata.version(n) for n in ("torch", "transformers")}},
         "loaded": before.get("loaded") or loaded,
         "skipped": dict(skipped),
+        "lost_shards": _lost_shards(batches.collection),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     beside = path.with_name(".summary.json.tmp")

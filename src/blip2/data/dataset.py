@@ -18,25 +18,32 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from blip2.data.asking import questions_from
 from blip2.data.features import FeatureCache
 from blip2.data.images import ImageSpec, decode_augmented, decode_image, plain_view
 from blip2.data.mixture import epoch_order, epoch_size
 from blip2.data.samples import BadSample, BadSampleError, Collection, Question, Sample
+from blip2.data.text import clean_caption
 from blip2.errors import DataError
 
-_WANTED = {"captions": "a caption", "questions": "a question and an answer"}
+# A caption, or an answer and its question.
+Text = tuple[str, str | None]
+_WANTED = {"captions": "a caption", "questions": "a question and an answer", "both": "a caption"}
+_QUESTIONS = 0.2  # share of questions where both are learned
 
 
 @dataclass
 class Batch:
-    """Image-text pairs of one step of one process.
+    """Images and their texts of one step of one process.
 
     Args:
         image_ids: int64 [B]; equal ids are the same image.
+        captions: N texts, N a multiple of B: text n is about image n mod B.
         pixels: float32 [B, 3, S, S], or None where features are given.
         features: [B, P, C] of the frozen encoder, or None.
         skipped: bad samples met while this batch was made, each key once per process.
-        questions: one per image where questions are learned; `captions` are then their answers.
+        questions: one per text where questions are learned; `captions` are then their answers. Empty
+            where the text is a caption after all.
     """
 
     keys: list[str]
@@ -64,26 +71,29 @@ class Batch:
         return [self._slice(slice(n * size, (n + 1) * size), first=n == 0) for n in range(parts)]
 
     def _slice(self, part: slice, *, first: bool) -> Batch:
+        def texts(of: list[str]) -> list[str]:
+            rounds = (of[start : start + len(self)] for start in range(0, len(of), len(self)))
+            return [text for one in rounds for text in one[part]]
+
         return Batch(
             self.keys[part],
             self.image_ids[part],
-            self.captions[part],
+            texts(self.captions),
             self.pixels[part] if self.pixels is not None else None,
             self.features[part] if self.features is not None else None,
             self.skipped if first else [],
-            self.questions[part] if self.questions is not None else None,
+            texts(self.questions) if self.questions is not None else None,
         )
 
 
 @dataclass(frozen=True)
 class _Item:
-    """One drawn sample: its index, caption (or answer) and view."""
+    """One drawn sample: its index, texts (captions, or questions with an answer) and view."""
 
     index: int
-    caption: str
+    texts: list[Text]
     pixels: Tensor | None
     features: Tensor | None
-    question: str | None = None
 
 
 class _Steps(Dataset[Batch]):
@@ -101,8 +111,10 @@ class _Steps(Dataset[Batch]):
         rank: int,
         world: int,
         texts: str = "captions",
+        texts_per_image: int = 1,
+        clean: bool = False,
     ) -> None:
-        self.texts = texts
+        self.texts, self.texts_per_image, self.clean = texts, texts_per_image, clean
         self.collection, self.batch, self.seed, self.spec = collection, batch, seed, spec
         self.features, self.augment, self.crop_min = features, augment, crop_min
         self.rank, self.world = rank, world
@@ -126,15 +138,32 @@ class _Steps(Dataset[Batch]):
         reason = "no question with an answer" if asks else "no caption"
         return [BadSample(sample.key, sample.path, reason) for sample in silent]
 
-    def text_of(self, index: int, rng: np.random.Generator) -> tuple[str, str | None]:
-        """A caption of a sample, or an answer and its question, drawn at random."""
+    def texts_of(self, index: int, rng: np.random.Generator) -> list[Text]:
+        """Texts of a sample drawn at random: none twice before all were drawn."""
         sample = self.collection.samples[index]
         if self.texts == "questions":
-            asked = _answered(sample)
-            question = asked[int(rng.integers(len(asked)))]
-            return question.answers[int(rng.integers(len(question.answers)))], question.text
-        captions = sample.captions
-        return (captions[int(rng.integers(len(captions)))] if captions else ""), None
+            asked = list(_answered(sample))
+            return [
+                (question.answers[int(rng.integers(len(question.answers)))], question.text)
+                for question in (asked[n] for n in self._draw(len(asked), rng))
+            ]
+        captions = sample.captions or ("",)
+        drawn = [self.caption(captions[n]) for n in self._draw(len(captions), rng)]
+        count = int(rng.binomial(len(drawn), _QUESTIONS)) if self.texts == "both" else 0
+        about = (_answered(sample) or questions_from(sample.captions)) if count else ()
+        if about:
+            order = rng.permutation(len(about))
+            drawn[:count] = [(about[n].answers[0], about[n].text) for n in np.resize(order, count)]
+        return drawn
+
+    def caption(self, text: str) -> Text:
+        """A caption as it is learned."""
+        return clean_caption(text) if self.clean else text, None
+
+    def _draw(self, among: int, rng: np.random.Generator) -> list[int]:
+        if self.texts_per_image == 1:
+            return [int(rng.integers(among))]
+        return [int(n) for n in np.resize(rng.permutation(among), self.texts_per_image)]
 
     @property
     def per_epoch(self) -> int:
@@ -181,12 +210,12 @@ class _Steps(Dataset[Batch]):
             index = int(self.usable[(place + offset) % len(self.usable)])
             sample = self.collection.samples[index]
             rng = np.random.default_rng([self.seed, epoch, index, *turn])
-            text, question = self.text_of(index, rng)
+            texts = self.texts_of(index, rng)
             if self.features is not None:
                 view = int(rng.integers(self.features.views))
-                return _Item(index, text, None, self.features.get([index], [view])[0], question)
+                return _Item(index, texts, None, self.features.get([index], [view])[0])
             try:
-                return _Item(index, text, self._pixels(index, rng), None, question)
+                return _Item(index, texts, self._pixels(index, rng), None)
             except BadSampleError as error:
                 skipped.append(BadSample(sample.key, sample.path, error.reason))
         raise DataError(f"{self.collection.name}: not one image can be decoded; run `blip2 data check` on it")
@@ -201,14 +230,15 @@ class _Steps(Dataset[Batch]):
     def _batch(self, items: list[_Item], skipped: list[BadSample]) -> Batch:
         pixels = [item.pixels for item in items if item.pixels is not None]
         features = [item.features for item in items if item.features is not None]
+        texts = [text for one in zip(*(item.texts for item in items), strict=True) for text in one]
         return Batch(
             [self.collection.samples[item.index].key for item in items],
             torch.tensor([self.image_ids[item.index] for item in items]),
-            [item.caption for item in items],
+            [caption for caption, _ in texts],
             torch.stack(pixels) if pixels else None,
             torch.stack(features) if features else None,
             skipped,
-            [item.question or "" for item in items] if self.texts == "questions" else None,
+            [question or "" for _, question in texts] if self.texts != "captions" else None,
         )
 
 
@@ -235,7 +265,9 @@ class TrainingBatches:
         augment, crop_min: random crops and flips of images.
         rank, world: this process and how many there are.
         workers: loader processes; 0 loads in this one.
-        texts: `captions`, or `questions` with their answers.
+        texts: `captions`, `questions` with their answers, or `both`.
+        texts_per_image: texts drawn of each image.
+        clean: captions through `clean_caption`.
 
     Raises:
         DataError: fewer usable samples than a batch, or a batch that `world` does not divide. While
@@ -256,10 +288,14 @@ class TrainingBatches:
         world: int = 1,
         workers: int = 0,
         texts: str = "captions",
+        texts_per_image: int = 1,
+        clean: bool = False,
     ) -> None:
         if spec is None and features is None:
             raise ValueError("one of spec and features is needed")
-        self._steps = _Steps(collection, batch, seed, spec, features, augment, crop_min, rank, world, texts)
+        self._steps = _Steps(
+            collection, batch, seed, spec, features, augment, crop_min, rank, world, texts, texts_per_image, clean
+        )
         silent = self._steps.drop_silent()
         if batch % world:
             raise DataError(f"train.batch {batch} cannot be shared equally by {world} processes")
@@ -326,28 +362,29 @@ def dev_batches(
     spec: ImageSpec | None,
     features: FeatureCache | None = None,
     texts: str = "captions",
+    clean: bool = False,
 ) -> Iterator[Batch]:
     """All usable samples in order, plain views, always the same text of each; what cannot be decoded is left out.
 
     The text is the first caption; of questions, which data sets list by kind, one by the seed 0.
     """
-    steps = _Steps(collection, 1, 0, spec, features, augment=False, crop_min=1.0, rank=0, world=1, texts=texts)
+    steps = _Steps(collection, 1, 0, spec, features, False, 1.0, 0, 1, texts, clean=clean)
     if texts == "questions":
         steps.drop_silent()
     items: list[_Item] = []
     for index in map(int, steps.usable):
         captions = collection.samples[index].captions
-        text, question = captions[0] if captions else "", None
+        drawn = [steps.caption(captions[0] if captions else "")]
         if texts == "questions":
-            text, question = steps.text_of(index, np.random.default_rng([0, index]))
+            drawn = steps.texts_of(index, np.random.default_rng([0, index]))
         if features is not None:
-            items.append(_Item(index, text, None, features.get([index], [0])[0], question))
+            items.append(_Item(index, drawn, None, features.get([index], [0])[0]))
         else:
             try:
                 pixels = steps._pixels(index, np.random.default_rng(0))
             except BadSampleError:
                 continue
-            items.append(_Item(index, text, pixels, None, question))
+            items.append(_Item(index, drawn, pixels, None))
         if len(items) == batch:
             yield steps._batch(items, [])
             items = []
@@ -355,5 +392,5 @@ def dev_batches(
         yield steps._batch(items, [])
 
 
-def _answered(sample: Sample) -> list[Question]:
-    return [question for question in sample.questions if question.answers]
+def _answered(sample: Sample) -> tuple[Question, ...]:
+    return tuple(question for question in sample.questions if question.answers)

@@ -31,6 +31,7 @@ from blip2.errors import DataError
 ATTEMPTS = 6
 FIRST_WAIT = 0.5  # seconds before the second attempt; doubles with each
 TIMEOUT = 60.0  # seconds without a byte
+SLOWEST = 4096  # bytes a second, over TIMEOUT, below which an attempt is given up
 _AT_ONCE = 4
 _CHUNK = 1 << 20
 # What a flaky store raises; anything else is an error of ours.
@@ -144,9 +145,28 @@ class _Sums:
 def _download(url: str, beside: Path) -> None:
     """Append what is missing of a file."""
     have = beside.stat().st_size if beside.exists() else 0
+    pace = _Pace()
     with beside.open("ab") as handle:
         for chunk in _stream(url, have):
             handle.write(chunk)
+            pace.count(len(chunk))
+
+
+class _Pace:
+    """Notices a store that keeps a connection alive and sends next to nothing."""
+
+    def __init__(self) -> None:
+        self.since, self.bytes = time.monotonic(), 0
+
+    def count(self, size: int) -> None:
+        """Bytes that came; raises OSError where too few came in the last `TIMEOUT` seconds."""
+        self.bytes += size
+        seconds = time.monotonic() - self.since
+        if seconds < TIMEOUT:
+            return
+        if self.bytes < SLOWEST * seconds:
+            raise OSError(f"less than {SLOWEST} bytes a second")
+        self.since, self.bytes = time.monotonic(), 0
 
 
 def _stream(url: str, start: int) -> Iterator[bytes]:
@@ -181,7 +201,7 @@ def _http(url: str, start: int) -> Iterator[bytes]:
             announced = answer.headers.get("Content-Length")
             left = int(announced) if announced is not None else None
             unwanted = start if answer.status != 206 else 0  # a server without ranges sends all again
-            while chunk := answer.read(_CHUNK):
+            while chunk := answer.read1(_CHUNK):  # what is there: `read` would wait for all of it
                 left = left - len(chunk) if left is not None else None
                 yield chunk[unwanted:]
                 unwanted = max(unwanted - len(chunk), 0)

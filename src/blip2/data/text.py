@@ -5,6 +5,7 @@ Shape letters: B texts, T tokens.
 
 from __future__ import annotations
 
+import re
 from textwrap import shorten
 from typing import Any
 
@@ -19,6 +20,15 @@ from blip2.errors import CheckpointError, ConfigError
 _ENDS = {"opt": "\n"}
 # OPT was trained with `</s>` in front of every text; some of its tokenizer files leave that out.
 _ALWAYS_BOS = ("opt",)
+
+
+def clean_caption(text: str) -> str:
+    """A caption in lower case, without marks but the comma and with single spaces.
+
+    What LAVIS's `blip_caption` does; marks that a data set set apart (`snow .`) go too.
+    """
+    text = re.sub(r"[.!?\"()*#:;~]", " ", text.lower())
+    return re.sub(r"\s+(,|$)", r"\1", re.sub(r"\s+", " ", text)).strip(" ,")
 
 
 class QFormerTokenizer:
@@ -70,6 +80,11 @@ class LanguageTokenizer:
         self.end_id = self._end(end)
         pad = self._tokenizer.pad_token_id
         self.pad_id: int = self.end_id if pad is None else pad
+
+    @property
+    def front(self) -> int:
+        """How many special tokens stand in front of every text of a decoder-only model (OPT: `</s>`)."""
+        return 0 if self.encoder_decoder else len(self._front)
 
     def prompts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Left-padded prompts for generation: ids and mask [B, T] bool; T may be 0."""

@@ -11,7 +11,8 @@ from blip2.configs import BERT_WORDS, QFormerConfig, RunConfig
 from blip2.errors import CheckpointError, ConfigError
 from blip2.models import hub, towers
 from blip2.models.bert_init import load_bert, qformer_sizes
-from blip2.models.language_model import LanguageModel, load_language_model
+from blip2.models.language_loading import load_language_model
+from blip2.models.language_model import LanguageModel
 from blip2.models.lora import add_lora
 from blip2.models.qformer import QFormer
 from blip2.models.stage1 import Stage1
@@ -162,6 +163,11 @@ def _bert_of(qformer: Any) -> Any:
         max_position_embeddings=qformer.max_position_embeddings,
         layer_norm_eps=qformer.layer_norm_eps,
     )
+
+
+def bert_words(name: str) -> Tensor:
+    """Word embeddings of a BERT-type checkpoint, without [DEC]."""
+    return _bert_state(name)["bert.embeddings.word_embeddings.weight"]
 
 
 def _bert_state(name: str) -> dict[str, Tensor]:

@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from blip2.configs import LanguageConfig
 from blip2.errors import ConfigError
-from blip2.models import hub, quantize, towers
-from blip2.models.freezing import freeze, is_adapter
+from blip2.models import shared_prefix
+from blip2.models.freezing import is_adapter
 from blip2.ops.lengths import length_groups
 from blip2.ops.losses import head_loss
 
@@ -110,33 +109,36 @@ class LanguageModel(nn.Module):
         return out
 
     def decoder_loss(
-        self, prompt_BQH: Tensor, ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor, *, reduction: Reduction = "mean"
+        self, prompt_BQH: Tensor, ids_NT: Tensor, mask_NT: Tensor, labels_NT: Tensor, *, reduction: Reduction = "mean"
     ) -> Tensor:
         """Cross-entropy of the labelled tokens after the soft prompts, in float32; decoder-only.
 
         The output head runs only where the next token is a label. The first token may be one: the
-        last soft prompt predicts it.
+        last soft prompt predicts it. Where an image has several texts, its soft prompts (and what all
+        texts begin with) are read once, unless `gradient_checkpointing`, a compiled block or the kind
+        of model forbids it; the losses are the same.
 
         Args:
             prompt_BQH: at least one soft prompt.
-            ids_BT: right-padded text.
-            mask_BT: 1 or True on real tokens.
-            labels_BT: bool, True on the tokens to predict.
+            ids_NT: right-padded texts, N a multiple of B: text n is about image n mod B.
+            mask_NT: 1 or True on real tokens.
+            labels_NT: bool, True on the tokens to predict.
             reduction: `mean` over all targets, or `none`.
 
         Returns:
-            Scalar; with `none` [M], in the order of `ids_BT[labels_BT]`.
+            Scalar; with `none` [M], in the order of `ids_NT[labels_NT]`.
         """
-        groups = self._length_groups(prompt_BQH.shape[1], mask_BT)
-        if len(groups) == 1:
-            loss_M = self._target_losses(prompt_BQH, ids_BT, mask_BT, labels_BT)
-        else:
-            parts = [(g, int(mask_BT[g].sum(1).max())) for g in groups]
-            losses = [
-                self._target_losses(prompt_BQH[g], *(x[g, :n] for x in (ids_BT, mask_BT, labels_BT))) for g, n in parts
-            ]
-            rows_M = torch.cat([g.repeat_interleave(labels_BT[g].sum(1)) for g in groups])
-            loss_M = torch.cat(losses)[torch.argsort(rows_M, stable=True)]
+        B, N = len(prompt_BQH), len(ids_NT)
+        if N % B:
+            raise ValueError(f"{N} texts for the soft prompts of {B} images: text n is about image n mod {B}")
+        loss_M = self._shared_losses(prompt_BQH, ids_NT, mask_NT, labels_NT) if N > B else None
+        if loss_M is None:
+            prompt_NQH = prompt_BQH.repeat(N // B, 1, 1)
+
+            def part(g: Tensor, n: int) -> Tensor:
+                return self._target_losses(prompt_NQH[g], *(x[g, :n] for x in (ids_NT, mask_NT, labels_NT)))
+
+            loss_M = self._in_groups(prompt_BQH.shape[1], mask_NT, labels_NT, part)
         return loss_M.mean() if reduction == "mean" else loss_M
 
     def encoder_decoder_loss(
@@ -162,6 +164,18 @@ class LanguageModel(nn.Module):
             Scalar; with `none` [M], in the order of `dec_ids_BT[dec_mask_BT]`.
         """
         embeds_BSH, mask_BS = self._join(prompt_BQH, enc_ids_BT, enc_mask_BT)
+        return self.encoded_loss(embeds_BSH, mask_BS, dec_ids_BT, dec_mask_BT, reduction=reduction)
+
+    def encoded_loss(
+        self,
+        embeds_BSH: Tensor,
+        mask_BS: Tensor,
+        dec_ids_BT: Tensor,
+        dec_mask_BT: Tensor,
+        *,
+        reduction: Reduction = "mean",
+    ) -> Tensor:
+        """As `encoder_decoder_loss`, after whatever the encoder is given as embeddings."""
         start = torch.full_like(dec_ids_BT[:, :1], self.model.config.decoder_start_token_id)
         options: dict[str, Any] = {"inputs_embeds": embeds_BSH, "attention_mask": mask_BS, "use_cache": False}
         options["decoder_input_ids"] = torch.cat([start, dec_ids_BT[:, :-1]], dim=1)
@@ -248,13 +262,54 @@ class LanguageModel(nn.Module):
         embeds_BSH, mask_BS = self._join(prompt_BQH, ids_BT, mask_BT)
         at_BS = torch.zeros_like(mask_BS, dtype=torch.bool)
         at_BS[:, prompt_BQH.shape[1] - 1 : -1] = labels_BT
+        return self.losses_at(embeds_BSH, mask_BS, at_BS, ids_BT[labels_BT])
+
+    def losses_at(self, embeds_BSH: Tensor, mask_BS: Tensor, at_BS: Tensor, targets_M: Tensor) -> Tensor:
+        """Cross-entropy [M] of target tokens at the places that predict them, in float32; decoder-only.
+
+        Args:
+            at_BS: bool, True where the next token is a target.
+            targets_M: those tokens, in the order of `at_BS`.
+        """
         if self._head_is_plain():
             output = self.model.base_model(inputs_embeds=embeds_BSH, attention_mask=mask_BS, use_cache=False)
             head, x_MH = self.model.get_output_embeddings(), output.last_hidden_state[at_BS]
-            return head_loss(x_MH, head, ids_BT[labels_BT], rows=self.head_chunk)
+            return head_loss(x_MH, head, targets_M, rows=self.head_chunk)
         output = self.model(inputs_embeds=embeds_BSH, attention_mask=mask_BS, use_cache=False)
         logits_MV = output.logits[at_BS]
-        return F.cross_entropy(logits_MV.float(), ids_BT[labels_BT], reduction="none")
+        return F.cross_entropy(logits_MV.float(), targets_M, reduction="none")
+
+    def _shared_losses(self, prompt_BQH: Tensor, ids_NT: Tensor, mask_NT: Tensor, labels_NT: Tensor) -> Tensor | None:
+        """As `_target_losses` over all texts, every image read once; None where this model cannot."""
+        if self.gradient_checkpointing or self._compiled or not self._head_is_plain():
+            return None
+        self._check_width(prompt_BQH)
+        decoder, head = self.model.base_model, self.model.get_output_embeddings()
+        images, lead = len(prompt_BQH), shared_prefix.common_lead(ids_NT, mask_NT, labels_NT)
+        text_NTH = self.embed(ids_NT)
+        joined_BSH = torch.cat([prompt_BQH.to(text_NTH.dtype), text_NTH[:images, :lead]], dim=1)
+        prefix = shared_prefix.read(decoder, joined_BSH)
+        if prefix is None:
+            return None
+        ids_NT, mask_NT, labels_NT, text_NTH = (x[:, lead:] for x in (ids_NT, mask_NT, labels_NT, text_NTH))
+
+        def part(g: Tensor, n: int) -> Tensor:
+            states_NTH = shared_prefix.states_before(decoder, prefix, g % images, text_NTH[g, :n], mask_NT[g, :n])
+            at_NT = labels_NT[g, :n]
+            return head_loss(states_NTH[at_NT], head, ids_NT[g, :n][at_NT], rows=self.head_chunk)
+
+        return self._in_groups(0, mask_NT, labels_NT, part)
+
+    def _in_groups(
+        self, prompts: int, mask_NT: Tensor, labels_NT: Tensor, part: Callable[[Tensor, int], Tensor]
+    ) -> Tensor:
+        """Losses [M] of all texts in order, from `part(rows, longest)` over rows of similar length."""
+        groups = self._length_groups(prompts, mask_NT)
+        if len(groups) == 1:
+            return part(torch.arange(len(mask_NT), device=mask_NT.device), mask_NT.shape[1])
+        losses = [part(g, int(mask_NT[g].sum(1).max())) for g in groups]
+        rows_M = torch.cat([g.repeat_interleave(labels_NT[g].sum(1)) for g in groups])
+        return torch.cat(losses)[torch.argsort(rows_M, stable=True)]
 
     @contextlib.contextmanager
     def _head_input(self) -> Iterator[list[Tensor]]:
@@ -302,73 +357,6 @@ class LanguageModel(nn.Module):
         if self.gradient_checkpointing:
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
         return forward(*args, **kwargs)
-
-
-def load_language_model(
-    config: LanguageConfig,
-    dtype: torch.dtype | None = None,
-    *,
-    device: torch.device | str = "cpu",
-    device_map: str | dict[str, Any] | None = None,
-) -> LanguageModel:
-    """Frozen language model of a tower's name, a folder or a hub id.
-
-    Args:
-        dtype: of the weights; None takes bfloat16 where the hardware multiplies it fast, else
-            float32.
-        device: where the model will run. One that `config.quantize` quantizes is loaded for it,
-            layer by layer; any other is loaded on the CPU, to be moved.
-        device_map: passed to transformers, to spread a large model over devices.
-
-    Raises:
-        CheckpointError: the model cannot be found, reached or read completely.
-        ConfigError: a T5 in float16, in which its activations overflow; `config.quantize` cannot
-            be done on this device.
-    """
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    source = towers.folder(config.name)
-    whole = hub.load_config(source)
-    part = hub.part_of_blip2(whole, "text_config")
-    part.update(towers.overrides(config.name))
-    options: dict[str, Any] = {} if part is whole else {"key_mapping": {r"^language_model\.": ""}}
-    if device_map is not None:
-        options["device_map"] = device_map
-    if dtype == torch.float16 and "t5" in part.model_type:
-        raise ConfigError(f"language.name is {config.name!r}: T5 overflows in float16, use bf16 or fp32")
-    kind = AutoModelForSeq2SeqLM if part.is_encoder_decoder else AutoModelForCausalLM
-    dtype = dtype or fast_dtype()
-    if config.quantize:
-        options = quantize.loading_options(config.quantize, torch.device(device), dtype) | options
-    loaded = hub.load_model(kind, source, part, dtype, **options)
-    if config.quantize:
-        quantize.prepare(loaded, source)
-    model = LanguageModel(loaded)
-    freeze(model)
-    return model
-
-
-def language_model_from_config(config: Any, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """Frozen language model with random weights; without memory inside `torch.device("meta")`."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    built = kind.from_config(config, dtype=dtype)
-    head, embeddings = built.get_output_embeddings(), built.get_input_embeddings()
-    # transformers ties every T5 that is not loaded; this setting marks those published with a head of their own
-    if getattr(config, "scale_decoder_outputs", True) is False and head.weight is embeddings.weight:
-        head.weight = nn.Parameter(head.weight.detach().clone())
-    model = LanguageModel(built)
-    freeze(model)
-    return model
-
-
-def fast_dtype() -> torch.dtype:
-    """bfloat16 on a GPU or CPU that multiplies it in hardware, else float32."""
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

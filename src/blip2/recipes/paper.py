@@ -34,7 +34,7 @@ def _stage1(name: str, vision: VisionConfig, language: LanguageConfig, batch: in
         vision=vision,
         qformer=QFormerConfig(init="bert-base", attention_dropout=0.1),
         language=language,
-        data=DataConfig(train="shards/train-*.tar", dev="shards/dev-*.tar"),
+        data=DataConfig(train="shards/train-*.tar", dev="shards/dev-*.tar", clean=True),
         optim=OptimConfig(lr=1e-4, min_lr=1e-5, warmup=2000),
         train=TrainConfig(steps=250_000, batch=batch, eval_every=5000, save_every=1000),
         eval=EvalConfig(images=1000, beams=5, min_tokens=8, max_tokens=30),

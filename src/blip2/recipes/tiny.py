@@ -33,7 +33,7 @@ def stage1() -> RunConfig:
         vision=VisionConfig(name="dinov2-s", pool=2),
         qformer=QFormerConfig(init="minilm-l6", queries=16, dropout=0.0),
         language=LanguageConfig(name="smollm2-135m"),
-        data=DataConfig(cache_features=True),
+        data=DataConfig(cache_features=True, clean=True),
         optim=OptimConfig(lr=3e-4, min_lr=1e-5, warmup=50),
         train=TrainConfig(steps=380, batch=64, eval_every=95, save_every=50),
         eval=EvalConfig(images=250, samples=8),

@@ -42,8 +42,8 @@ def save(
         CheckpointError: full disk, read-only folder; earlier checkpoints are untouched.
     """
     target = run / "checkpoints" / f"step-{step:06d}"
-    weights = {name: _full(value) for name, value in trained_state(model).items()}
-    moments = {name: _full(value) for name, value in _moments(model, optimizer).items()}
+    weights = _gathered(trained_state(model))
+    moments = _gathered(_moments(model, optimizer))
     if distributed.rank() == 0:
         _write(target, weights, moments, config, {STATE: {"step": step}})
         _prune(run, keep)
@@ -59,7 +59,7 @@ def save_best(run: Path, step: int, score: float, name: str, model: nn.Module, c
     Raises:
         CheckpointError: as `save`.
     """
-    weights = {key: _full(value) for key, value in trained_state(model).items()}
+    weights = _gathered(trained_state(model))
     if distributed.rank() == 0:
         state = {"step": step, "metric": name, "score": score}
         _write(run / runs.BEST, weights, None, config, {runs.SCORE: state})
@@ -163,8 +163,14 @@ def _copy(own: dict[str, Tensor], state: dict[str, Tensor], source: Path) -> Non
             value.copy_(_as(state[name], value))
 
 
-def _full(value: Tensor) -> Tensor:
-    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+def _gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors on the CPU of the first process; the others help to gather and keep nothing."""
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if distributed.rank() == 0:
+            found[name] = whole.detach().cpu()
+    return found
 
 
 def _as(value: Tensor, like: Tensor) -> Tensor:

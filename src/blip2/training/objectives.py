@@ -30,12 +30,31 @@ class Objective(Protocol):
     def __call__(self, batch: Batch, step: int) -> Losses: ...
 
 
-def _features(model: Stage1 | Stage2, batch: Batch) -> Tensor:
+def _features(model: Stage1 | Stage2, batch: Batch, drop: float = 0.0) -> Tensor:
+    """Image features of a batch; while the model trains, a share `drop` of each image's patches is left out."""
     if batch.features is not None:
-        return batch.features
-    if batch.pixels is None:
+        features_BPC = batch.features
+    elif batch.pixels is not None:
+        features_BPC = model.features(batch.pixels)
+    else:
         raise ValueError("a batch needs pixels or features")
-    return model.features(batch.pixels)
+    if not drop or not model.training:
+        return features_BPC
+    return drop_tokens(features_BPC, drop, int(getattr(model.vision, "prefix", 0)))
+
+
+def drop_tokens(features_BPC: Tensor, drop: float, prefix: int) -> Tensor:
+    """Every image with another random share 1 - `drop` of its patches.
+
+    Args:
+        prefix: tokens in front of the patches ([CLS], registers), always kept.
+    """
+    B, P, C = features_BPC.shape
+    keep = max(1, round((P - prefix) * (1 - drop)))
+    chosen_BK = torch.rand(B, P - prefix, device=features_BPC.device).argsort(dim=1)[:, :keep] + prefix
+    first_BR = torch.arange(prefix, device=features_BPC.device).expand(B, -1)
+    index_BK = torch.cat([first_BR, chosen_BK], dim=1)
+    return features_BPC.gather(1, index_BK.unsqueeze(-1).expand(-1, -1, C))
 
 
 def _mean_of_all(loss: Tensor, count: int) -> Tensor:
@@ -53,12 +72,20 @@ class Stage1Objective(nn.Module):
         seed: of the negatives; the draw of step N is a pure function of (seed, N), the same for
             any number of processes.
         accumulate: micro-batches per optimizer step; `forward` counts the former.
+        token_drop: see `VisionConfig`.
     """
 
     def __init__(
-        self, model: Stage1, tokenizer: QFormerTokenizer, config: LossConfig, seed: int = 0, accumulate: int = 1
+        self,
+        model: Stage1,
+        tokenizer: QFormerTokenizer,
+        config: LossConfig,
+        seed: int = 0,
+        accumulate: int = 1,
+        token_drop: float = 0.0,
     ) -> None:
         super().__init__()
+        self.token_drop = token_drop
         self.model, self.tokenizer, self.config, self.seed = model, tokenizer, config, seed
         self.accumulate = accumulate
 
@@ -66,7 +93,7 @@ class Stage1Objective(nn.Module):
         """Weighted losses `itc`, `itm`, `itg`; a weight of 0 leaves one out."""
         device = self.model.temp.device
         ids, mask = (x.to(device) for x in self.tokenizer(batch.captions))
-        features = _features(self.model, batch)
+        features = _features(self.model, batch, self.token_drop)
         image_kv = self.model.project_image(features)
         images_BQE, cache = self.model.embed_images(image_kv)
         out: Losses = {}
@@ -160,11 +187,12 @@ class Stage2Objective(nn.Module):
     """Language modelling of the caption given the soft prompts (section 3.3).
 
     A batch of questions has their answers for captions and each question for prompt; a Q-Former that
-    reads questions sees it too (section 4.3). `questions` makes the ids of its text.
+    reads questions sees it too (section 4.3). `questions` makes the ids of its text. Where an image has
+    several texts, its soft prompts are made once, and a decoder-only model reads them once.
 
     Decoder-only: prompt + caption, loss on the caption and its end token. Encoder-decoder: the
     caption is split at a random word into a prefix for the encoder and a suffix for the decoder;
-    the split of a pair is a pure function of (seed, step, key).
+    the split of a pair is a pure function of (seed, step, key). `token_drop`: see `VisionConfig`.
     """
 
     def __init__(
@@ -174,8 +202,10 @@ class Stage2Objective(nn.Module):
         config: LanguageConfig,
         seed: int = 0,
         questions: QFormerTokenizer | None = None,
+        token_drop: float = 0.0,
     ) -> None:
         super().__init__()
+        self.token_drop = token_drop
         self.model, self.tokenizer, self.config, self.seed = model, tokenizer, config, seed
         self.questions = questions
 
@@ -190,7 +220,7 @@ class Stage2Objective(nn.Module):
         return {"lm": _mean_of_all(loss, int(labels.sum()))}
 
     def _soft_prompts(self, batch: Batch) -> Tensor:
-        features_BPC = _features(self.model, batch)
+        features_BPC = _features(self.model, batch, self.token_drop)
         if batch.questions is None or self.questions is None:
             return self.model.soft_prompts(features_BPC)
         return self.model.soft_prompts(
@@ -199,18 +229,19 @@ class Stage2Objective(nn.Module):
 
     def _prompts(self, batch: Batch) -> list[str]:
         if batch.questions is None:
-            return [self.config.prompt] * len(batch)
-        return [self.config.question.format(question) for question in batch.questions]
+            return [self.config.prompt] * len(batch.captions)
+        return [self.config.question.format(q) if q else self.config.prompt for q in batch.questions]
 
     def _encoder_decoder(self, prompts_BQH: Tensor, batch: Batch, step: int) -> Tensor:
-        prefixes, suffixes = self._prompts(batch), batch.captions
-        if batch.questions is None:
-            split = [split_caption(c, k, self.seed, step) for c, k in zip(batch.captions, batch.keys, strict=True)]
-            prefixes = [f"{self.config.prompt} {prefix}".strip() for prefix, _ in split]
-            suffixes = [suffix for _, suffix in split]
+        prefixes, suffixes = self._prompts(batch), list(batch.captions)
+        for n, caption in enumerate(batch.captions):
+            if not batch.questions or not batch.questions[n]:
+                prefix, suffixes[n] = split_caption(caption, batch.keys[n % len(batch)], self.seed, step)
+                prefixes[n] = f"{self.config.prompt} {prefix}".strip()
         parts = self.tokenizer.pairs(prefixes, suffixes)
         enc_ids, enc_mask, dec_ids, dec_mask = (x.to(prompts_BQH.device) for x in parts)
-        loss = self.model.language_model.encoder_decoder_loss(prompts_BQH, enc_ids, enc_mask, dec_ids, dec_mask)
+        prompts_NQH = prompts_BQH.repeat(len(enc_ids) // len(prompts_BQH), 1, 1)
+        loss = self.model.language_model.encoder_decoder_loss(prompts_NQH, enc_ids, enc_mask, dec_ids, dec_mask)
         return _mean_of_all(loss, int(dec_mask.sum()))
 
 

@@ -231,7 +231,8 @@ class Trainer:
     def _log_step(
         self, log: RunLog, losses: dict[str, float], rate: float, norm: float, seconds: float, waited: float
     ) -> None:
-        speed = {"pairs_per_s": self.config.train.batch / seconds, "data_wait": waited / seconds}
+        pairs = self.config.train.batch * self.config.data.texts_per_image
+        speed = {"pairs_per_s": pairs / seconds, "data_wait": waited / seconds}
         log.write("train", self.step, {**losses, "lr": rate, "grad_norm": norm, **speed, "time": seconds})
         log.progress(self.step, {**losses, **speed})
 

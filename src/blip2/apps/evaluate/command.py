@@ -12,6 +12,7 @@ from blip2 import __version__
 from blip2.apps.caption import load_model
 from blip2.apps.evaluate.page import write_page
 from blip2.apps.evaluate.published import published
+from blip2.apps.evaluate.shots import settings_of_shots, shots_for
 from blip2.apps.evaluate.tasks import (
     Outcome,
     answer,
@@ -25,6 +26,7 @@ from blip2.apps.evaluate.tasks import (
 from blip2.apps.evaluate.work import Folder, write_beside
 from blip2.configs import DecodingConfig
 from blip2.data.samples import Collection
+from blip2.data.shots import Shot
 from blip2.data.sources import open_collection
 from blip2.errors import ConfigError, DataError
 from blip2.inference import Blip2
@@ -43,10 +45,11 @@ def evaluate_command(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     data = open_collection(f"{options.data}:{options.split}" if options.split else options.data).limited(options.limit)
     _check(options, data)
+    shots = shots_for(options, data)
     model, name = load_model(options)
-    settings = _settings(options, model, name, data)
+    settings = _settings(options, model, name, data) | settings_of_shots(options, shots)
     folder = Folder(Path(options.out or _default_out(options, name, data)), settings)
-    outcome = _run(options, model, data, folder)
+    outcome = _run(options, model, data, folder, shots)
     if distributed.rank() > 0:
         return 0
     reference = published(options.task, name, data.name)
@@ -84,15 +87,15 @@ def _check(options: argparse.Namespace, data: Collection) -> None:
         raise DataError(f"{data.name}: {len(data.samples)} image: retrieval needs two or more")
 
 
-def _run(options: argparse.Namespace, model: Blip2, data: Collection, folder: Folder) -> Outcome:
+def _run(options: argparse.Namespace, model: Blip2, data: Collection, folder: Folder, shots: list[Shot]) -> Outcome:
     if options.task == "caption":
-        return caption(model, data, folder, _decoding(options), options.prompt)
+        return caption(model, data, folder, _decoding(options), options.prompt, shots)
     if options.task == "retrieval":
         return retrieve(model, data, folder, options.k, _itc_weight(options, model))
     asked = questions_of(data)[: options.questions]
     listed = _candidates(options.candidates, data)
     options_of = {"shuffled": options.shuffle, "candidates": listed, "lemmas": _lemmas(options, data)}
-    return answer(model, asked, folder, _decoding(options), **options_of)
+    return answer(model, asked, folder, _decoding(options), **options_of, shots=shots)
 
 
 def _lemmas(options: argparse.Namespace, data: Collection) -> bool:

@@ -17,11 +17,13 @@ from torch import Tensor
 from blip2.apps.evaluate.work import Folder, work_through
 from blip2.configs import DecodingConfig
 from blip2.data.samples import Collection, Question, Sample
+from blip2.data.shots import Shot
 from blip2.errors import ConfigError, DataError
 from blip2.evaluation import vqa
 from blip2.evaluation.captioning import bleu, cider, cider_per_image, rouge_l
 from blip2.evaluation.official import official_scores
 from blip2.evaluation.retrieval import both_ways, candidate_pairs, recall_at_k, reranked_scores, retrieval_ranks
+from blip2.fewshot import Examples
 from blip2.inference import Blip2
 from blip2.ops.contrastive import query_text_similarity
 
@@ -57,12 +59,20 @@ def require_captions(data: Collection) -> None:
         raise DataError(f"{data.name}: {bare.key} has no caption to compare with")
 
 
-def caption(model: Blip2, data: Collection, folder: Folder, decoding: DecodingConfig, prompt: str | None) -> Outcome:
-    """Caption every image and score against all its references."""
+def caption(
+    model: Blip2,
+    data: Collection,
+    folder: Folder,
+    decoding: DecodingConfig,
+    prompt: str | None,
+    shots: Sequence[Shot] = (),
+) -> Outcome:
+    """Caption every image, the same examples in front of each, and score against all its references."""
+    examples = Examples(model, shots) if shots else ()
 
     def predict(chunk: list[int]) -> Entries:
         samples = [data.samples[i] for i in chunk]
-        captions = model.caption([s.read() for s in samples], prompt=prompt, decoding=decoding)
+        captions = model.caption([s.read() for s in samples], prompt=prompt, decoding=decoding, shots=examples)
         return [{"caption": c, "references": list(s.captions)} for c, s in zip(captions, samples, strict=True)]
 
     entries = work_through(_ids(data.samples), folder, predict, batch=model.batch, what="image")
@@ -131,6 +141,7 @@ def answer(
     shuffled: bool = False,
     candidates: Sequence[str] = (),
     lemmas: bool = False,
+    shots: Sequence[Shot] = (),
 ) -> Outcome:
     """Answer every question.
 
@@ -138,7 +149,9 @@ def answer(
         lemmas: compare the base forms of answers' words, as OK-VQA's were.
         shuffled: show each question another image than its own: what the language alone knows.
         candidates: rank these by their likelihood instead of writing freely.
+        shots: examples in front of every image, the same for all.
     """
+    examples = Examples(model, shots) if shots else ()
     images = [sample for sample, _ in asked]
     if shuffled:
         images = images[len(images) // 2 :] + images[: len(images) // 2]
@@ -149,7 +162,7 @@ def answer(
         if candidates:
             found = model.rank_answers(pictures, texts, candidates)
         else:
-            found = model.ask(pictures, texts, decoding=decoding)
+            found = model.ask(pictures, texts, decoding=decoding, shots=examples)
         return [
             {"image": images[i].key, "question": asked[i][1].text, "answer": text, "answers": list(asked[i][1].answers)}
             for i, text in zip(chunk, found, strict=True)

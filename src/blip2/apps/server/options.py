@@ -15,7 +15,7 @@ def add_command(commands: Parsers[argparse.ArgumentParser], add_model: Callable[
         "--model",
         action="append",
         help="run folder, preset, Hugging Face folder or hub id, or LAVIS .pth; several (--model A --model B) are "
-        "shown side by side (default: the index's, else $BLIP2_MODEL, else the newest in runs/)",
+        "shown side by side (default: the index's, else as elsewhere)",
     )
     serve.add_argument("--index", metavar="INDEX", help="of `blip2 index build`, to search in")
     serve.add_argument(

