@@ -48,7 +48,7 @@ checks: $(READY) docs ## format, lint, types, the documentation, and known holes
 	@$(BIN)/python -m tools.audit
 
 docs: $(READY) ## build the documentation into site/; a link that leads nowhere fails
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(READY) ## format the code and apply safe lint fixes
 	@$(BIN)/ruff check --fix-only -q .

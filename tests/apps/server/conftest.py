@@ -45,8 +45,8 @@ def serve(both: Blip2) -> Iterator[Callable[..., Any]]:
 
     opened = []
 
-    def client(*, model: Blip2 | None = None, index: Any = None, **settings: Any) -> TestClient:
-        app = create_app(model or both, Settings(**settings), name="tiny", index=index)
+    def client(*, model: Blip2 | None = None, index: Any = None, others: Any = (), **settings: Any) -> TestClient:
+        app = create_app(model or both, Settings(**settings), name="tiny", index=index, others=others)
         found = TestClient(app, base_url="http://127.0.0.1:8000")
         found.__enter__()
         opened.append(found)
@@ -58,7 +58,7 @@ def serve(both: Blip2) -> Iterator[Callable[..., Any]]:
 
 
 @contextmanager
-def _listening(model: Blip2, *, index: Any = None, **settings: Any) -> Iterator[tuple[str, Any, Any]]:
+def _listening(model: Blip2, *, index: Any = None, others: Any = (), **settings: Any) -> Iterator[tuple[str, Any, Any]]:
     """uvicorn in a thread on a free port: its address, the uvicorn server and the application."""
     import uvicorn
 
@@ -66,7 +66,7 @@ def _listening(model: Blip2, *, index: Any = None, **settings: Any) -> Iterator[
     from blip2.apps.server.command import listen
     from blip2.apps.server.settings import Settings
 
-    app = create_app(model, Settings(**settings), name="tiny", index=index)
+    app = create_app(model, Settings(**settings), name="tiny", index=index, others=others)
     bound = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=60))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)

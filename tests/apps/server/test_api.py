@@ -53,13 +53,19 @@ def assert_refused(answer: Any, status: int | None = None) -> dict[str, Any]:
 
 
 @contextmanager
-def held(app: Any) -> Iterator[None]:
-    """The model does not answer inside."""
-    gate, batcher = threading.Event(), app.state.server.batcher
+def held(app: Any) -> Iterator[list[int]]:
+    """The model does not answer inside; gives the sizes of the batches that it has begun."""
+    gate, batcher, begun = threading.Event(), app.state.server.batcher, []
     run = batcher._run
-    batcher._run = lambda kind, items: (gate.wait(60), run(kind, items))[1]
+
+    def waiting(kind: Any, items: Any) -> Any:
+        begun.append(len(items))
+        gate.wait(60)
+        return run(kind, items)
+
+    batcher._run = waiting
     try:
-        yield
+        yield begun
     finally:
         gate.set()
         batcher._run = run
@@ -195,6 +201,32 @@ def test_a_stage_1_captions_and_answers_nothing(serve: Serve, stage1_only: Blip2
     found = client.post("/caption", json={"image": url(), "max_tokens": 5}).json()["captions"]
     assert found[0]["text"] == stage1_only.caption([encoded()], min_tokens=5, max_tokens=5)[0]
     assert "stage 1" in assert_refused(client.post("/ask", json={"image": url(), "question": "what?"}), 400)["message"]
+
+
+def test_several_models_each_answer_by_their_name(serve: Serve, both: Blip2, stage1_only: Blip2) -> None:
+    client = serve(others=[("second", stage1_only, None)])
+    listed = client.get("/v1/models").json()["data"]
+    assert [(model["id"], model["blip2"]["ask"]) for model in listed] == [("tiny", True), ("second", False)]
+    short = {"image": url(), "max_tokens": 5}
+    wanted = {"tiny": both, "second": stage1_only, None: both, "blip2": both}
+    for name, model in wanted.items():
+        found = client.post("/caption", json={**short, "model": name}).json()
+        assert found["model"] == ("tiny" if name in (None, "blip2") else name)
+        assert found["captions"][0]["text"] == model.caption([encoded()], min_tokens=5, max_tokens=5)[0]
+    form = {"files": {"image": encoded()}, "data": {"model": "second", "max_tokens": "5"}}
+    assert client.post("/caption", **form).json()["model"] == "second"
+    assert client.post("/attend", json={"image": url(), "model": "second"}).json()["caption"] is None
+    assert client.post("/v1/embeddings", json={"model": "second", "input": "a dog"}).json()["model"] == "second"
+    question = {"image": url(), "question": "what?", "model": "second"}
+    assert "stage 1" in assert_refused(client.post("/ask", json=question), 400)["message"]
+    assert "'second'" in assert_refused(client.post("/ask", json={**question, "model": "third"}), 404)["message"]
+
+
+def test_names_of_several_models() -> None:
+    from blip2.apps.server.command import model_names
+
+    assert model_names(["a/blip", "b/blip", "org/other"]) == ["a/blip", "b/blip", "org/other"]  # hub ids stay
+    assert model_names([".", "..", "."])[0] != model_names([".", "..", "."])[2]
 
 
 def test_search_serves_thumbnails_of_its_hits_only(
@@ -413,13 +445,13 @@ def test_shutdown_answers_what_was_taken(both: Blip2, listening: Any) -> None:
     import httpx
 
     with listening(both) as (address, server, app), ThreadPoolExecutor(4) as pool:
-        with held(app):
+        with held(app) as begun:
             asked = [
                 pool.submit(httpx.post, f"{address}/caption", json={"image": url(seed)}, timeout=60)
                 for seed in range(4)
             ]
             batcher = app.state.server.batcher
-            while batcher.waiting < 3:
+            while batcher.waiting + sum(begun) < 4:
                 time.sleep(0.01)
             server.should_exit = True
             time.sleep(0.3)

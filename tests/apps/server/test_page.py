@@ -128,6 +128,43 @@ def test_a_visit(browser: Any, axe: str, address: str, view: str, scheme: str) -
     page.close()
 
 
+@pytest.mark.parametrize("view", VIEWS)
+def test_models_side_by_side(
+    browser: Any, axe: str, both: Blip2, stage1_only: Blip2, listening: Any, view: str
+) -> None:
+    width, height = VIEWS[view]
+    with listening(both, others=[("second", stage1_only, None)]) as (address, _, _):
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.set_default_timeout(60_000)
+        said: list[str] = []
+        page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(address)
+        page.wait_for_selector("#models:visible")
+        page.set_input_files("#file", photo())
+        page.wait_for_selector("#captions li:nth-child(2)")
+        assert page.locator("#captions h3").all_inner_texts() == ["tiny", "second"]
+        page.fill("#question", "what is it?")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#talk li")
+        assert page.locator("#talk .answer").count() == 1  # the second answers no questions
+        page.fill("#text", "a dog")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#side figure:nth-child(2)")
+        assert page.is_hidden("#heat")
+        assert page.locator("#side figcaption").all_inner_texts() == ["tiny", "second"]
+        assert faults(page, axe) == []
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        if os.environ.get("BLIP2_SHOTS"):
+            page.screenshot(path=Path(os.environ["BLIP2_SHOTS"]) / f"{view}-two.png", full_page=True)
+        page.select_option("#chosen", "second")
+        page.wait_for_selector("#captions li:not(:has(h3))")
+        assert page.locator("#captions li").count() == 1
+        assert page.locator("#talk li").count() == 0
+        assert said == []
+        page.close()
+
+
 def test_a_mistake_is_said(browser: Any, axe: str, address: str) -> None:
     page = browser.new_page()
     page.goto(address)

@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -43,25 +43,55 @@ DESCRIPTION = (
 
 
 class Server:
-    """What the routes share.
+    """What the routes share, for one of the models that are served.
 
     Args:
         name: of the model, as clients see it.
         index: opened with the same model.
+        first: the server of the first model, where this is a further one; it shares all but model and queue.
     """
 
-    def __init__(self, model: Blip2, settings: Settings, *, name: str, index: Index | None = None) -> None:
+    def __init__(
+        self, model: Blip2, settings: Settings, *, name: str, index: Index | None = None, first: Server | None = None
+    ) -> None:
         self.settings, self.name = settings, name
-        self.metrics = Metrics()
+        self.metrics: Metrics = first.metrics if first else Metrics()
         self.worker = Worker(model, index)
         self.batcher = Batcher(
             self.worker, queue=settings.queue, max_batch=settings.max_batch, on_batch=self.metrics.batch
         )
-        self.metrics.watch_queue(lambda: self.batcher.waiting)
-        self.intake = Intake(settings)
+        self.intake: Intake = first.intake if first else Intake(settings)
         self.spec = model.image_spec
         self._numbers = itertools.count(1)
         self._shown: OrderedDict[str, Row] = OrderedDict()
+        self.all: list[Server] = first.all if first else []
+        self.all.append(self)
+        if first is None:
+            self.metrics.watch_queue(lambda: sum(each.batcher.waiting for each in self.all))
+
+    def of(self, name: str | None) -> Server:
+        """The server of a model; of the first one for None and `blip2`.
+
+        Raises:
+            RequestError: 404, no such model.
+        """
+        if name in (None, "blip2"):
+            return self.all[0]
+        for each in self.all:
+            if each.name == name:
+                return each
+        known = ", ".join(repr(each.name) for each in self.all)
+        raise RequestError(
+            404,
+            f"no model {str(name)[:100]!r} here: this server has {known} (or say 'blip2')",
+            code="model_not_found",
+            param="model",
+        )
+
+    @property
+    def searching(self) -> Server:
+        """The server of the model that the index belongs to; the first one where there is no index."""
+        return next((each for each in self.all if each.worker.index is not None), self.all[0])
 
     def alone(self) -> int:
         """A number that no other request has: its kind of work goes alone."""
@@ -101,19 +131,29 @@ class Server:
         return self._shown[image]
 
 
-def create_app(model: Blip2, settings: Settings, *, name: str, index: Index | None = None) -> FastAPI:
+def create_app(
+    model: Blip2,
+    settings: Settings,
+    *,
+    name: str,
+    index: Index | None = None,
+    others: Sequence[tuple[str, Blip2, Index | None]] = (),
+) -> FastAPI:
     """The application; its shutdown answers what waits.
 
     Args:
         name: of the model, as clients see it.
         index: opened with the same model.
+        others: name, model and perhaps the index of further models, to compare; each has a queue of its own.
     """
     server = Server(model, settings, name=name, index=index)
+    for other, further, its_index in others:
+        Server(further, settings, name=other, index=its_index, first=server)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(server.batcher.close)
+        await asyncio.gather(*(asyncio.to_thread(each.batcher.close) for each in server.all))
 
     app = FastAPI(
         title="blip2",

@@ -8,9 +8,15 @@ import importlib.util
 import os
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blip2.apps.server.settings import Settings
 from blip2.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from blip2.apps.index.search import Index
+    from blip2.apps.index.store import Store
+    from blip2.inference import Blip2
 
 _NEEDED = {
     "fastapi": "fastapi",
@@ -73,23 +79,52 @@ def model_name(source: str) -> str:
     return (path.resolve().name or "blip2") if path.exists() else source
 
 
+def model_names(sources: list[str]) -> list[str]:
+    """What clients call several models: their last names, numbered where they are the same."""
+    plain = [model_name(source) for source in sources]
+    return [name if plain.count(name) == 1 else f"{name}-{plain[: n + 1].count(name)}" for n, name in enumerate(plain)]
+
+
+def _indexes(store: Store | None, models: list[Blip2]) -> list[Index | None]:
+    """The index at the first model that it was built with.
+
+    Raises:
+        ConfigError: it was built with none of them.
+    """
+    found: list[Index | None] = [None] * len(models)
+    if store is None:
+        return found
+    from blip2.apps.index.search import Index
+
+    for n, model in enumerate(models):
+        index = Index(store, model)
+        try:
+            index.model  # noqa: B018 - refuses another model than the index was built with
+        except ConfigError:
+            if n == len(models) - 1:
+                raise
+            continue
+        found[n] = index
+        break
+    return found
+
+
 def _serve(options: argparse.Namespace, settings: Settings, listening: socket.socket) -> int:
     import uvicorn
 
     from blip2.apps.caption import load_model
-    from blip2.apps.index.search import Index
     from blip2.apps.index.store import Store
     from blip2.apps.server.app import create_app
 
     store = Store(options.index) if options.index else None
-    if store is not None and options.model is None:
-        options.model = store.manifest.model.name
-    model, name = load_model(options)
-    index = None
-    if store is not None:
-        index = Index(store, model)
-        index.model  # noqa: B018 - refuses another model than the index was built with
-    app = create_app(model, settings, name=model_name(name), index=index)
+    named = options.model or [None if store is None else store.manifest.model.name]
+    loaded = [load_model(argparse.Namespace(**{**vars(options), "model": name})) for name in named]
+    names = model_names([name for _, name in loaded])
+    indexes = _indexes(store, [model for model, _ in loaded])
+    (name, model, index), *others = [
+        (name, model, index) for name, (model, _), index in zip(names, loaded, indexes, strict=True)
+    ]
+    app = create_app(model, settings, name=name, index=index, others=others)
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -99,7 +134,7 @@ def _serve(options: argparse.Namespace, settings: Settings, listening: socket.so
     )
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    print(f"blip2: {model_name(name)} at http://{shown}:{port} (API at /docs); Ctrl-C stops", flush=True)
+    print(f"blip2: {', '.join(names)} at http://{shown}:{port} (API at /docs); Ctrl-C stops", flush=True)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it anew once all is answered
         uvicorn.Server(config).run(sockets=[listening])
     print("blip2: stopped", flush=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from blip2.apps.server.chat import Completion, conversation
 from blip2.apps.server.images import view_of
-from blip2.apps.server.problems import RequestError, bad
+from blip2.apps.server.problems import bad
 from blip2.apps.server.schemas import ChatRequest, EmbeddingRequest
 from blip2.apps.server.worker import Kind, Prompt, Write
 from blip2.configs import DecodingConfig
@@ -31,12 +31,12 @@ def add(app: FastAPI, server: Server) -> None:
     """Add the routes."""
     begun = int(time.time())
 
-    def card() -> dict[str, Any]:
-        worker = server.worker
+    def card(here: Server) -> dict[str, Any]:
+        worker = here.worker
         able = {"ask": worker.asks, "match": worker.matches, "attend": worker.attends}
         images = None if worker.index is None else len(worker.index)
         return {
-            "id": server.name,
+            "id": here.name,
             "object": "model",
             "created": begun,
             "owned_by": "blip2",
@@ -45,12 +45,11 @@ def add(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/models", tags=["OpenAI"], summary="The model that is served, and what it can do")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card()]}
+        return {"object": "list", "data": [card(each) for each in server.all]}
 
     @app.get("/v1/models/{model:path}", tags=["OpenAI"], summary="One model")
     async def one_model(model: str) -> dict[str, Any]:
-        _require_model(model, server)
-        return card()
+        return card(server.of(model))
 
     @app.post(
         "/v1/chat/completions",
@@ -59,30 +58,30 @@ def add(app: FastAPI, server: Server) -> None:
         responses={200: {"content": {"text/event-stream": {}}}},
     )
     async def chat(request: Request, body: ChatRequest) -> Response:
-        _require_model(body.model, server)
+        here = server.of(body.model)
         talk = conversation(body.messages)
-        kind = _kind(body, bool(talk.question), server)
-        item = Prompt(await server.view(talk.image, param="messages"), talk.question or None, talk.turns)
-        written = await server.run(request, kind, item)
+        kind = _kind(body, bool(talk.question), here)
+        item = Prompt(await here.view(talk.image, param="messages"), talk.question or None, talk.turns)
+        written = await here.run(request, kind, item)
         server.metrics.tokens.labels("prompt").inc(written.prompt_tokens)
         server.metrics.tokens.labels("completion").inc(sum(written.tokens))
-        completion = Completion(body, server.name, written, kind.decoding.max_tokens)
+        completion = Completion(body, here.name, written, kind.decoding.max_tokens)
         if body.stream:
             return StreamingResponse(completion.events(), media_type="text/event-stream")
         return JSONResponse(completion.whole())
 
     @app.post("/v1/embeddings", tags=["OpenAI"], summary="Vectors of texts and images (data URLs)")
     async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
-        _require_model(body.model, server)
-        if not server.worker.matches:
+        here = server.of(body.model)
+        if not here.worker.matches:
             raise bad("this model has no stage 1 at hand: embeddings need one", "model")
         inputs = [body.input] if isinstance(body.input, str) else body.input
-        vectors, tokens = await _vectors(request, inputs, body, server)
+        vectors, tokens = await _vectors(request, inputs, body, here)
         if body.dimensions is not None and body.dimensions != vectors[0].shape[-1]:
             raise bad(f"dimensions is {body.dimensions}: this model has {vectors[0].shape[-1]}", "dimensions")
         data = [_entry(n, vector, body.encoding_format) for n, vector in enumerate(vectors)]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return JSONResponse({"object": "list", "data": data, "model": server.name, "usage": usage})
+        return JSONResponse({"object": "list", "data": data, "model": here.name, "usage": usage})
 
 
 async def _vectors(
@@ -143,13 +142,3 @@ def _kind(body: ChatRequest, asks: bool, server: Server) -> Write:
     )
     seeded = drawn and body.seed is not None
     return Write(decoding, asks, seed=body.seed if seeded else None, alone=server.alone() if seeded else 0)
-
-
-def _require_model(name: str, server: Server) -> None:
-    if name not in (server.name, "blip2"):
-        raise RequestError(
-            404,
-            f"no model {name[:100]!r} here: this server has {server.name!r} (or say 'blip2')",
-            code="model_not_found",
-            param="model",
-        )

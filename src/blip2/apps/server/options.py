@@ -8,11 +8,15 @@ from collections.abc import Callable
 Parsers = argparse._SubParsersAction
 
 
-def add_command(
-    commands: Parsers[argparse.ArgumentParser], add_model: Callable[[argparse.ArgumentParser], None]
-) -> None:
+def add_command(commands: Parsers[argparse.ArgumentParser], add_model: Callable[..., None]) -> None:
     """`blip2 serve`."""
     serve = commands.add_parser("serve", help="a page and an OpenAI-compatible API on this machine")
+    serve.add_argument(
+        "--model",
+        action="append",
+        help="run folder, preset, Hugging Face folder or hub id, or LAVIS .pth; several (--model A --model B) are "
+        "shown side by side (default: the index's, else as elsewhere)",
+    )
     serve.add_argument("--index", metavar="INDEX", help="of `blip2 index build`, to search in")
     serve.add_argument(
         "--host", default="127.0.0.1", help="others than this machine's own need --api-key (%(default)s)"
@@ -25,7 +29,7 @@ def add_command(
     serve.add_argument("--queue", type=int, default=64, help="requests that may wait (default: %(default)s)")
     serve.add_argument("--timeout", type=float, default=60.0, metavar="S", help="of a request (default: %(default)s)")
     serve.add_argument("--max-batch", type=int, default=16, help="requests that go together (default: %(default)s)")
-    add_model(serve)
+    add_model(serve, named=False)
     serve.set_defaults(run=_run)
 
 

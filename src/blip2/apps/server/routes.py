@@ -43,7 +43,7 @@ def add(app: FastAPI, server: Server) -> None:
 
     @app.get("/healthz", tags=["server"], summary="Whether the model takes requests")
     async def healthz(response: Response) -> dict[str, str]:
-        alive = server.batcher.alive
+        alive = all(each.batcher.alive for each in server.all)
         response.status_code = 200 if alive else 503
         return {"status": "ok" if alive else "stopping", "model": server.name}
 
@@ -62,13 +62,14 @@ def _add_text(app: FastAPI, server: Server) -> None:
     @app.post("/caption", tags=["blip2"], summary="Captions of an image", openapi_extra=_body(CaptionRequest))
     async def caption(request: Request) -> CaptionResponse:
         asked, upload = await server.intake.fields(request, CaptionRequest)
-        kind = _write(asked, _CAPTION, server, num=asked.num, scored=True)
-        view = await server.view(asked.image, upload)
-        written = await server.run(request, kind, Prompt(view, asked.prompt))
+        here = server.of(asked.model)
+        kind = _write(asked, _CAPTION, here, num=asked.num, scored=True)
+        view = await here.view(asked.image, upload)
+        written = await here.run(request, kind, Prompt(view, asked.prompt))
         _count(server, written)
         scores = written.scores or [None] * len(written.texts)
         captions = [Caption(text=text, score=score) for text, score in zip(written.texts, scores, strict=True)]
-        return CaptionResponse(model=server.name, captions=captions)
+        return CaptionResponse(model=here.name, captions=captions)
 
     @app.post(
         "/ask",
@@ -80,12 +81,13 @@ def _add_text(app: FastAPI, server: Server) -> None:
         asked, upload = await server.intake.fields(request, AskRequest)
         if not asked.question.strip():
             raise bad("question: it is empty", "question")
-        kind = _write(asked, _ANSWER, server, asks=True)
+        here = server.of(asked.model)
+        kind = _write(asked, _ANSWER, here, asks=True)
         turns = tuple((turn.question.strip(), turn.answer) for turn in asked.history)
-        view = await server.view(asked.image, upload)
-        written = await server.run(request, kind, Prompt(view, asked.question, turns))
+        view = await here.view(asked.image, upload)
+        written = await here.run(request, kind, Prompt(view, asked.question, turns))
         _count(server, written)
-        return AskResponse(model=server.name, question=asked.question, answer=written.texts[0])
+        return AskResponse(model=here.name, question=asked.question, answer=written.texts[0])
 
     @app.post(
         "/attend", tags=["blip2"], summary="Where the queries look, and what the scores with a text depend on",
@@ -95,7 +97,8 @@ def _add_text(app: FastAPI, server: Server) -> None:
         asked, upload = await server.intake.fields(request, AttendRequest)
         data = await server.intake.image(asked.image, upload)
         text = (asked.text or "").strip() or None
-        found: dict[str, Any] = await server.run(request, Kind("attend", server.alone()), Query(text, data))
+        here = server.of(asked.model)
+        found: dict[str, Any] = await here.run(request, Kind("attend", here.alone()), Query(text, data))
         return found
 
 
@@ -103,7 +106,8 @@ def _add_search(app: FastAPI, server: Server) -> None:
     @app.post("/search", tags=["blip2"], summary="Search the server's index", openapi_extra=_body(SearchRequest))
     async def search(request: Request) -> SearchResponse:
         asked, upload = await server.intake.fields(request, SearchRequest)
-        index = server.worker.index
+        here = server.searching
+        index = here.worker.index
         if index is None:
             raise RequestError(404, "this server has no index: start it with --index INDEX", code="no_index")
         text = (asked.text or "").strip() or None
@@ -111,7 +115,7 @@ def _add_search(app: FastAPI, server: Server) -> None:
             raise bad("nothing to search for: give a text, an image, or both", "text")
         data = await server.intake.image(asked.image, upload) if asked.image else None
         query = Query(text, data, asked.k, asked.rerank, asked.within)
-        hits = await server.run(request, Kind("search", server.alone()), query)
+        hits = await here.run(request, Kind("search", here.alone()), query)
         found = [
             SearchHit(
                 id=image,

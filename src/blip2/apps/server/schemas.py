@@ -33,7 +33,13 @@ class ErrorBody(BaseModel):
     error: Problem
 
 
-class Decoding(Given):
+class Chosen(Given):
+    """A request that one of the served models answers."""
+
+    model: str | None = Field(None, max_length=200, description="default: the first one")
+
+
+class Decoding(Chosen):
     """How text is generated; beam search unless `sample`."""
 
     beams: int = Field(5, ge=1, le=BEAMS)
@@ -121,7 +127,7 @@ class SearchResponse(BaseModel):
     images: int
 
 
-class AttendRequest(Given):
+class AttendRequest(Chosen):
     """An image to look into; with a text, what ITC and ITM make of it."""
 
     image: Image

@@ -4,7 +4,7 @@
 const $ = (id) => document.getElementById(id);
 const KEPT = ["image/jpeg", "image/png", "image/webp"];
 const LARGEST = 1600, AS_IT_IS = 2 << 20;
-const state = { photo: null, turns: [], attention: null, key: sessionStorage.getItem("blip2-key") };
+const state = { photo: null, turns: new Map(), attention: new Map(), models: [], key: sessionStorage.getItem("blip2-key") };
 
 // -- talking to the server -----------------------------------------------------------------------
 
@@ -28,6 +28,25 @@ const ask = async (path, fields) => {
   for (const [name, value] of Object.entries(fields)) if (value !== null && value !== "") form.append(name, value);
   return (await request(path, form)).json();
 };
+
+// The models that are asked, of those that can: the one that was chosen, or all side by side.
+function chosen(can = () => true) {
+  const wanted = $("chosen").value;
+  return state.models.filter((model) => can(model.blip2) && (!wanted || wanted === model.id)).map((model) => model.id);
+}
+
+// One answer per model, by name; asked at the same time.
+async function askEach(names, path, fields) {
+  if (!names.length) throw new Error("This model cannot do that: choose another.");
+  const answers = await Promise.all(names.map((model) => ask(path, { ...fields(model), model })));
+  return new Map(names.map((name, n) => [name, answers[n]]));
+}
+
+function heading(parent, name) {
+  const made = document.createElement("h3");
+  made.textContent = name;
+  parent.append(made);
+}
 
 // A form whose work may fail: one at a time, its button off meanwhile, what went wrong at the top.
 function onSubmit(id, work) {
@@ -121,24 +140,30 @@ document.addEventListener("paste", (event) => {
 // -- captions and questions ------------------------------------------------------------------------
 
 onSubmit("caption-form", async () => {
-  const photo = state.photo;
-  const found = await ask("/caption", { image: photo, num: $("num").value });
-  if (photo !== state.photo) return;
+  const photo = state.photo, wanted = $("chosen").value;
+  const answers = await askEach(chosen(), "/caption", () => ({ image: photo, num: $("num").value }));
+  if (photo !== state.photo || wanted !== $("chosen").value) return;
   $("captions").replaceChildren();
-  for (const { text, score } of found.captions) {
-    const line = item($("captions"), text);
-    if (score !== null && found.captions.length > 1) {
-      const part = document.createElement("span");
-      part.className = "soft small";
-      part.textContent = `  fits ${(100 * score).toFixed(0)} %`;
-      line.append(part);
+  for (const [name, found] of answers) {
+    const list = answers.size > 1 ? item($("captions"), "") : $("captions");
+    if (answers.size > 1) heading(list, name);
+    for (const { text, score } of found.captions) {
+      const line = answers.size > 1 ? list.appendChild(document.createElement("div")) : item(list, "");
+      line.textContent = text;
+      if (score !== null && found.captions.length > 1) {
+        const part = document.createElement("span");
+        part.className = "soft small";
+        part.textContent = `  fits ${(100 * score).toFixed(0)} %`;
+        line.append(part);
+      }
     }
   }
-  $("photo").alt = found.captions[0].text || "The photograph you chose";
+  const [first] = answers.values();
+  $("photo").alt = first.captions[0].text || "The photograph you chose";
 });
 
 function forget() {
-  state.turns = [];
+  state.turns = new Map();
   $("talk").replaceChildren();
   $("forget").hidden = true;
 }
@@ -147,15 +172,22 @@ onSubmit("ask-form", async () => {
   const question = $("question").value.trim();
   if (!question) return;
   const turns = state.turns;
-  const found = await ask("/ask", { image: state.photo, question, history: JSON.stringify(turns), max_tokens: 30 });
+  const before = (name) => JSON.stringify(turns.get(name) ?? []);
+  const fields = (name) => ({ image: state.photo, question, history: before(name), max_tokens: 30 });
+  const answers = await askEach(chosen((can) => can.ask), "/ask", fields);
   if (turns !== state.turns) return;
-  turns.push({ question, answer: found.answer });
   const line = item($("talk"), "");
-  for (const [name, text] of [["question", question], ["answer", found.answer || "(no answer)"]]) {
+  const say = (className, text) => {
     const part = document.createElement("div");
-    part.className = name;
+    part.className = className;
     part.textContent = text;
     line.append(part);
+  };
+  say("question", question);
+  for (const [name, { answer }] of answers) {
+    turns.set(name, [...(turns.get(name) ?? []), { question, answer }]);
+    if (answers.size > 1) heading(line, name);
+    say("answer", answer || "(no answer)");
   }
   $("question").value = "";
   $("question").focus();
@@ -170,42 +202,74 @@ $("forget").addEventListener("click", () => {
 // -- attention ---------------------------------------------------------------------------------------
 
 onSubmit("attend-form", async () => {
-  const found = (state.attention = await ask("/attend", { image: state.photo, text: $("text").value }));
+  const text = $("text").value, able = (can) => can.attend && (can.match || !text.trim());
+  const photo = state.photo;
+  const answers = await askEach(chosen(able), "/attend", () => ({ image: photo, text }));
+  if (photo !== state.photo) return;
+  state.attention = answers;
+  const all = [...answers.values()], [found] = all;
   const choices = [["queries", "One query, one layer"]];
   if (found.itm_map) choices.unshift(["itm_map", "What makes text and photograph belong together (ITM)"]);
   if (found.itc_map) choices.push(["itc_map", "What the similarity depends on (ITC)"]);
-  (found.words ?? []).forEach((word, n) => choices.push([`word-${n}`, `While writing “${word.trim()}”`]));
+  const words = all.length === 1 ? found.words ?? [] : []; // models write different ones
+  words.forEach((word, n) => choices.push([`word-${n}`, `While writing “${word.trim()}”`]));
   fill("which", choices);
-  fill("layer", found.layers.map((layer, n) => [n, layer]));
-  $("layer").value = found.layers.length - 1;
-  $("query").max = found.queries[0].length - 1;
+  const layers = Math.min(...all.map((each) => each.layers.length));
+  fill("layer", found.layers.slice(0, layers).map((layer, n) => [n, layer]));
+  $("layer").value = layers - 1;
+  $("query").max = Math.min(...all.map((each) => each.queries[0].length)) - 1;
   $("query").value = found.winner ?? 0;
-  const told = [];
-  if (found.itm !== null) told.push(`Belong together: ${(100 * found.itm).toFixed(0)} %.`);
-  if (found.winner !== null) told.push(`Query ${found.winner} is nearest to the text.`);
-  if (found.caption) told.push(`Caption: ${found.caption}`);
-  $("scores").textContent = told.join(" ");
+  $("scores").textContent = [...answers].map(([name, each]) => told(name, each, answers.size > 1)).join(" ");
   $("maps").hidden = false;
   showMap();
 });
+
+function told(name, found, named) {
+  const parts = named ? [`${name}:`] : [];
+  if (found.itm !== null) parts.push(`Belong together: ${(100 * found.itm).toFixed(0)} %.`);
+  if (found.winner !== null) parts.push(`Query ${found.winner} is nearest to the text.`);
+  if (found.caption) parts.push(`Caption: ${found.caption}`);
+  return parts.join(" ");
+}
 
 function fill(id, choices) {
   $(id).replaceChildren(...choices.map(([value, text]) => new Option(text, value)));
 }
 
+function chosenMap(found) {
+  const which = $("which").value;
+  if (which === "queries") return found.queries[$("layer").value][$("query").value];
+  return which.startsWith("word-") ? found.word_maps[which.slice(5)] : found[which];
+}
+
+// On the photograph; for several models on copies of it, side by side.
 function showMap() {
-  const found = state.attention, which = $("which").value;
-  $("query-fields").hidden = which !== "queries";
+  $("query-fields").hidden = $("which").value !== "queries";
   $("query-number").textContent = $("query").value;
-  let map = found[which];
-  if (which === "queries") map = found.queries[$("layer").value][$("query").value];
-  if (which.startsWith("word-")) map = found.word_maps[which.slice(5)];
-  draw(map, found.resize);
+  const [found] = state.attention.values(), several = state.attention.size > 1;
+  $("side").hidden = !several;
+  $("heat").hidden = several;
+  if (!several) draw($("heat"), chosenMap(found), found.resize);
+  else $("side").replaceChildren(...[...state.attention].map(([name, each]) => mapFigure(name, each)));
+}
+
+function mapFigure(name, found) {
+  const figure = document.createElement("figure"), frame = document.createElement("div");
+  const picture = document.createElement("img"), canvas = document.createElement("canvas");
+  const caption = document.createElement("figcaption");
+  frame.className = "frame";
+  picture.src = $("photo").src;
+  picture.alt = `Map of ${name} over the photograph`;
+  caption.textContent = name;
+  draw(canvas, chosenMap(found), found.resize);
+  frame.append(picture, canvas);
+  figure.append(frame, caption);
+  return figure;
 }
 
 // The map over the part of the photograph that the model saw: all of it, or its centre.
-function draw(map, resize) {
-  const photo = $("photo"), canvas = $("heat"), [rows, columns] = [map.length, map[0].length];
+function draw(canvas, map, resize) {
+  const photo = $("photo"), [rows, columns] = [map.length, map[0].length];
   const flat = map.flat().map((value) => Math.max(0, value)), most = Math.max(...flat) || 1;
   const small = document.createElement("canvas");
   [small.width, small.height] = [columns, rows];
@@ -217,7 +281,6 @@ function draw(map, resize) {
   const [wide, high] = resize === "crop" ? [side, side] : [canvas.width, canvas.height];
   context.imageSmoothingQuality = "high";
   context.drawImage(small, (canvas.width - wide) / 2, (canvas.height - high) / 2, wide, high);
-  canvas.hidden = false;
 }
 
 // Dark blue over red to yellow; little attention darkens the photograph.
@@ -228,7 +291,7 @@ function colour(value) {
 }
 
 function hideMap() {
-  $("heat").hidden = true;
+  $("heat").hidden = $("side").hidden = true;
 }
 
 for (const id of ["which", "layer", "query"]) $(id).addEventListener("input", showMap);
@@ -268,6 +331,13 @@ function hitFigure(hit) {
   return line;
 }
 
+$("chosen").addEventListener("change", () => {
+  forget();
+  hideMap();
+  $("maps").hidden = true;
+  if (state.photo) $("caption-form").requestSubmit();
+});
+
 // -- start ---------------------------------------------------------------------------------------------
 
 onSubmit("key-form", async () => {
@@ -279,14 +349,18 @@ onSubmit("key-form", async () => {
 
 async function start() {
   const { data } = await (await request("/v1/models")).json();
-  const { id, blip2: can } = data[0];
-  $("model").textContent = id;
-  document.title = `${id} - blip2`;
-  $("ask-section").hidden = !can.ask;
-  $("attend-section").hidden = !can.attend;
-  $("text-field").hidden = !can.match;
-  $("search-section").hidden = can.indexed_images === null;
-  $("indexed").textContent = can.indexed_images === null ? "" : `in ${can.indexed_images} images`;
+  state.models = data;
+  const names = data.map((model) => model.id), any = (what) => data.some((model) => model.blip2[what]);
+  $("model").textContent = names.join(", ");
+  document.title = `${names.join(", ")} - blip2`;
+  $("models").hidden = data.length === 1;
+  fill("chosen", data.length === 1 ? [["", names[0]]] : [["", "All, side by side"], ...names.map((name) => [name, name])]);
+  $("ask-section").hidden = !any("ask");
+  $("attend-section").hidden = !any("attend");
+  $("text-field").hidden = !any("match");
+  const indexed = data.map((model) => model.blip2.indexed_images).find((count) => count !== null);
+  $("search-section").hidden = indexed === undefined;
+  $("indexed").textContent = indexed === undefined ? "" : `in ${indexed} images`;
 }
 
 start().catch((error) => say(error.message));
