@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate_options.add_command(commands, _add_model)
     _add_ablate(commands)
     _add_convert(commands)
+    _add_average(commands)
     data_options.add_command(commands)
     capfilt_options.add_command(commands)
     index_options.add_commands(commands, _add_model)
@@ -211,6 +212,14 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     convert.set_defaults(run=_convert)
 
 
+def _add_average(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    average = commands.add_parser("average", help="the mean of runs of one model, as one run (model soups)")
+    average.add_argument("target", metavar="DST", help="new folder")
+    average.add_argument("runs", nargs="+", metavar="RUN", help="two or more")
+    average.add_argument("--weights", nargs="+", type=float, metavar="W", help="how much each counts (default: alike)")
+    average.set_defaults(run=_average)
+
+
 def _add_towers(command: argparse.ArgumentParser) -> None:
     for option, what in (("--vision", "image encoder"), ("--language", "language model")):
         command.add_argument(option, metavar="NAME", help=f"{what} in place of the one that the checkpoint names")
@@ -287,6 +296,12 @@ def _convert(options: argparse.Namespace, rest: list[str]) -> int:
     from blip2.apps.convert import convert_command
 
     return convert_command(options)
+
+
+def _average(options: argparse.Namespace, rest: list[str]) -> int:
+    from blip2.apps.average import average_command
+
+    return average_command(options)
 
 
 def _demo(options: argparse.Namespace, rest: list[str]) -> int:
