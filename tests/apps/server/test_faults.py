@@ -138,6 +138,7 @@ def test_a_full_disk_under_a_served_index(
             assert_same(found(address), truth(stage1_only, photos))
 
 
+@pytest.mark.slow
 def test_a_write_that_the_system_cuts_short(
     stage1_only: Blip2, tiny: Path, photos: Path, tmp_path: Path, listening: Any
 ) -> None:
