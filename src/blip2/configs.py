@@ -23,6 +23,7 @@ PARALLEL = ("ddp", "fsdp2")
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "sgd")
 RESIZES = ("squash", "crop")
 BRIDGES = ("qformer", "linear")
+TEXT_POOLS = ("cls", "mean")
 TEXTS = ("captions", "questions", "both")
 # Dev numbers that can choose a run's best checkpoint.
 BEST = ("loss", "cider", "accuracy", "recall")
@@ -85,6 +86,10 @@ class QFormerConfig:
         dropout: on embeddings and on every sublayer's output, while training.
         attention_dropout: on attention weights, while training.
         max_text: longest text in tokens, [CLS] and [SEP] included.
+        text_pool: what of a text ITC compares: `cls`, the output at its first token (the paper), or the
+            `mean` over its tokens, which sentence encoders such as MiniLM were trained for.
+        lock_text: stage 1: do not train what text alone goes through (LiT, arXiv 2111.07991), so that
+            little data cannot spoil a good text encoder; the self-attention is shared with the queries.
         question: stage 2: questions enter the Q-Former beside the queries (section 4.3), through the
             text branch of stage 1; without, the language model alone reads them.
         bridge: `qformer`, or `linear`: no Q-Former, but one linear layer on image tokens averaged
@@ -98,11 +103,14 @@ class QFormerConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.0
     max_text: int = 32
+    text_pool: str = "cls"
+    lock_text: bool = False
     question: bool = False
     bridge: str = "qformer"
 
     def __post_init__(self) -> None:
         _require(bool(self.init), "qformer.init", self.init, "a BERT-type checkpoint name or folder")
+        _require(self.text_pool in TEXT_POOLS, "qformer.text_pool", self.text_pool, f"one of {', '.join(TEXT_POOLS)}")
         _require(self.bridge in BRIDGES, "qformer.bridge", self.bridge, f"one of {', '.join(BRIDGES)}")
         if self.bridge == "linear":
             _require(not self.question, "qformer.question", self.question, "false with qformer.bridge linear")

@@ -50,6 +50,7 @@ class Loaded:
     ) -> None:
         self.config, self.batch, self.home, self.report = config, batch, home, report
         self._stage1, self.stage2 = stage1, stage2
+        self._stage1_config = config  # of the stage 1 at hand
         main = stage2 or stage1
         if main is None or not isinstance(main.vision, VisionEncoder):
             raise ConfigError("a model needs a stage and its image encoder")
@@ -70,10 +71,17 @@ class Loaded:
                     f"this run or its stage 1 fine-tuned the image encoder: load {found.source} for embeddings and "
                     "matches"
                 )
+            self._stage1_config = found.config
             stage1 = build_stage1(found.config, self.vision, start=False)
             fill(stage1, found.source, found.tensors, found.allowed)
             self._stage1 = stage1.to(self.device).eval()
         return self._stage1
+
+    @property
+    def learned_itm(self) -> bool:
+        """Whether the stage 1 at hand was trained with ITM; its matches mean nothing where not."""
+        assert self.stage1 is not None
+        return self._stage1_config.loss.itm > 0
 
     @cached_property
     def text_tokenizer(self) -> QFormerTokenizer:

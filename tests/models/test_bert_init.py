@@ -66,6 +66,19 @@ def test_the_text_branch_alone_is_bert(bert: BertForMaskedLM) -> None:
     torch.testing.assert_close(qformer.encode_text(ids, mask), want, rtol=1e-4, atol=1e-5)
 
 
+def test_the_mean_over_tokens_is_berts(bert: BertForMaskedLM) -> None:
+    qformer = QFormer(**qformer_sizes(BERT), image_width=6, queries=2, vocab=18, text_pool="mean").eval()
+    load_bert(qformer, state_of(bert), "bert")
+    ids, mask = ids_and_mask()
+    with torch.no_grad():
+        hidden = bert.bert(ids, attention_mask=mask).last_hidden_state
+        own = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        torch.testing.assert_close(qformer.encode_text(ids, mask), own, rtol=1e-5, atol=1e-5)
+        full = torch.ones(2, 4, dtype=torch.bool)  # nothing padded
+        own = bert.bert(ids[:2, :4], attention_mask=full).last_hidden_state.mean(1)
+        torch.testing.assert_close(qformer.encode_text(ids[:2, :4], full), own, rtol=1e-5, atol=1e-5)
+
+
 def test_the_head_is_berts(bert: BertForMaskedLM) -> None:
     qformer = fresh()
     load_bert(qformer, state_of(bert), "bert")

@@ -196,6 +196,23 @@ def test_pixels_go_through_the_frozen_encoder(tiny: Any) -> None:
     assert all(p.grad is None for p in vision.parameters())
 
 
+def test_locked_text_stays_as_it_is_while_the_image_side_learns(tiny: Any) -> None:
+    model, batch = tiny.stage1(), tiny.batch(3)
+    model.qformer.lock_text()
+    ids, mask = tiny.tokenizer(batch.captions)
+    before = model.qformer.encode_text(ids, mask).detach()
+    images = model.embed_images(model.project_image(batch.features))[0].detach()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {"qformer.query_tokens", "text_proj.weight", "temp"} <= trained
+    assert not any("self_attention" in name or "text_ff" in name or "embeddings" in name for name in trained)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    losses = Stage1Objective(model, tiny.tokenizer, LossConfig(itm=0.0, itg=0.0))(batch, 0)
+    losses["itc"].backward()
+    optimizer.step()
+    assert torch.equal(model.qformer.encode_text(ids, mask), before)
+    assert not torch.allclose(model.embed_images(model.project_image(batch.features))[0], images)
+
+
 def test_a_batch_without_images_is_refused(tiny: Any) -> None:
     batch = tiny.batch(2)
     batch.features = None

@@ -118,8 +118,10 @@ def _require_possible(found: Checkpoint, target: Path, to: Format | Literal["sli
     if to == "slim" and found.format != "blip2":
         raise CheckpointError(f"{found.source}: slim is for runs of ours: convert it with --to blip2 first")
     settings = found.config.qformer
-    if to in ("hf", "lavis") and (settings.question or settings.bridge != "qformer"):
-        what = "a Q-Former that reads questions" if settings.question else "a linear layer in place of the Q-Former"
+    pooled = found.config.stage == "stage1" and settings.text_pool != "cls"
+    if to in ("hf", "lavis") and (settings.question or settings.bridge != "qformer" or pooled):
+        what = "a linear layer in place of the Q-Former" if settings.bridge != "qformer" else "texts as means of tokens"
+        what = "a Q-Former that reads questions" if settings.question else what
         raise CheckpointError(f"{found.source}: {what}, for which BLIP-2 of transformers and LAVIS has no place")
     if to == "lavis" and has_adapters(found):
         raise CheckpointError(

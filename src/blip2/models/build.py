@@ -47,6 +47,7 @@ def build_qformer(config: QFormerConfig, image_width: int, bert: Any, *, text: b
         head=head,
         dropout=config.dropout,
         attention_dropout=config.attention_dropout,
+        text_pool=config.text_pool,
     )
 
 
@@ -70,6 +71,8 @@ def build_stage1(config: RunConfig, vision: VisionEncoder | None = None, *, star
     """
     vision = vision or image_encoder(config)
     qformer = load_qformer(config.qformer, vision.width, text=True, start=start)
+    if config.qformer.lock_text:
+        qformer.lock_text()
     return Stage1(
         qformer,
         vision,

@@ -109,8 +109,10 @@ class QFormer(nn.Module):
         eps: float = 1e-12,
         dropout: float = 0.1,
         attention_dropout: float = 0.1,
+        text_pool: str = "cls",
     ) -> None:
         super().__init__()
+        self.text_pool = text_pool
         if width % heads:
             raise ValueError(f"width {width} is not divisible by {heads} heads")
         self.width, self.depth, self.image_width, self.num_queries = width, depth, image_width, queries
@@ -137,6 +139,20 @@ class QFormer(nn.Module):
         self.head_chunk: int | None = None
         self._compiled: dict[str, Callable[..., Any]] = {}
         self.reset_parameters()
+
+    def lock_text(self) -> None:
+        """Take all that text alone goes through out of training: embeddings, self-attention, text feed-forwards.
+
+        The queries share the self-attention, and keep it as it is too (LiT, arXiv 2111.07991).
+        """
+        if self.embeddings is not None:
+            self.embeddings.requires_grad_(False)
+        for layer in self._layers():
+            layer.self_attention.requires_grad_(False)
+            if layer.text_ff is not None:
+                layer.text_ff.requires_grad_(False)
+        # the norm of the embeddings is the text's; the queries learn what stands before it
+        self.embedding_norm.requires_grad_(False)
 
     def compile_layers(self, **options: Any) -> None:
         """Run compiled layers where a gradient is wanted; options of `torch.compile`."""
@@ -180,12 +196,15 @@ class QFormer(nn.Module):
         return x_BQD, cache
 
     def encode_text(self, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
-        """Text alone; returns [N, D], the output at each row's first token ([CLS])."""
+        """Text alone; returns [N, D]: the output at each row's first token ([CLS]), or the mean over its tokens."""
         packing = Packing(mask_NT)
         x_MD = self._text_embeddings(ids_NT, packing)
         mask = None if packing.full else packing.mask_NT[:, None, None, :]
-        for layer in self._layers()[:-1]:
+        pooled = self.text_pool == "mean"
+        for layer in self._layers() if pooled else self._layers()[:-1]:
             x_MD = self._run(QFormerLayer.text, layer, x_MD, packing, mask)
+        if pooled:
+            return packing.mean(x_MD)
         out: Tensor = self._run(QFormerLayer.text, self._layers()[-1], x_MD, packing, mask, first=True)
         return out
 

@@ -43,6 +43,11 @@ class Packing:
             x_MD = x_MD.new_zeros(self.rows * self.length, x_MD.shape[-1]).index_copy(0, self.flat_M, x_MD)
         return x_MD.view(self.rows, self.length, -1)
 
+    def mean(self, x_MD: Tensor) -> Tensor:
+        """[M, D] -> [N, D]: the mean over each row's real tokens."""
+        counts_N1 = self.mask_NT.sum(dim=1, keepdim=True).to(x_MD.dtype)
+        return self.unpack(x_MD).sum(dim=1) / counts_N1
+
     def first(self, x_MD: Tensor) -> Tensor:
         """[M, D] -> [N, D]: the first token of each row ([CLS])."""
         if self.flat_M is None:

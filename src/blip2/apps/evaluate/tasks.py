@@ -235,8 +235,10 @@ def retrieve(model: Blip2, data: Collection, folder: Folder, k: int, itc_weight:
     for entry, sample, rank, scores in zip(entries, data.samples, ranks, reranked[0], strict=True):
         entry |= {"found": texts[int(scores.argmax())], "references": list(sample.captions), "rank": int(rank)}
         entry["score"] = -float(rank)
-    notes = (f"{len(data.samples)} images, {len(texts)} texts, {sum(map(len, pairs))} pairs matched",)
-    return Outcome(metrics, {}, entries, len(data.samples), notes)
+    notes = [f"{len(data.samples)} images, {len(texts)} texts, {sum(map(len, pairs))} pairs matched"]
+    if not model.learned_itm:
+        notes.append("this model was trained without ITM: what is re-ranked means nothing")
+    return Outcome(metrics, {}, entries, len(data.samples), tuple(notes))
 
 
 def _matches(model: Blip2, features_1PC: Tensor, texts: list[str], chosen: npt.NDArray[np.int64]) -> dict[str, Any]:

@@ -47,9 +47,8 @@ def add_commands(commands: Parsers[argparse.ArgumentParser], add_model: AddModel
     search.add_argument(
         "--rerank",
         type=int,
-        default=128,
         metavar="N",
-        help="best N re-ranked by ITM; 0 for none (default: %(default)s)",
+        help="best N re-ranked by ITM; 0 for none (default: 128, or 0 where the model never learned ITM)",
     )
     search.add_argument(
         "--in", dest="within", choices=("images", "captions", "both"), default="images", help="(default: images)"

@@ -31,6 +31,7 @@ from blip2.inference import Blip2, load
 from blip2.reading import ImageLike, open_image
 
 FIELDS = ("images", "captions", "both")
+_RERANKED = 128
 _POOL = 4  # candidates of an approximate engine that are scored exactly, per one that is wanted
 
 
@@ -123,7 +124,7 @@ class Index:
         image: ImageLike | None = None,
         *,
         k: int = 20,
-        rerank: int = 128,
+        rerank: int | None = None,
         within: str = "images",
         progress: bool = False,
     ) -> list[Hit]:
@@ -133,7 +134,8 @@ class Index:
             text: what to see; an image scores the largest cosine over its query embeddings.
             image: picture to compare with; the mean over its query embeddings of that largest cosine.
             rerank: best candidates of a text whose ITM logit is added to their score, as in the
-                paper's retrieval; each is read and encoded again. 0 for none.
+                paper's retrieval; each is read and encoded again. 0 for none; None takes 128, and none
+                where the model never learned ITM.
             within: `images`, stored `captions`, or `both`.
 
         Several scores (text and image, or both fields) are each shifted and scaled to mean 0 and
@@ -142,6 +144,8 @@ class Index:
         Raises:
             ConfigError: nothing to search for, or captions that are not stored.
         """
+        if rerank is None:
+            rerank = _RERANKED if text and self.model.learned_itm else 0
         if k < 1 or rerank < 0:
             raise ConfigError(f"k is {k} and rerank is {rerank}: they must be at least 1 and 0")
         parts = self._parts(text, image, within)
