@@ -114,7 +114,13 @@ def test_recipes_survive_json(name: str) -> None:
     config = recipe(name)
     assert config.recipe == name
     task = name.split("/")[1].removeprefix("demo-")
-    assert config.stage == {"caption": "stage2", "vqa": "stage2", "retrieval": "stage1"}.get(task, task)
+    assert config.stage == {
+        "caption": "stage2",
+        "vqa": "stage2",
+        "answers": "stage2",
+        "retrieval": "stage1",
+        "search": "stage1",
+    }.get(task, task)
     assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 

@@ -86,11 +86,24 @@ def test_words_that_recur_are_kept_and_the_rest_is_berts(run: Path, bert: Path, 
     assert {lazy.dtype for name, lazy in stored.items() if name not in ("temp", slim.ROWS)} == {torch.bfloat16}
 
 
-def test_all_words_without_a_data_set(run: Path, tmp_path: Path) -> None:
+def test_all_words_that_moved_without_a_data_set(run: Path, bert: Path, tmp_path: Path) -> None:
     convert(run, tmp_path / "slim", "slim", stage1="first")
     found = open_checkpoint(tmp_path / "slim")
-    assert found.tensors[slim.WORDS].shape == (len(WORDS) + 1, 8)
+    own = open_checkpoint(run).tensors[slim.WORDS].read().to(torch.bfloat16).float()
+    assert torch.equal(found.tensors[slim.WORDS].read(), own)
     assert found.config.init == "first"
+
+
+def test_words_that_did_not_move_are_left_out_exactly(run: Path, bert: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(run)
+    words = checkpoint.tensors[slim.WORDS].read().clone()
+    words[:-1] = BertModel.from_pretrained(bert, add_pooling_layer=False).embeddings.word_embeddings.weight.detach()
+    words[6] += 1.0
+    checkpoint.tensors[slim.WORDS] = checkpoint.tensors[slim.WORDS].of(words)
+    small = slim.slim(checkpoint, None)
+    assert small[slim.ROWS].read().tolist() == [6, len(WORDS)]
+    whole = slim.whole(small, checkpoint.config.qformer, "run")[slim.WORDS].read()
+    assert torch.equal(whole[:6], words[:6])  # in full precision: they are BERT's own
 
 
 def test_rows_that_the_vocabulary_does_not_have(run: Path, tmp_path: Path) -> None:

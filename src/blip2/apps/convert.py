@@ -87,8 +87,9 @@ def convert(
         target: folder for `blip2`, `slim` and `hf`, file (`.pth`) for `lavis`; must not exist yet.
         to: `blip2`, `hf`, `lavis`, or `slim`: a run of ours to hand on, in bf16 and without its towers.
         progress: called with bytes written, then with bytes read back.
-        words: of `slim`: keep only the embeddings of words that the captions of this data set have more
-            than once; the rest is again that of `qformer.init` when the file is opened. None keeps all.
+        words: of `slim`: of the word embeddings that training moved keep only those of words that the
+            captions of this data set have more than once; the rest is again that of `qformer.init` when
+            the file is opened. None keeps all that moved.
         stage1: of `slim`: name of the stage 1 beside a stage 2, for embeddings and matches.
 
     Raises:

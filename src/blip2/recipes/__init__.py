@@ -14,6 +14,8 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "tiny/caption": tiny.caption,
     "tiny/vqa": tiny.vqa,
     "tiny/retrieval": tiny.retrieval,
+    "tiny/search": tiny.search,
+    "tiny/answers": tiny.answers,
     "tiny/demo-stage1": tiny.demo_stage1,
     "tiny/demo-stage2": tiny.demo_stage2,
     "vitg-opt2.7b/stage1": paper.vitg_opt_stage1,

@@ -108,6 +108,39 @@ def retrieval() -> RunConfig:
     )
 
 
+def search() -> RunConfig:
+    """Embeddings for search: ITC alone against MiniLM's own sentence embeddings, kept as they are.
+
+    `blip2 train tiny/search --out runs/search`; 20 minutes on one core, after every image was encoded once.
+    """
+    base = stage1()
+    return replace(
+        base,
+        recipe="tiny/search",
+        vision=replace(base.vision, token_drop=0.3),
+        qformer=replace(base.qformer, text_pool="mean", lock_text=True),
+        loss=LossConfig(itm=0.0, itg=0.0),
+        optim=OptimConfig(lr=1e-3, min_lr=1e-5, warmup=30),
+        train=TrainConfig(steps=420, batch=96, eval_every=70, save_every=70),
+    )
+
+
+def answers() -> RunConfig:
+    """Captions and questions about the same images, from a stage-2 run: four texts of an image in one step.
+
+    `blip2 train tiny/answers --init runs/s2 --out runs/answers`; about 50 minutes on 2 cores.
+    """
+    base = stage2()
+    return replace(
+        base,
+        recipe="tiny/answers",
+        vision=replace(base.vision, token_drop=0.25),
+        data=replace(base.data, texts="both", texts_per_image=4),
+        optim=OptimConfig(lr=1e-3, min_lr=2e-5, warmup=30, qformer_scale=0.3),
+        train=TrainConfig(steps=420, batch=20, eval_every=140, save_every=50),
+    )
+
+
 def demo_stage1() -> RunConfig:
     """The first of `make demo`: a taste of stage 1 on 960 images, with 8 queries.
 

@@ -1,4 +1,4 @@
-"""Small weight files: bf16, and of the word embeddings only the rows that training texts have.
+"""Small weight files: bf16, and of the word embeddings only the rows that training moved.
 
 Words are over a third of a small stage-1 bridge, and most of them no training text has. Their rows are
 left out, and are again those of the checkpoint that the Q-Former started from when the file is opened.
@@ -20,25 +20,29 @@ ROWS, VALUES = "qformer.embeddings.word.rows", "qformer.embeddings.word.values"
 
 
 def slim(found: Checkpoint, rows: Tensor | None) -> Tensors:
-    """The tensors of a checkpoint in bf16; of its word embeddings only `rows` and [DEC].
+    """The tensors of a checkpoint in bf16; of its word embeddings only those that training moved.
 
     Args:
-        rows: int64, words to keep; None keeps all. Ignored where there is no text branch.
-
-    Raises:
-        CheckpointError: the words that are left out are not to be had again from `qformer.init`.
+        rows: int64, keep no other words than these and [DEC]; None keeps all that moved. Ignored
+            where there is no text branch.
     """
     out = {name: _half(lazy) for name, lazy in found.tensors.items()}
-    if rows is None or WORDS not in out:
+    words = found.tensors.get(WORDS)
+    if words is None or _shape(found.config.qformer) != words.shape:
         return out
-    words = out.pop(WORDS)
-    vocabulary, width = words.shape
-    if _shape(found.config.qformer) != words.shape:
-        raise CheckpointError(f"{found.source}: its words are not those of {found.config.qformer.init}: keep all")
-    kept = torch.cat([rows, torch.tensor([vocabulary - 1])]).unique()
+    del out[WORDS]
+    moved = _moved(words.read().float(), bert_words(found.config.qformer.init))
+    kept = moved if rows is None else moved[torch.isin(moved, torch.cat([rows, moved[-1:]]))]
     out[ROWS] = LazyTensor.of(kept.to(torch.int32))
-    out[VALUES] = LazyTensor((len(kept), width), words.dtype, lambda: words.read()[kept])
+    out[VALUES] = LazyTensor((len(kept), words.shape[1]), torch.bfloat16, lambda: words.read()[kept].to(torch.bfloat16))
     return out
+
+
+def _moved(words: Tensor, before: Tensor) -> Tensor:
+    """Rows that are not what they began as, [DEC] last among them."""
+    same = torch.zeros(len(words), dtype=torch.bool)
+    same[: len(before)] = (words[: len(before)] == before).all(dim=1)
+    return (~same).nonzero()[:, 0]
 
 
 def whole(tensors: Tensors, config: QFormerConfig, source: str) -> Tensors:
