@@ -88,20 +88,23 @@ def step_timeline(
     batch: int,
     machine: Machine,
     *,
-    text_tokens: int = TEXT_TOKENS,
-    longest: int = LONGEST_TEXT,
+    text_tokens: int | None = None,
+    longest: int | None = None,
 ) -> list[int]:
     """Bytes beside the weights and the optimizer's state, after each operation of a micro-batch's step.
 
     Args:
         model: on the meta device, in train mode.
-        text_tokens: real tokens of all texts but one.
+        text_tokens: real tokens of all texts but one; None takes natural captions (`TEXT_TOKENS`), in
+            stage 2 behind the prompt and with one mark, not two.
         longest: of that one.
     """
     _prepare(model, config, machine)
     live = LiveBytes(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    ids_NT, mask_NT = _texts(batch * config.data.texts_per_image, text_tokens, longest)
+    more = PROMPT_TOKENS - 1 if config.stage == "stage2" else 0
+    sizes = text_tokens or TEXT_TOKENS + more, longest or LONGEST_TEXT + more
+    ids_NT, mask_NT = _texts(batch * config.data.texts_per_image, *sizes)
     with live, DeviceKernels(machine) as kernels:
         if config.train.accumulate > 1:
             for p in trained:
