@@ -34,6 +34,9 @@ from blip2.models.vision_encoder import vision_encoder_from_config
 BATCHES = (1, 8, 16, 32, 64, 128)
 # In float32.
 WEIGHT_BYTES = GRADIENT_BYTES = 4
+# What glibc keeps of freed memory, as a share of all that a step allocates: measured 13 to 14% where it gives
+# back what is larger than 1 MB, 23% as it comes (`benchmarks.estimate_memory`, docs/performance.md).
+CPU_WORKSPACE = 0.15
 # Cards to fit, in GB of 1e9 bytes, and the share of one that is left to workspace and fragmentation.
 CARDS = (16, 24, 40, 80)
 LEFT_FREE = 0.1
@@ -74,10 +77,11 @@ def measure(config: RunConfig, *, accelerator: bool | None = None) -> dict[str, 
     machine, card = Machine.of(config, accelerator), Machine.of(config, True)
     layers = quantized_layers(model.language_model.model) if isinstance(model, Stage2) else []
     state = state_bytes([p for p in model.parameters() if p.requires_grad], config.optim)
+    own = trained * (WEIGHT_BYTES + GRADIENT_BYTES) + state
 
     def weights(quantize: str | None, machine: Machine) -> int:
         packed = sum(layer.weight.numel() for layer in layers) if quantize else 0
-        plain = trained * (WEIGHT_BYTES + GRADIENT_BYTES) + state + (frozen - packed) * machine.frozen.itemsize
+        plain = own + (frozen - packed) * machine.frozen.itemsize
         return plain + (quantized_bytes(layers, quantize) if quantize else 0)
 
     quantize = config.language.quantize
@@ -86,6 +90,7 @@ def measure(config: RunConfig, *, accelerator: bool | None = None) -> dict[str, 
     by_kind = {kind: weights(kind, card) for kind in ((None, *QUANTIZE) if layers else (None,))}
     for batch in sorted({*BATCHES, config.train.batch // config.train.accumulate}):
         sizes = {"weights_gb": weights(quantize, machine), "activations_gb": activations(batch)}
+        sizes["workspace_gb"] = 0 if accelerator else int(CPU_WORKSPACE * (own + sizes["activations_gb"]))
         sizes["total_gb"] = sum(sizes.values())
         memory.append({"batch": batch, **{name: round(size / 1e9, 3) for name, size in sizes.items()}})
     return {
@@ -112,6 +117,7 @@ def measure(config: RunConfig, *, accelerator: bool | None = None) -> dict[str, 
             "longest_text": LONGEST_TEXT,
             "texts_per_image": config.data.texts_per_image,
             "token_drop": config.vision.token_drop,
+            "workspace": 0.0 if accelerator else CPU_WORKSPACE,
             "features": "cached" if config.data.cache_features else "encoded",
             "checkpoint": config.train.checkpoint,
             "head_chunk": config.train.head_chunk,
@@ -225,11 +231,12 @@ def _text(numbers: dict[str, Any]) -> str:
     rows = [(r["part"], r["trained"], r["frozen"]) for r in numbers["parameters"]]
     for part, trained, frozen in [*rows, ("total", numbers["trained"], numbers["frozen"])]:
         lines.append(f"{part:<16}{trained:>14,}{frozen:>16,}")
-    lines += ["", f"{'GB per process':<24}{'weights':>10}{'activations':>13}{'total':>10}"]
+    lines += ["", f"{'GB per process':<24}{'weights':>10}{'activations':>13}{'workspace':>11}{'total':>10}"]
     own = given["recipe_batch"] // given["accumulate"]
     for row in numbers["memory"]:
         label = f"batch {row['batch']}" + (" (recipe)" if row["batch"] == own else "")
-        lines.append(f"{label:<24}{row['weights_gb']:>10.2f}{row['activations_gb']:>13.2f}{row['total_gb']:>10.2f}")
+        sizes = f"{row['weights_gb']:>10.2f}{row['activations_gb']:>13.2f}{row['workspace_gb']:>11.2f}"
+        lines.append(f"{label:<24}{sizes}{row['total_gb']:>10.2f}")
     lines += ["", f"Largest micro-batch that fits a card, {LEFT_FREE:.0%} of it left free:"]
     for fit in numbers["fits"]:
         answer = f"{fit['micro_batch']:,}" if fit["micro_batch"] else f"does not fit: {fit['advice']}"
@@ -246,9 +253,15 @@ def _assumed(given: dict[str, Any]) -> list[str]:
     text = (
         f"Assumed: {given['device']}, {precision}; {sum(each.values()):g} bytes per trained parameter (fp32 weight, "
         f"gradient, {each['optimizer']:g} of {given['optimizer']}), {frozen}; {_settings(given)}; one process (DDP "
-        "adds 4 bytes per trained parameter). Kernels' workspace and fragmentation come on top."
+        f"adds 4 bytes per trained parameter). {_workspace(given['workspace'])}"
     )
     return textwrap.wrap(text, 90)
+
+
+def _workspace(share: float) -> str:
+    if not share:
+        return "Kernels' workspace and fragmentation come on top."
+    return f"Workspace: {share:.0%} of all but frozen weights, which the C library's allocator keeps of what is freed."
 
 
 def _settings(given: dict[str, Any]) -> str:
