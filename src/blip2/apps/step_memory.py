@@ -128,23 +128,24 @@ def step_curve(model: Stage1 | Stage2, config: RunConfig, machine: Machine) -> C
     """Most bytes beside the weights and the optimizer's state, as a function of the micro-batch.
 
     Three counts give it: at every moment of a step bytes grow linearly with the batch, but for ITC's
-    similarities in stage 1, which grow with its square (two counts do for stage 2). Where a step takes
-    more operations in a larger batch (`train.head_chunk`), two larger counts give a line.
+    similarities in stage 1, which grow with its square (two counts do for stage 2). With
+    `train.head_chunk`, where a larger batch takes more operations, two counts large enough for
+    several chunks give a line.
     """
+    if config.train.head_chunk is not None:
+        low = max(2 * COUNTED[0], -(-2 * config.train.head_chunk // TEXT_TOKENS))
+        at_low, at_high = (max(step_timeline(model, config, batch, machine)) for batch in (low, 2 * low))
+        return lambda batch: max(0, at_low + (at_high - at_low) * (batch - low) // low)
     first, counted = COUNTED[0], COUNTED if config.stage == "stage1" else COUNTED[:2]
     found = [np.array(step_timeline(model, config, batch, machine), dtype=np.int64) for batch in counted]
-    if len({len(timeline) for timeline in found}) == 1:
-        start, slope = found[0], found[1] - found[0]
-        bend = found[2] - 2 * found[1] + found[0] if len(found) > 2 else np.zeros_like(start)
+    start, slope = found[0], found[1] - found[0]
+    bend = found[2] - 2 * found[1] + found[0] if len(found) > 2 else np.zeros_like(start)
 
-        def peak(batch: int) -> int:
-            more = batch - first
-            return int((start + more * slope + more * (more - 1) // 2 * bend).max())
+    def peak(batch: int) -> int:
+        more = batch - first
+        return int((start + more * slope + more * (more - 1) // 2 * bend).max())
 
-        return peak
-    low, high = 2 * first, 4 * first
-    at_low, at_high = (max(step_timeline(model, config, batch, machine)) for batch in (low, high))
-    return lambda batch: max(0, at_low + (at_high - at_low) * (batch - low) // (high - low))
+    return peak
 
 
 def _prepare(model: Stage1 | Stage2, config: RunConfig, machine: Machine) -> None:
