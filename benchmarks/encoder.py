@@ -49,10 +49,12 @@ def _side(settings: dict[str, Any], encode: Any) -> Side:
 
 
 def ours(settings: dict[str, Any]) -> Side:
-    """Our encoder, as a run uses it."""
+    """Our encoder, as a run uses it: its blocks compiled or not."""
     torch.manual_seed(3)
     encoder = vision_encoder_from_config(_config(settings["size"]["name"])).to(settings["device"])
     freeze(encoder)
+    if settings.get("compiled"):
+        encoder.compile_blocks()
     return _side(settings, encoder)
 
 

@@ -329,7 +329,8 @@ class TrainConfig:
             backward pass instead of keeping them.
         head_chunk: rows of logits of the output head (ITG, language model) held at a time, each chunk
             computed again in the backward pass; None holds all.
-        compile: run Q-Former layers and language-model blocks compiled; needs a C++ compiler.
+        compile: run Q-Former layers, language-model blocks and the blocks of a frozen image encoder
+            compiled; needs a C++ compiler. Texts are padded to one of a few lengths.
     """
 
     steps: int = 1000

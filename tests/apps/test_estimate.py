@@ -13,7 +13,7 @@ import transformers
 
 from blip2.apps import estimate as app
 from blip2.apps.cli import main
-from blip2.configs import LanguageConfig, LoraConfig, QFormerConfig, RunConfig, TrainConfig, VisionConfig
+from blip2.configs import LanguageConfig, LoraConfig, OptimConfig, QFormerConfig, RunConfig, TrainConfig, VisionConfig
 from blip2.errors import ConfigError
 from blip2.models.freezing import parameter_table
 from blip2.recipes import recipe
@@ -74,6 +74,12 @@ def test_numbers_add_up(tmp_path: Path, stage: str) -> None:
     for row in gpu["memory"]:
         assert row["weights_gb"] == pytest.approx(weights / 1e9, abs=6e-4)
         assert row["total_gb"] == pytest.approx(row["weights_gb"] + row["activations_gb"], abs=2e-3)
+    assert gpu["assumptions"]["workspace"] == 0
+    for row in cpu["memory"]:
+        held = row["activations_gb"] + 16e-9 * cpu["trained"]
+        assert row["workspace_gb"] == pytest.approx(app.CPU_WORKSPACE * held, abs=2e-3)
+        parts = row["weights_gb"] + row["activations_gb"] + row["workspace_gb"]
+        assert row["total_gb"] == pytest.approx(parts, abs=2e-3)
     activations = [row["activations_gb"] for row in cpu["memory"]]
     assert activations == sorted(activations)
     assert activations[-1] == pytest.approx(2 * activations[-2], rel=0.2)
@@ -152,6 +158,30 @@ def test_larger_cards_fit_more_and_advice_is_printed(capsys: pytest.CaptureFixtu
     assert [fit["card_gb"] for fit in fits] == [16, 24, 40, 80]
     assert fits[0] == {"card_gb": 16, "micro_batch": 0, "advice": "try --language.quantize nf4"}
     assert 0 < fits[2]["micro_batch"] < fits[3]["micro_batch"]
+
+
+def test_settings_that_change_memory_are_counted_and_said(tmp_path: Path) -> None:
+    base = run_of_folders(tmp_path, "stage2")
+    config = replace(
+        base,
+        vision=replace(base.vision, token_drop=0.5),
+        data=replace(base.data, texts_per_image=3),
+        optim=OptimConfig(name="sgd"),
+        train=TrainConfig(batch=16, checkpoint=True, head_chunk=32),
+    )
+    plain, saving = (app.measure(c, accelerator=True) for c in (base, config))
+    assert plain["assumptions"]["bytes_per_trained_parameter"] == {"weight": 4, "gradient": 4, "optimizer": 8}
+    assert saving["assumptions"]["bytes_per_trained_parameter"]["optimizer"] == 4
+    text = " ".join(app.estimate(config, accelerator=True).split())
+    for said in (
+        "12 bytes per trained parameter",
+        "4 of sgd",
+        "3 of them per image",
+        "50% of the patches dropped",
+        "computed again",
+        "32 rows of logits",
+    ):
+        assert said in text
 
 
 def test_device_follows_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

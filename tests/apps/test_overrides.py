@@ -129,3 +129,17 @@ def test_help_shows_every_setting() -> None:
     for name in ("--optim.lr", "--train.steps", "--loss.itc_one_sided", "--data.cache_features", "--init"):
         assert name in text
     assert all(long in text for long in SHORT.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dev"),
+    [
+        ([], "flickr8k:dev"),
+        (["--data", "photos"], None),
+        (["--data=photos"], None),
+        (["--data.train", "easy-vqa:train"], "easy-vqa:dev"),
+        (["--data", "photos", "--data.dev", "other"], "other"),
+    ],
+)
+def test_other_training_data_bring_their_own_dev_set(arguments: list[str], dev: str | None) -> None:
+    assert with_overrides(recipe("tiny/stage1"), arguments).data.dev == dev

@@ -216,6 +216,46 @@ def test_full_packing_is_a_view() -> None:
     assert torch.equal(packing.first(packing.pack(x)), x[:, 0])
 
 
+def every_pass(qformer: QFormer, features: Tensor, lengths: list[int]) -> list[Tensor]:
+    """Outputs of all passes over text, and gradients of all parameters."""
+    torch.manual_seed(3)
+    ids, mask = texts(lengths)
+    kv = qformer.project_image(features)
+    _, cache = qformer.encode_queries(kv)
+    at, _ = next_token_positions(mask)
+    found = [
+        qformer.encode_text(ids, mask),
+        qformer.encode_pair(ids, mask, kv),
+        qformer.decode_text(ids, mask, cache, at),
+    ]
+    weight = torch.Generator().manual_seed(1)
+    sum((x * torch.randn(x.shape, generator=weight, dtype=x.dtype)).sum() for x in found).backward()  # type: ignore[union-attr]
+    grads = [p.grad for p in qformer.parameters() if p.grad is not None]
+    qformer.zero_grad()
+    return [x.detach() for x in found] + grads
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_padding_to_a_few_lengths_changes_nothing(
+    lengths: list[int], dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qformer, features = make(dropout=dropout), images(len(lengths))
+    plain = every_pass(qformer, features, lengths)
+    monkeypatch.setattr(QFormer, "_packing", lambda self, mask: Packing(mask, bucketed=True))
+    for ours, theirs in zip(every_pass(qformer, features, lengths), plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_bucketed_packing_is_padded_and_never_full() -> None:
+    packing, x = Packing(torch.ones(2, 3), bucketed=True), torch.randn(2, 3, 4)
+    assert (packing.longest, packing.length, packing.full) == (3, 8, False)
+    assert torch.equal(packing.pack(x), x.flatten(0, 1))
+    assert torch.equal(packing.unpack(packing.pack(x))[:, :3], x)
+    assert not packing.unpack(packing.pack(x))[:, 3:].any()
+    assert Packing(torch.ones(2, 9), bucketed=True).length == 16
+
+
 def test_dropout_acts_only_while_training() -> None:
     qformer, features = make(dropout=0.5, attention_dropout=0.5), images(2)
     kv = qformer.project_image(features)

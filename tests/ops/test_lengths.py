@@ -7,7 +7,7 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from blip2.ops.lengths import length_groups
+from blip2.ops.lengths import bucket, length_groups
 
 
 def cost(groups: list[list[int]], lengths: list[int], overhead: int) -> int:
@@ -23,6 +23,10 @@ def best(lengths: list[int], overhead: int) -> int:
             ends = [0, *places, len(order)]
             found.append(cost([order[a:b] for a, b in pairwise(ends)], lengths, overhead))
     return min(found)
+
+
+def test_buckets_are_the_next_multiples_of_eight() -> None:
+    assert [bucket(length) for length in (1, 7, 8, 9, 16, 17)] == [8, 8, 8, 16, 16, 24]
 
 
 @pytest.mark.parametrize("overhead", [0, 3, 20, 1000])

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import blip2
+from blip2.errors import ConfigError
 from blip2.weights.checkpoints import located
 
 pytestmark = pytest.mark.skipif(
@@ -118,5 +119,5 @@ def test_captions_most_similar_first(tmp_path: Path) -> None:
         likeness = model.similarity([picture], after)[0].tolist()
         assert likeness == sorted(likeness, reverse=True)
         assert likeness[0] == pytest.approx(float(model.similarity([picture], before).max()), abs=1e-5)
-    with pytest.raises(blip2.ConfigError, match="rerank is 2: it must be 0, or num"):
+    with pytest.raises(ConfigError, match="rerank is 2: it must be 0, or num"):
         model.caption(pictures, num=3, rerank=2)

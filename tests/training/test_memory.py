@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Gemma2Config
+from transformers import Dinov2Config, Gemma2Config
 
 from blip2.configs import LanguageConfig, LossConfig, OptimConfig, RunConfig, TrainConfig
 from blip2.errors import ConfigError
 from blip2.models.language_loading import language_model_from_config
+from blip2.models.vision_encoder import vision_encoder_from_config
 from blip2.training import checkpoint
 from blip2.training.memory import apply_settings, require_compiler
 from blip2.training.objectives import Stage1Objective, Stage2Objective
@@ -129,6 +130,45 @@ def test_layers_are_captured_whole_at_every_length(kind: str, tiny: Any) -> None
     assert_same(result(tiny, kind, compiled("eager"), seeds=3), result(tiny, kind, nothing, seeds=3))
     assert counters["stats"]["unique_graphs"] > 0
     assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_compiled_after_three_steps(kind: str, tiny: Any) -> None:
+    """Ten steps, captions of other lengths in each; dynamo traces, and counts what it would compile."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    made = objective(tiny, kind).train()
+    compiled("eager")(made.model)
+    graphs = []
+    for seed in range(10):
+        losses = made(tiny.batch(8, seed=seed), 0)
+        torch.stack(list(losses.values())).sum().backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert graphs[2:] == [graphs[2]] * 8
+
+
+def test_the_frozen_encoder_is_compiled_with_the_same_features(tiny: Any) -> None:
+    torch._dynamo.reset()
+    made = objective(tiny, "stage1").model
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    encoder = vision_encoder_from_config(Dinov2Config(hidden_size=16, **sizes), layer=-2)
+    pixels = torch.randn(2, 3, 28, 28)
+    plain = encoder(pixels)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    encoder.compile_blocks(backend="eager")
+    torch.testing.assert_close(encoder(pixels), plain)
+    assert counters["stats"]["unique_graphs"] > 0
+    made.vision = encoder
+    seen: list[bool] = []
+    made.vision.compile_blocks = lambda **_: seen.append(True)
+    apply_settings(made, TrainConfig(compile=True))
+    encoder.unfreeze()
+    apply_settings(made, TrainConfig(compile=True))
+    assert seen == [True]
 
 
 @pytest.mark.slow

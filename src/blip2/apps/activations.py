@@ -1,42 +1,39 @@
-"""What training keeps for the backward pass, counted tensor by tensor on the meta device.
+"""The losses of a step on the meta device, with what a machine's kernels keep for the backward pass.
 
-Meta tensors have shapes but no memory, so a model of any size is counted in a second. They know
+Meta tensors have shapes but no memory, so a model of any size is run in a second. They know
 neither autocast nor fused kernels: `DeviceKernels` makes them keep what those keep.
 
-Shape letters: B batch, T text tokens, P patches, C image-encoder channels, Q queries, H
+Shape letters: B batch, N texts, T text tokens, P patches, C image-encoder channels, Q queries, H
 language-model width, M target positions, V vocabulary.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from blip2.configs import LossConfig, RunConfig
-from blip2.models.freezing import is_adapter
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
-from blip2.models.vision_encoder import VisionEncoder
 from blip2.ops import contrastive, losses
 from blip2.training.parallel import fast_bf16
 
-# A caption with its special tokens; natural ones average 12 of them, the longest of a batch has more.
-TEXT_TOKENS = 16
+# A caption with its special tokens: the mean of natural ones, and the longest of a batch.
+TEXT_TOKENS, LONGEST_TEXT = 12, 20
 # "a photo of": in front of the caption in stage 2, and not predicted.
 PROMPT_TOKENS = 3
 
 _MATMULS = {F.linear, torch.matmul, torch.bmm, torch.baddbmm, torch.addmm, torch.einsum}
 _MATMULS |= {torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.bmm}
 _FLOAT32 = {F.layer_norm, F.softmax, F.log_softmax, torch.softmax, torch.Tensor.softmax}
+# Meta kernels of these mind an index that is on the CPU, for its values.
+_INDEXED = {torch.Tensor.index_copy, torch.Tensor.index_select, F.embedding, F.cross_entropy}
 
 
 @dataclass(frozen=True)
@@ -65,78 +62,6 @@ class Machine:
         )
 
 
-def saved_bytes(module: nn.Module, forward: Callable[[], Any]) -> int:
-    """Bytes that the graph of `forward`'s result keeps for the backward pass, on any device.
-
-    Counts distinct storages; the module's own parameters and buffers are left out.
-    """
-    kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
-
-    def pack(tensor: Tensor) -> _Kept:
-        box = _Kept(tensor)
-        kept.add(box)
-        return box
-
-    with saved_tensors_hooks(pack, lambda box: box.tensor):
-        result = forward()
-    own = {t.untyped_storage()._cdata for t in chain(module.parameters(), module.buffers())}
-    storages = {storage._cdata: storage for storage in (box.tensor.untyped_storage() for box in kept)}
-    del result  # what kept the graph, and so the boxes, alive until here
-    return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
-
-
-class _Kept:
-    """A saved tensor; lives as long as the graph that needs it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        # A saved output holds the graph that holds this box, which would then never be freed.
-        self.tensor = tensor.detach()
-
-
-def activation_bytes(
-    model: Stage1 | Stage2, config: RunConfig, batch: int, machine: Machine, *, text_tokens: int = TEXT_TOKENS
-) -> int:
-    """Bytes that one micro-batch keeps for its backward pass, on a model of the meta device.
-
-    Args:
-        text_tokens: real tokens of every text.
-    """
-    vision = model.vision
-    assert isinstance(vision, VisionEncoder)
-    if isinstance(model, Stage2):
-        model.language_model.to(machine.frozen)
-        for name, p in model.language_model.named_parameters():
-            if is_adapter(name):
-                p.data = p.data.float()
-    side = vision.size
-    pixels_B3SS = torch.empty(batch, 3, side, side, device="meta")
-    features_BPC = torch.empty(batch, vision.tokens, vision.width, device="meta", dtype=machine.frozen)
-    ids_BT = torch.empty(batch, text_tokens, device="meta", dtype=torch.int64)
-    # Lengths are read from the mask: it alone has values.
-    mask_BT = torch.ones(batch, text_tokens, dtype=torch.bool)
-
-    def forward() -> list[Tensor]:
-        with DeviceKernels(machine):
-            # An encoder that trains keeps its own activations; its weights are in float32.
-            seen_BPC = features_BPC if vision.frozen else model.features(pixels_B3SS)
-            if isinstance(model, Stage2):
-                return [_stage2_loss(model, seen_BPC, ids_BT, mask_BT)]
-            return _stage1_losses(model, config.loss, seen_BPC, ids_BT, mask_BT)
-
-    return saved_bytes(model, forward)
-
-
-def activation_curve(model: Stage1 | Stage2, config: RunConfig, machine: Machine) -> Callable[[int], int]:
-    """`activation_bytes` as a function of the batch size, from three counts.
-
-    Tensors grow linearly with the batch, but for ITC's similarities, which grow with its square.
-    A batch of one has no negatives in truth, so that it keeps a little less.
-    """
-    at_2, at_3, at_4 = (activation_bytes(model, config, batch, machine) for batch in (2, 3, 4))
-    slope, bend = at_3 - at_2, at_4 - 2 * at_3 + at_2
-    return lambda batch: at_2 + (batch - 2) * slope + (batch - 2) * (batch - 3) // 2 * bend
-
-
 def _stage1_losses(
     model: Stage1, loss: LossConfig, features_BPC: Tensor, ids_BT: Tensor, mask_BT: Tensor
 ) -> list[Tensor]:
@@ -153,24 +78,28 @@ def _stage1_losses(
         out.append(losses.itc_loss(i2t_BB, t2i_BB, targets_BB, label_smoothing=loss.itc_smoothing))
     if loss.itm:
         own = model.match_logits(ids_BT.repeat(2, 1), mask_BT.repeat(2, 1), image_kv)
-        rows = torch.cat([own, model.match_logits(ids_BT, mask_BT, image_kv.take(ids_BT[:, 0]))])
-        out.append(losses.itm_loss(rows, ids_BT.new_zeros(len(rows))))
+        pairs_N2 = torch.cat([own, model.match_logits(ids_BT, mask_BT, image_kv.take(ids_BT[:, 0]))])
+        out.append(losses.itm_loss(pairs_N2, ids_BT.new_zeros(len(pairs_N2))))
     if loss.itg:
         at_BT, predicted_BT = losses.next_token_positions(mask_BT)
-        logits_MV = model.qformer.decode_text(ids_BT, mask_BT, cache, at_BT)
-        out.append(losses.itg_loss(logits_MV, ids_BT[predicted_BT], label_smoothing=loss.itg_smoothing))
+        states_MD = model.qformer.decode_states(ids_BT, mask_BT, cache, at_BT)
+        targets_M, rows = ids_BT[predicted_BT], model.qformer.head_chunk
+        smoothing = loss.itg_smoothing
+        each_M = losses.head_loss(states_MD, model.qformer.predict, targets_M, rows=rows, label_smoothing=smoothing)
+        out.append(each_M.mean())
     return out
 
 
-def _stage2_loss(model: Stage2, features_BPC: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+def _stage2_loss(model: Stage2, features_BPC: Tensor, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """What `Stage2Objective` computes; an encoder-decoder gets the whole text on both sides."""
-    question = (ids_BT, mask_BT) if model.reads_questions else ()
+    question = (ids_NT, mask_NT) if model.reads_questions else ()
     prompts_BQH = model.soft_prompts(features_BPC, *question)
     if model.language_model.encoder_decoder:
-        return model.language_model.encoder_decoder_loss(prompts_BQH, ids_BT, mask_BT, ids_BT, mask_BT)
-    labels_BT = mask_BT.clone()
-    labels_BT[:, :PROMPT_TOKENS] = False
-    return model.language_model.decoder_loss(prompts_BQH, ids_BT, mask_BT, labels_BT)
+        prompts_NQH = prompts_BQH.repeat(len(ids_NT) // len(prompts_BQH), 1, 1)
+        return model.language_model.encoder_decoder_loss(prompts_NQH, ids_NT, mask_NT, ids_NT, mask_NT)
+    labels_NT = mask_NT.clone()
+    labels_NT[:, :PROMPT_TOKENS] = False
+    return model.language_model.decoder_loss(prompts_BQH, ids_NT, mask_NT, labels_NT)
 
 
 class DeviceKernels(TorchFunctionMode):
@@ -188,12 +117,19 @@ class DeviceKernels(TorchFunctionMode):
     def __init__(self, machine: Machine) -> None:
         super().__init__()
         self.machine = machine
-        self._copies: dict[Tensor, Tensor] = {}  # bf16 copies of float32 weights, one of each
+        # bf16 copies of float32 weights, one of each while the forward pass lasts, as autocast holds them
+        self._copies: dict[Tensor, Tensor] | None = {}
+
+    def end_forward(self) -> None:
+        """Let go of the copies: what is computed again in the backward pass makes its own."""
+        self._copies = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.__bool__ and args[0].is_meta:
             return False
+        if func in _INDEXED:
+            args, kwargs = _together((args, kwargs))
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
         if func is F.dropout and self.machine.accelerator:
@@ -232,11 +168,18 @@ class DeviceKernels(TorchFunctionMode):
             return {k: self._cast(v, dtype) for k, v in value.items()}
         if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.bfloat16):
             return value
-        if value.is_leaf and value.requires_grad and value.dtype != dtype:
+        if self._copies is not None and value.is_leaf and value.requires_grad and value.dtype != dtype:
             if value not in self._copies:
                 self._copies[value] = value.to(dtype)
             return self._copies[value]
         return value.to(dtype)
+
+
+def _together(given: Any) -> Any:
+    """Nested arguments, all their tensors on the meta device where one is."""
+    if not any(isinstance(value, Tensor) and value.is_meta for value in tree_leaves(given)):
+        return given
+    return tree_map_only(Tensor, lambda tensor: tensor.to("meta"), given)
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -248,3 +191,8 @@ class _FusedAttention(torch.autograd.Function):
         out = query.new_empty(rows, length, heads, value.shape[-1]).transpose(1, 2)
         ctx.save_for_backward(query, key, value, mask, out, query.new_empty(rows, heads, length, dtype=torch.float32))
         return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None

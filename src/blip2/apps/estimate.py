@@ -1,7 +1,7 @@
 """`blip2 estimate`: parameters and memory of a run, without weights, hub or accelerator.
 
-The whole model is built on the meta device from the towers' configs, adapters included, and its
-activations are counted there (`blip2.apps.activations`).
+The whole model is built on the meta device from the towers' configs, adapters included, and a
+training step is run and counted there (`blip2.apps.step_memory`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from blip2.apps.activations import TEXT_TOKENS, Machine, activation_curve
+from blip2.apps.activations import LONGEST_TEXT, TEXT_TOKENS, Machine
+from blip2.apps.optimizer_memory import state_bytes, step_bytes
+from blip2.apps.step_memory import step_curve
 from blip2.configs import QUANTIZE, RunConfig
 from blip2.errors import ConfigError
 from blip2.models import hub, towers
@@ -30,8 +32,11 @@ from blip2.models.stage2 import LinearBridge, Stage2
 from blip2.models.vision_encoder import vision_encoder_from_config
 
 BATCHES = (1, 8, 16, 32, 64, 128)
-# A weight in float32, its gradient, and AdamW's two moments.
-TRAINED_BYTES = {"weight": 4, "gradient": 4, "adamw": 8}
+# In float32.
+WEIGHT_BYTES = GRADIENT_BYTES = 4
+# What glibc keeps of freed memory, as a share of all that a step allocates: measured 13 to 14% where it gives
+# back what is larger than 1 MB, 23% as it comes (`benchmarks.estimate_memory`, docs/performance.md).
+CPU_WORKSPACE = 0.15
 # Cards to fit, in GB of 1e9 bytes, and the share of one that is left to workspace and fragmentation.
 CARDS = (16, 24, 40, 80)
 LEFT_FREE = 0.1
@@ -71,18 +76,21 @@ def measure(config: RunConfig, *, accelerator: bool | None = None) -> dict[str, 
         accelerator = wanted if config.train.device == "auto" else config.train.device != "cpu"
     machine, card = Machine.of(config, accelerator), Machine.of(config, True)
     layers = quantized_layers(model.language_model.model) if isinstance(model, Stage2) else []
+    state = state_bytes([p for p in model.parameters() if p.requires_grad], config.optim)
+    own = trained * (WEIGHT_BYTES + GRADIENT_BYTES) + state
 
     def weights(quantize: str | None, machine: Machine) -> int:
         packed = sum(layer.weight.numel() for layer in layers) if quantize else 0
-        plain = trained * sum(TRAINED_BYTES.values()) + (frozen - packed) * machine.frozen.itemsize
+        plain = own + (frozen - packed) * machine.frozen.itemsize
         return plain + (quantized_bytes(layers, quantize) if quantize else 0)
 
     quantize = config.language.quantize
-    activations, memory = activation_curve(model, config, machine), []
-    on_card = activations if machine == card else activation_curve(model, config, card)
+    activations, memory = _activations(model, config, machine), []
+    on_card = activations if machine == card else _activations(model, config, card)
     by_kind = {kind: weights(kind, card) for kind in ((None, *QUANTIZE) if layers else (None,))}
     for batch in sorted({*BATCHES, config.train.batch // config.train.accumulate}):
         sizes = {"weights_gb": weights(quantize, machine), "activations_gb": activations(batch)}
+        sizes["workspace_gb"] = 0 if accelerator else int(CPU_WORKSPACE * (own + sizes["activations_gb"]))
         sizes["total_gb"] = sum(sizes.values())
         memory.append({"batch": batch, **{name: round(size / 1e9, 3) for name, size in sizes.items()}})
     return {
@@ -96,15 +104,37 @@ def measure(config: RunConfig, *, accelerator: bool | None = None) -> dict[str, 
         "assumptions": {
             "device": "accelerator" if accelerator else "cpu",
             "autocast": "bf16" if machine.autocast else None,
-            "bytes_per_trained_parameter": TRAINED_BYTES,
+            "optimizer": config.optim.name,
+            "bytes_per_trained_parameter": {
+                "weight": WEIGHT_BYTES,
+                "gradient": GRADIENT_BYTES,
+                "optimizer": round(state / trained, 2),
+            },
             "bytes_per_frozen_parameter": machine.frozen.itemsize,
             "quantized": _quantized(layers, quantize) if quantize else None,
+            "lora_rank": config.lora.rank or None,
             "text_tokens": TEXT_TOKENS,
+            "longest_text": LONGEST_TEXT,
+            "texts_per_image": config.data.texts_per_image,
+            "token_drop": config.vision.token_drop,
+            "workspace": 0.0 if accelerator else CPU_WORKSPACE,
+            "features": "cached" if config.data.cache_features else "encoded",
+            "checkpoint": config.train.checkpoint,
+            "head_chunk": config.train.head_chunk,
             "processes": 1,
             "recipe_batch": config.train.batch,
             "accumulate": config.train.accumulate,
         },
     }
+
+
+def _activations(model: Stage1 | Stage2, config: RunConfig, machine: Machine) -> Callable[[int], int]:
+    """Bytes by size of the micro-batch that the peak of a step takes beyond weights, gradients and state."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(GRADIENT_BYTES * p.numel() for p in trained)
+    updating = step_bytes(trained, config.optim, machine.accelerator)
+    step = step_curve(model, config, machine)
+    return lambda batch: max(step(batch) - gradients, updating)
 
 
 def build_on_meta(config: RunConfig) -> Stage1 | Stage2:
@@ -201,11 +231,12 @@ def _text(numbers: dict[str, Any]) -> str:
     rows = [(r["part"], r["trained"], r["frozen"]) for r in numbers["parameters"]]
     for part, trained, frozen in [*rows, ("total", numbers["trained"], numbers["frozen"])]:
         lines.append(f"{part:<16}{trained:>14,}{frozen:>16,}")
-    lines += ["", f"{'GB per process':<24}{'weights':>10}{'activations':>13}{'total':>10}"]
+    lines += ["", f"{'GB per process':<24}{'weights':>10}{'activations':>13}{'workspace':>11}{'total':>10}"]
     own = given["recipe_batch"] // given["accumulate"]
     for row in numbers["memory"]:
         label = f"batch {row['batch']}" + (" (recipe)" if row["batch"] == own else "")
-        lines.append(f"{label:<24}{row['weights_gb']:>10.2f}{row['activations_gb']:>13.2f}{row['total_gb']:>10.2f}")
+        sizes = f"{row['weights_gb']:>10.2f}{row['activations_gb']:>13.2f}{row['workspace_gb']:>11.2f}"
+        lines.append(f"{label:<24}{sizes}{row['total_gb']:>10.2f}")
     lines += ["", f"Largest micro-batch that fits a card, {LEFT_FREE:.0%} of it left free:"]
     for fit in numbers["fits"]:
         answer = f"{fit['micro_batch']:,}" if fit["micro_batch"] else f"does not fit: {fit['advice']}"
@@ -215,13 +246,36 @@ def _text(numbers: dict[str, Any]) -> str:
 
 def _assumed(given: dict[str, Any]) -> list[str]:
     precision = "bf16 autocast" if given["autocast"] else "fp32"
-    trained = sum(given["bytes_per_trained_parameter"].values())
+    each = given["bytes_per_trained_parameter"]
     frozen, quantized = f"{given['bytes_per_frozen_parameter']} per frozen one", given["quantized"]
     if quantized:
         frozen += f" ({quantized['parameters']:,} of them in {quantized['kind']}: {quantized['gb']:.2f} GB)"
     text = (
-        f"Assumed: {given['device']}, {precision}; {trained} bytes per trained parameter (fp32 weight, gradient, "
-        f"AdamW), {frozen}; texts of {given['text_tokens']} tokens; one process (DDP adds 4 bytes per trained "
-        "parameter). Kernels' workspace and fragmentation come on top."
+        f"Assumed: {given['device']}, {precision}; {sum(each.values()):g} bytes per trained parameter (fp32 weight, "
+        f"gradient, {each['optimizer']:g} of {given['optimizer']}), {frozen}; {_settings(given)}; one process (DDP "
+        f"adds 4 bytes per trained parameter). {_workspace(given['workspace'])}"
     )
     return textwrap.wrap(text, 90)
+
+
+def _workspace(share: float) -> str:
+    if not share:
+        return "Kernels' workspace and fragmentation come on top."
+    return f"Workspace: {share:.0%} of all but frozen weights, which the C library's allocator keeps of what is freed."
+
+
+def _settings(given: dict[str, Any]) -> str:
+    """The settings that change what a step holds."""
+    said = [f"texts of {given['text_tokens']} tokens, one of {given['longest_text']}"]
+    if given["texts_per_image"] > 1:
+        said.append(f"{given['texts_per_image']} of them per image")
+    said.append(f"{given['features']} features")
+    if given["token_drop"]:
+        said.append(f"{given['token_drop']:.0%} of the patches dropped")
+    if given["lora_rank"]:
+        said.append(f"LoRA of rank {given['lora_rank']}")
+    if given["checkpoint"]:
+        said.append("layers computed again in the backward pass")
+    if given["head_chunk"]:
+        said.append(f"{given['head_chunk']} rows of logits at a time")
+    return ", ".join(said)

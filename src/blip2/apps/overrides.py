@@ -29,6 +29,8 @@ def base_config(name: str) -> RunConfig:
 def with_overrides(base: RunConfig, arguments: Sequence[str]) -> RunConfig:
     """`base` with command-line arguments such as `--optim.lr 2e-4 --steps 100` applied.
 
+    Other training data bring their own dev set (`NAME:train`: `NAME:dev`), or none unless it is named.
+
     Raises:
         ConfigError: an unknown option, or a value of the wrong type or refused by its config.
     """
@@ -36,7 +38,7 @@ def with_overrides(base: RunConfig, arguments: Sequence[str]) -> RunConfig:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            parsed = parser.parse_args([_long(a) for a in arguments])
+            parsed = parser.parse_args(_with_dev([_long(a) for a in arguments]))
             built = parser.instantiate_classes(parsed)
     except Exception as error:  # jsonargparse wraps every kind in its own
         if isinstance(_root(error), ConfigError):
@@ -73,6 +75,18 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _long(argument: str) -> str:
     name, equals, value = argument.partition("=")
     return SHORT.get(name, name) + equals + value
+
+
+def _with_dev(arguments: list[str]) -> list[str]:
+    """A recipe's dev set belongs to its training set, and goes with it."""
+    given = {name: value for name, _, value in (a.partition("=") for a in arguments)}
+    if "--data.train" not in given or "--data.dev" in given:
+        return arguments
+    place = next(n for n, a in enumerate(arguments) if a.partition("=")[0] == "--data.train")
+    following = arguments[place + 1] if place + 1 < len(arguments) else ""
+    train = given["--data.train"] or following
+    dev = f"{train.removesuffix(':train')}:dev" if train.endswith(":train") else "null"
+    return [*arguments, f"--data.dev={dev}"]
 
 
 def _root(error: BaseException) -> BaseException:

@@ -329,6 +329,8 @@ def _describe(
         _say(f"  left out {shard}: {reason}")
     if dev is not None:
         _say(f"  dev:   {dev.name}, {len(dev.samples)} images" + _bad(dev))
+    else:
+        _say("  dev:   none; --data.dev DATA measures while it trains")
 
 
 def _lost_shards(collection: Collection) -> dict[str, str]:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from blip2.errors import ConfigError
 from blip2.models import shared_prefix
 from blip2.models.freezing import is_adapter
-from blip2.ops.lengths import length_groups
+from blip2.ops.lengths import bucket, length_groups
 from blip2.ops.losses import head_loss
 
 Reduction = Literal["mean", "none"]
@@ -56,7 +56,8 @@ class LanguageModel(nn.Module):
         head_chunk: rows of logits held at a time while training (`chunk_head`); None holds all.
         split_lengths: on a CPU, `decoder_loss` runs rows of similar length together instead of
             padding all to the longest; on by default, off under FSDP2, whose processes must run
-            the model equally often.
+            the model equally often. Compiled blocks run all rows together, padded to one of a few
+            lengths.
     """
 
     def __init__(self, model: Any) -> None:
@@ -128,6 +129,7 @@ class LanguageModel(nn.Module):
         Returns:
             Scalar; with `none` [M], in the order of `ids_NT[labels_NT]`.
         """
+        ids_NT, mask_NT, labels_NT = self._bucketed(ids_NT, mask_NT, labels_NT)
         B, N = len(prompt_BQH), len(ids_NT)
         if N % B:
             raise ValueError(f"{N} texts for the soft prompts of {B} images: text n is about image n mod {B}")
@@ -163,6 +165,8 @@ class LanguageModel(nn.Module):
         Returns:
             Scalar; with `none` [M], in the order of `dec_ids_BT[dec_mask_BT]`.
         """
+        enc_ids_BT, enc_mask_BT = self._bucketed(enc_ids_BT, enc_mask_BT)
+        dec_ids_BT, dec_mask_BT = self._bucketed(dec_ids_BT, dec_mask_BT)
         embeds_BSH, mask_BS = self._join(prompt_BQH, enc_ids_BT, enc_mask_BT)
         return self.encoded_loss(embeds_BSH, mask_BS, dec_ids_BT, dec_mask_BT, reduction=reduction)
 
@@ -328,10 +332,20 @@ class LanguageModel(nn.Module):
 
     def _length_groups(self, prompts: int, mask_BT: Tensor) -> list[Tensor]:
         """Rows to run together: on a CPU, groups of similar length, for padding costs as much as text there."""
-        if not self.split_lengths or mask_BT.device.type != "cpu":
+        if not self.split_lengths or self._compiled or mask_BT.device.type != "cpu":
             return [torch.arange(len(mask_BT), device=mask_BT.device)]
         lengths = (prompts + mask_BT.sum(1)).tolist()
         return [torch.tensor(group) for group in length_groups(lengths, overhead=_GROUP_OVERHEAD)]
+
+    def _bucketed(self, *texts_NT: Tensor) -> tuple[Tensor, ...]:
+        """Texts with their masks, padded by a column or more to one of a few lengths where compiled blocks run.
+
+        By one at least: without any padding a model leaves its mask out, which is other code to compile.
+        """
+        if not self._compiled or not torch.is_grad_enabled():
+            return texts_NT
+        longest = texts_NT[0].shape[1]
+        return tuple(F.pad(x_NT, (0, bucket(longest + 1) - longest)) for x_NT in texts_NT)
 
     def _join(self, prompt_BQH: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings [B, S, H] of soft prompts and text, and their int64 mask [B, S]."""

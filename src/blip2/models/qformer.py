@@ -54,8 +54,8 @@ class TextEmbeddings(nn.Module):
 
     def forward(self, ids_NT: Tensor, packing: Packing) -> Tensor:
         """[N, T] ids -> [M, D], not yet normalised; positions start at 0 beside queries too."""
-        if packing.length > self.position.num_embeddings:
-            raise ValueError(f"text of {packing.length} tokens, but only {self.position.num_embeddings} positions")
+        if packing.longest > self.position.num_embeddings:
+            raise ValueError(f"text of {packing.longest} tokens, but only {self.position.num_embeddings} positions")
         places = torch.arange(packing.length, device=ids_NT.device).expand(packing.rows, -1)
         embedded: Tensor = self.word(packing.pack(ids_NT)) + self.position(packing.pack(places))
         return embedded
@@ -197,7 +197,7 @@ class QFormer(nn.Module):
 
     def encode_text(self, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
         """Text alone; returns [N, D]: the output at each row's first token ([CLS]), or the mean over its tokens."""
-        packing = Packing(mask_NT)
+        packing = self._packing(mask_NT)
         x_MD = self._text_embeddings(ids_NT, packing)
         mask = None if packing.full else packing.mask_NT[:, None, None, :]
         pooled = self.text_pool == "mean"
@@ -221,7 +221,7 @@ class QFormer(nn.Module):
         N, images = ids_NT.shape[0], len(image_kv)
         if N % images:
             raise ValueError(f"{N} texts for {images} images: row n is paired with image n mod {images}")
-        packing = Packing(mask_NT)
+        packing = self._packing(mask_NT)
         x_NQD, x_MD = self._query_embeddings(N), self._text_embeddings(ids_NT, packing)
         mask = None if packing.full else bidirectional_mask(self.num_queries, packing.mask_NT)[:, :, :1]
         for number, (layer, image) in enumerate(zip(self._layers(), self._images(image_kv), strict=True)):
@@ -244,7 +244,7 @@ class QFormer(nn.Module):
         Returns:
             [number of True in at_BT, D], in row-major order.
         """
-        packing = Packing(mask_BT)
+        packing = self._packing(mask_BT)
         x_MD = self._text_embeddings(ids_BT, packing)
         mask = multimodal_causal_mask(self.num_queries, packing.mask_NT)[:, :, self.num_queries :]
         for layer, before in zip(self._layers(), cache, strict=True):
@@ -266,6 +266,10 @@ class QFormer(nn.Module):
         if self.gradient_checkpointing:
             return checkpoint(method, *args, use_reentrant=False, **kwargs)
         return method(*args, **kwargs)
+
+    def _packing(self, mask_NT: Tensor) -> Packing:
+        """In one of a few lengths where compiled layers will run on it."""
+        return Packing(mask_NT, bucketed=bool(self._compiled) and torch.is_grad_enabled())
 
     def _layers(self) -> list[QFormerLayer]:
         return [layer for layer in self.layers if isinstance(layer, QFormerLayer)]

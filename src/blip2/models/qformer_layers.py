@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip2.ops.lengths import bucket
+
 KeyValue = tuple[Tensor, Tensor]
 
 
@@ -17,15 +19,21 @@ class Packing:
 
     Args:
         mask_NT: bool, True on real tokens. Columns that are padding in every row are dropped.
+        bucketed: pad to one of a few lengths, and treat a batch without padding like all others: for
+            compiled layers, which would else be compiled again and again. The real tokens are the same.
+
+    Attributes:
+        longest: tokens of the longest row.
+        length: columns T of the padded shape.
     """
 
-    def __init__(self, mask_NT: Tensor) -> None:
+    def __init__(self, mask_NT: Tensor, bucketed: bool = False) -> None:
         mask_NT = mask_NT.bool()
-        length = max(int(mask_NT.sum(dim=1).max()), 1)
-        self.mask_NT = mask_NT[:, :length]
-        self.rows, self.length = mask_NT.shape[0], length
+        self.longest = max(int(mask_NT.sum(dim=1).max()), 1)
+        self.rows, self.length = mask_NT.shape[0], bucket(self.longest) if bucketed else self.longest
+        self.mask_NT = self._columns(mask_NT)
         flat = self.mask_NT.reshape(-1).nonzero().squeeze(1)
-        self.flat_M = None if flat.numel() == self.mask_NT.numel() else flat
+        self.flat_M = None if flat.numel() == self.mask_NT.numel() and not bucketed else flat
 
     @property
     def full(self) -> bool:
@@ -34,7 +42,7 @@ class Packing:
 
     def pack(self, x_NT: Tensor) -> Tensor:
         """[N, T, ...] -> [M, ...]: the real tokens."""
-        flat = x_NT[:, : self.length].flatten(0, 1)
+        flat = self._columns(x_NT).flatten(0, 1)
         return flat if self.flat_M is None else flat.index_select(0, self.flat_M)
 
     def unpack(self, x_MD: Tensor) -> Tensor:
@@ -54,6 +62,13 @@ class Packing:
             return x_MD.view(self.rows, self.length, -1)[:, 0]
         counts = self.mask_NT.sum(dim=1)
         return x_MD[counts.cumsum(0) - counts]
+
+    def _columns(self, x_NT: Tensor) -> Tensor:
+        """[N, any, ...] -> [N, T, ...]: padding is cut off, or added as zeros."""
+        missing = self.length - x_NT.shape[1]
+        if missing <= 0:
+            return x_NT[:, : self.length]
+        return torch.cat([x_NT, x_NT.new_zeros(self.rows, missing, *x_NT.shape[2:])], dim=1)
 
 
 class Attention(nn.Module):

@@ -130,6 +130,12 @@ class VisionEncoder(nn.Module):
             for name, p in self.model.named_parameters()
         }
 
+    def compile_blocks(self, **options: Any) -> None:
+        """Run compiled blocks from now on; options of `torch.compile`. For a frozen encoder."""
+        for block in _blocks(self.model):
+            # its forward alone: hooks, which keep the output of `layer`, stay outside
+            block.forward = torch.compile(block.forward, **options)
+
     def train(self, mode: bool = True) -> VisionEncoder:
         """As `nn.Module.train`, but frozen weights stay in eval mode."""
         super().train(mode and not self.frozen)

@@ -1,8 +1,17 @@
-"""Groups of rows of similar length, so that a padded batch computes little on padding."""
+"""Groups of rows of similar length, so that a padded batch computes little on padding; and a few lengths for
+compiled code, which is compiled anew for a length it has not seen.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+BUCKET = 8
+
+
+def bucket(length: int) -> int:
+    """The smallest multiple of `BUCKET` that is `length` or more."""
+    return -(-length // BUCKET) * BUCKET
 
 
 def length_groups(lengths: Sequence[int], overhead: int) -> list[list[int]]:

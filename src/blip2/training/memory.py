@@ -13,6 +13,7 @@ from blip2.errors import ConfigError
 from blip2.models.qformer import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
+from blip2.models.vision_encoder import VisionEncoder
 
 # A layer is compiled for each kind of pass (ITC, ITM, ITG; padded or not; one length, then any).
 _RECOMPILES = 64
@@ -40,6 +41,8 @@ def apply_settings(model: Stage1 | Stage2, config: TrainConfig) -> None:
         model.language_model.chunk_head(config.head_chunk)
         if config.compile:
             model.language_model.compile_blocks(**compiling)
+    if config.compile and isinstance(model.vision, VisionEncoder) and model.vision.frozen:
+        model.vision.compile_blocks(**compiling)
 
 
 def require_compiler(setting: str) -> None:
