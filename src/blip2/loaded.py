@@ -80,7 +80,7 @@ class Loaded:
     @property
     def learned_itm(self) -> bool:
         """Whether the stage 1 at hand was trained with ITM; its matches mean nothing where not."""
-        assert self.stage1 is not None
+        _ = self.stage1  # which brings its configuration where it is not at hand yet
         return self._stage1_config.loss.itm > 0
 
     @cached_property

@@ -137,9 +137,16 @@ def test_help_shows_every_setting() -> None:
         ([], "flickr8k:dev"),
         (["--data", "photos"], None),
         (["--data=photos"], None),
+        (["--data", "flickr8k:train"], "flickr8k:dev"),
         (["--data.train", "easy-vqa:train"], "easy-vqa:dev"),
         (["--data", "photos", "--data.dev", "other"], "other"),
     ],
 )
 def test_other_training_data_bring_their_own_dev_set(arguments: list[str], dev: str | None) -> None:
     assert with_overrides(recipe("tiny/stage1"), arguments).data.dev == dev
+
+
+def test_the_same_training_data_keep_their_dev_set() -> None:
+    """A run is resumed with the data that it has."""
+    base = with_overrides(recipe("tiny/stage1"), ["--data", "photos", "--data.dev", "other"])
+    assert with_overrides(base, ["--data", "photos", "--steps", "9"]).data.dev == "other"

@@ -46,7 +46,7 @@ class Seen:
     attention: Attention | None = None
 
 
-def demo(photos: list[str], out: str, model_name: str = MODEL) -> int:
+def demo(photos: list[str], out: str) -> int:
     """Caption, question and search photographs, and write `report.html` and an index below `out`.
 
     Args:
@@ -54,13 +54,13 @@ def demo(photos: list[str], out: str, model_name: str = MODEL) -> int:
     """
     began, folder = time.monotonic(), Path(out)
     shown = _read(photos)
-    _say(f"loading {model_name}: DINOv2-S, its trained Q-Former, SmolLM2-135M (the first time they are converted)")
-    model = load(model_name)
+    _say(f"loading {MODEL}: DINOv2-S, its trained Q-Former, SmolLM2-135M (the first time they are converted)")
+    model = load(MODEL)
     _say(f"ready after {format_seconds(time.monotonic() - began)}\n")
     _look(model, shown)
     searches = SEARCHES if photos else SAMPLE_SEARCHES
     index = folder / "photos.index"
-    found = _search(model, index, photos, searches)
+    found = _search(model, index, [one.sample for one in shown], searches)
     for text, hits in found.items():
         _say(f'search "{text}": ' + ", ".join(f"{hit.key} {hit.parts['text']:.2f}" for hit in hits[:3]))
     report = folder / "report.html"
@@ -102,12 +102,12 @@ def _look(model: Blip2, shown: list[Seen]) -> None:
         _say(f"{one.sample.key}: {one.caption}\n    {asked}")
 
 
-def _search(model: Blip2, path: Path, photos: list[str], texts: tuple[str, ...]) -> dict[str, list[Hit]]:
+def _search(model: Blip2, path: Path, samples: list[Sample], texts: tuple[str, ...]) -> dict[str, list[Hit]]:
     """The best hits for each text in an index made anew."""
     if (path / "manifest.json").exists():
         shutil.rmtree(path)
     store = Store.create(path, identify(model, MODEL), "faiss", None)
-    Builder(store, model, progress=False).add(list_samples(photos or ["skimage"])[0][:_MOST])
+    Builder(store, model, progress=False).add(samples)
     index = Index(store.current(), model)
     return {text: index.search(text, k=5, rerank=0) for text in texts}
 

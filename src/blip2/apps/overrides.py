@@ -38,7 +38,7 @@ def with_overrides(base: RunConfig, arguments: Sequence[str]) -> RunConfig:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            parsed = parser.parse_args(_with_dev([_long(a) for a in arguments]))
+            parsed = parser.parse_args(_with_dev([_long(a) for a in arguments], base.data.train))
             built = parser.instantiate_classes(parsed)
     except Exception as error:  # jsonargparse wraps every kind in its own
         if isinstance(_root(error), ConfigError):
@@ -77,7 +77,7 @@ def _long(argument: str) -> str:
     return SHORT.get(name, name) + equals + value
 
 
-def _with_dev(arguments: list[str]) -> list[str]:
+def _with_dev(arguments: list[str], before: str) -> list[str]:
     """A recipe's dev set belongs to its training set, and goes with it."""
     given = {name: value for name, _, value in (a.partition("=") for a in arguments)}
     if "--data.train" not in given or "--data.dev" in given:
@@ -85,6 +85,8 @@ def _with_dev(arguments: list[str]) -> list[str]:
     place = next(n for n, a in enumerate(arguments) if a.partition("=")[0] == "--data.train")
     following = arguments[place + 1] if place + 1 < len(arguments) else ""
     train = given["--data.train"] or following
+    if train == before:
+        return arguments
     dev = f"{train.removesuffix(':train')}:dev" if train.endswith(":train") else "null"
     return [*arguments, f"--data.dev={dev}"]
 

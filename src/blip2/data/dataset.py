@@ -368,7 +368,19 @@ def dev_batches(
 
     The text is the first caption; of questions, which data sets list by kind, one by the seed 0.
     """
-    steps = _Steps(collection, 1, 0, spec, features, False, 1.0, 0, 1, texts, clean=clean)
+    steps = _Steps(
+        collection,
+        1,
+        0,
+        spec,
+        features,
+        augment=False,
+        crop_min=1.0,
+        rank=0,
+        world=1,
+        texts=texts,
+        clean=clean,
+    )
     if texts == "questions":
         steps.drop_silent()
     items: list[_Item] = []
