@@ -37,6 +37,7 @@ CLAIMS: dict[str, tuple[str, ...]] = {
     "generate-vqa": ("bench_generate", "--task", "vqa"),
     "generate-questions": ("bench_generate", "--task", "questions"),
     "encoder": ("bench_encoder",),
+    "encoder-compiled": ("bench_encoder", "--ours", "compiled"),
     "feature-cache": ("bench_encoder", "--what", "cache"),
     "data-1024": ("bench_data", "--pixels", "1024x768"),
     "data-640": ("bench_data", "--pixels", "640x480"),
@@ -63,7 +64,10 @@ def main() -> int:
         wanted = not options.only or any(part in name for part in options.only)
         if not wanted or "ratio" in found["claims"].get(name, {}) or "points" in found["claims"].get(name, {}):
             continue
-        record = measured(name, command, options.size, options.repeats)
+        if "bf16" in command and slow_bf16(facts):
+            record = {"skipped": "this CPU has no bf16 instructions (avx512_bf16, amx_bf16)"}
+        else:
+            record = measured(name, command, options.size, options.repeats)
         failed |= "error" in record
         found["claims"][name] = record
         write(path, found)
@@ -87,6 +91,12 @@ def measured(name: str, command: tuple[str, ...], size: str, repeats: int | None
     reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
     print(f"{name}: {reason[0]}", file=sys.stderr, flush=True)
     return {"skipped" if done.returncode == SKIP else "error": without_paths(reason[0])}
+
+
+def slow_bf16(facts: dict[str, Any]) -> bool:
+    """Whether bf16 would be emulated, several times slower than fp32: an x86 processor without its instructions."""
+    features = set(facts["cpu_features"])
+    return not facts["gpu"] and bool(features) and not features & {"avx512_bf16", "amx_bf16"}
 
 
 def without_paths(text: str) -> str:

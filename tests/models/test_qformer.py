@@ -310,3 +310,39 @@ def test_paper_size_of_stage_2(image_width: int, low: float, high: float) -> Non
         qformer = QFormer(width=768, depth=12, heads=12, inner=3072, image_width=image_width, queries=32, vocab=None)
         parts = [qformer, nn.LayerNorm(image_width), nn.Linear(768, 2560)]
     assert low < sum(p.numel() for part in parts for p in part.parameters()) / 1e6 < high
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_norm_before_the_projections_folded_into_them(trained: bool) -> None:
+    """Keys, values and all gradients as with the norm in its place, whether or not the features want theirs."""
+    torch.manual_seed(0)
+    qformer, norm = make(), nn.LayerNorm(C, eps=1e-5).double()
+    with torch.no_grad():
+        norm.weight.add_(0.4 * torch.randn(C))
+        norm.bias.add_(torch.randn(C))
+    features = images(3).detach().requires_grad_(trained)
+    mine, plain = qformer.project_image(features, norm), qformer.project_image(norm(features))
+    wanted = [*norm.parameters(), *(features,) * trained]
+    wanted += [p for layer in qformer.layers[::2] for p in layer.cross_attention.key.parameters()]
+    wanted += [p for layer in qformer.layers[::2] for p in layer.cross_attention.value.parameters()]
+    sums = [
+        sum((x * torch.arange(x.numel()).view(x.shape).cos()).sum() for kv in found.layers for x in kv)
+        for found in (mine, plain)
+    ]
+    for got, want in zip(*(torch.autograd.grad(s, wanted) for s in sums), strict=True):
+        torch.testing.assert_close(got, want)
+    for (k, v), (key, value) in zip(mine.layers, plain.layers, strict=True):
+        torch.testing.assert_close((k, v), (key, value))
+    with torch.no_grad():
+        assert torch.equal(qformer.project_image(features, norm).layers[0][0], plain.layers[0][0])
+
+
+def test_a_folded_norm_asks_for_no_gradient_of_the_features() -> None:
+    qformer, norm = make(), nn.LayerNorm(C).double()
+    kv = qformer.project_image(images(2).detach(), norm)
+    saved, todo = set(), [kv.layers[0][0].grad_fn]
+    while todo:
+        node = todo.pop()
+        saved.add(type(node).__name__)
+        todo += [nxt for nxt, _ in node.next_functions if nxt is not None]
+    assert not any("LayerNorm" in name for name in saved)

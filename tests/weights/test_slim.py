@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,12 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from blip2.apps.convert import convert
 from blip2.configs import LanguageConfig, QFormerConfig, RunConfig, VisionConfig, to_dict
 from blip2.errors import CheckpointError
-from blip2.models.build import bert_config, build_qformer
+from blip2.models.build import bert_config, build_qformer, load_qformer
 from blip2.models.stage1 import Stage1
 from blip2.weights import runs, slim
 from blip2.weights.checkpoints import located, open_checkpoint
 from blip2.weights.native import save_weights
-from blip2.weights.tensors import open_safetensors, write_safetensors
+from blip2.weights.tensors import LazyTensor, open_safetensors, write_safetensors
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "cat", "runs", "zebra"]
 
@@ -122,3 +123,27 @@ def test_a_folder_of_the_name_of_a_preset_comes_first(tmp_path: Path, monkeypatc
     assert Path(located("tiny")).name == "stage2"
     (tmp_path / "tiny").mkdir()
     assert located("tiny") == "tiny"
+
+
+def test_a_text_branch_that_was_not_trained_is_left_out_and_comes_back(run: Path, bert: Path, tmp_path: Path) -> None:
+    """Of a locked run, but for a layer that came trained from elsewhere."""
+    found = open_checkpoint(run)
+    qformer = replace(found.config.qformer, lock_text=True, text_pool="mean")
+    fresh = load_qformer(qformer, 6, text=True)
+    states = {f"qformer.{name}": p.detach() for name, p in fresh.named_parameters()}
+    trained = "qformer.layers.1.text_ff.up.weight"
+    moved = states[trained] + 1
+    for name, value in (states | {trained: moved}).items():
+        if ".query_ff." not in name and ".cross_attention." not in name and "query_tokens" not in name:
+            found.tensors[name] = LazyTensor.of(value)
+    locked = replace(found, config=replace(found.config, qformer=qformer))
+    small = slim.slim(locked, None)
+    assert trained in small
+    assert not [name for name in small if ".self_attention." in name or "position" in name]
+    after = slim.whole(small, qformer, "run")
+    assert after.keys() == found.tensors.keys()
+    for name, before in found.tensors.items():
+        same = before.read() if name in states and name not in small else before.read().to(torch.bfloat16).float()
+        if name != slim.WORDS and before.nbytes > 4:
+            torch.testing.assert_close(after[name].read().float(), same.float(), rtol=0, atol=0, msg=name)
+    assert torch.equal(after[slim.WORDS].read()[: len(WORDS)], states[slim.WORDS][: len(WORDS)])

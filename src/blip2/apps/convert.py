@@ -227,6 +227,8 @@ def _write_slim(
     notes = [f"towers are not in it: {config.vision.name}, {config.qformer.init}, {config.language.name}"]
     if slim.ROWS in tensors:
         notes.append(f"{tensors[slim.ROWS].shape[0]} words are in it, the rest is that of {config.qformer.init}")
+    if config.qformer.lock_text and len(tensors) < len(found.tensors):
+        notes.append(f"its text branch was not trained and is that of {config.qformer.init}")
     return {place / runs.WEIGHTS: tensors}, notes
 
 

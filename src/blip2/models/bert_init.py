@@ -10,8 +10,9 @@ from torch import Tensor
 from blip2.errors import CheckpointError
 from blip2.models.qformer import QFormer
 
+_POSITIONS, _TYPES = "embeddings.position.weight", "embeddings.token_type_embeddings.weight"
 # Parts of BERT that a Q-Former has no use for, and the only ones that may be left over.
-_UNUSED = ("pooler.", "embeddings.position_ids", "embeddings.token_type_embeddings.weight", "cls.seq_relationship.")
+_UNUSED = ("pooler.", "embeddings.position_ids", _TYPES, "cls.seq_relationship.")
 # Tensors with a row per word: the Q-Former's may have more ([DEC]).
 _BY_VOCABULARY = ("embeddings.word.weight", "head.bias")
 
@@ -65,10 +66,10 @@ def load_bert(qformer: QFormer, state: dict[str, Tensor], source: str) -> list[s
             raise CheckpointError(f"{source}: {key} is missing, so it is not a BERT-type checkpoint")
         return left.pop(key)
 
-    for name, key in _names(qformer):
+    for name, key in _names(qformer.depth):
         value = take(key)
-        if name == "embeddings.position.weight" and "embeddings.token_type_embeddings.weight" in left:
-            value = value + left["embeddings.token_type_embeddings.weight"][0]
+        if name == _POSITIONS and _TYPES in left:
+            value = value + left[_TYPES][0]
         if name in own:  # without a text branch only the query side is there to fill
             put(name, value)
         if ".text_ff." in name:
@@ -85,10 +86,25 @@ def load_bert(qformer: QFormer, state: dict[str, Tensor], source: str) -> list[s
     return sorted(set(own) - filled)
 
 
-def _names(qformer: QFormer) -> list[tuple[str, str]]:
+def text_tensors(depth: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `load_bert` gives the text branch, by the Q-Former's names; without rows for new words.
+
+    Args:
+        depth: layers.
+        state: tensors of `BertModel` or `BertForMaskedLM`.
+    """
+    theirs = {key.removeprefix("bert."): value for key, value in state.items()}
+    out = {name: theirs[key] for name, key in _names(depth)}
+    types = theirs.get(_TYPES)
+    if types is not None:
+        out[_POSITIONS] = out[_POSITIONS] + types[0]
+    return out
+
+
+def _names(depth: int) -> list[tuple[str, str]]:
     """(Q-Former tensor, BERT tensor), for a Q-Former with its text branch."""
     pairs = [("embedding_norm", "embeddings.LayerNorm")]
-    for n in range(qformer.depth):
+    for n in range(depth):
         ours, theirs = f"layers.{n}", f"encoder.layer.{n}"
         pairs += [(f"{ours}.self_attention.{p}", f"{theirs}.attention.self.{p}") for p in ("query", "key", "value")]
         pairs += [

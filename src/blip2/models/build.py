@@ -10,7 +10,7 @@ from torch import Tensor
 from blip2.configs import BERT_WORDS, QFormerConfig, RunConfig
 from blip2.errors import CheckpointError, ConfigError
 from blip2.models import hub, towers
-from blip2.models.bert_init import load_bert, qformer_sizes
+from blip2.models.bert_init import load_bert, qformer_sizes, text_tensors
 from blip2.models.language_loading import load_language_model
 from blip2.models.language_model import LanguageModel
 from blip2.models.lora import add_lora
@@ -168,9 +168,9 @@ def _bert_of(qformer: Any) -> Any:
     )
 
 
-def bert_words(name: str) -> Tensor:
-    """Word embeddings of a BERT-type checkpoint, without [DEC]."""
-    return _bert_state(name)["bert.embeddings.word_embeddings.weight"]
+def bert_text(name: str) -> dict[str, Tensor]:
+    """A text branch before any training, by the Q-Former's names: that of a BERT-type checkpoint, without [DEC]."""
+    return text_tensors(bert_config(name).num_hidden_layers, _bert_state(name))
 
 
 def _bert_state(name: str) -> dict[str, Tensor]:

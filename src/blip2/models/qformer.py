@@ -168,19 +168,35 @@ class QFormer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def project_image(self, features_BPC: Tensor) -> ImageKV:
+    def project_image(self, features_BPC: Tensor, norm: nn.LayerNorm | None = None) -> ImageKV:
         """Keys and values of every cross-attention layer, once per image.
 
+        Features of a frozen encoder need no gradient, but a trained norm before the projections would ask
+        for one: a third of what projecting costs in training. There its scale and shift go into the
+        projections, with the same keys, values and gradients.
+
         Args:
-            features_BPC: normalised image features (after `ln_vision`).
+            features_BPC: image features, normalised already where there is no `norm`.
+            norm: `ln_vision`.
         """
         if features_BPC.shape[-1] != self.image_width:
             raise ValueError(
                 f"image features are {features_BPC.shape[-1]} wide, the Q-Former was built for {self.image_width}: "
                 "use the image encoder it was trained with"
             )
+        folded = norm is not None and torch.is_grad_enabled() and not features_BPC.requires_grad
+        if norm is not None:
+            features_BPC = features_BPC.to(norm.weight.dtype)
+            features_BPC = _normalised(features_BPC, norm) if folded else norm(features_BPC)
+
+        def project(linear: nn.Linear) -> Tensor:
+            if norm is not None and folded:
+                return F.linear(features_BPC, *_after(norm, linear))
+            out: Tensor = linear(features_BPC)
+            return out
+
         crosses = [layer.cross_attention for layer in self._layers() if layer.cross_attention is not None]
-        return ImageKV([(c.split(c.key(features_BPC)), c.split(c.value(features_BPC))) for c in crosses])
+        return ImageKV([(c.split(project(c.key)), c.split(project(c.value))) for c in crosses])
 
     def encode_queries(self, image_kv: ImageKV) -> tuple[Tensor, list[KeyValue]]:
         """Queries alone look at B images.
@@ -288,3 +304,14 @@ class QFormer(nn.Module):
             raise ValueError("this Q-Former was built without its text branch (vocab=None)")
         out: Tensor = self.embedding_dropout(self.embedding_norm(self.embeddings(ids_NT, packing)))
         return out
+
+
+def _normalised(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """A norm without its scale and shift."""
+    return F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
+
+
+def _after(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias that do to `_normalised` features what the norm's scale and shift and `linear` do."""
+    # products of elements, not of matrices: autocast leaves them in the weights' precision
+    return linear.weight * norm.weight, linear.bias + (linear.weight * norm.bias).sum(dim=1)

@@ -56,7 +56,7 @@ class Stage1(nn.Module):
 
     def project_image(self, features_BPC: Tensor) -> ImageKV:
         """Normalise and project image features once for every later pass."""
-        return self.qformer.project_image(self.ln_vision(features_BPC.to(self.ln_vision.weight.dtype)))
+        return self.qformer.project_image(features_BPC, self.ln_vision)
 
     def embed_images(self, image_kv: ImageKV) -> tuple[Tensor, list[KeyValue]]:
         """Unit-norm query embeddings [B, Q, E], and the query cache that ITG decodes on."""

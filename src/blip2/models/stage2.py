@@ -81,12 +81,13 @@ class Stage2(nn.Module):
             ids_NT, mask_NT: right-padded questions for a Q-Former that reads them (section 4.3), N a
                 multiple of the B images: question n is about image n mod B. Without, N is B.
         """
-        normed_BPC = self.ln_vision(features_BPC.to(self.ln_vision.weight.dtype))
         if not isinstance(self.qformer, QFormer):
-            queries_NQD = self.qformer(normed_BPC)
-        elif ids_NT is not None and mask_NT is not None:
-            queries_NQD = self.qformer.encode_pair(ids_NT, mask_NT, self.qformer.project_image(normed_BPC))
+            queries_NQD = self.qformer(self.ln_vision(features_BPC.to(self.ln_vision.weight.dtype)))
         else:
-            queries_NQD, _ = self.qformer.encode_queries(self.qformer.project_image(normed_BPC))
+            image_kv = self.qformer.project_image(features_BPC, self.ln_vision)
+            if ids_NT is not None and mask_NT is not None:
+                queries_NQD = self.qformer.encode_pair(ids_NT, mask_NT, image_kv)
+            else:
+                queries_NQD, _ = self.qformer.encode_queries(image_kv)
         out: Tensor = self.language_proj(queries_NQD)
         return out

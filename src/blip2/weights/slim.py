@@ -1,41 +1,53 @@
-"""Small weight files: bf16, and of the word embeddings only the rows that training moved.
+"""Small weight files: bf16, without what is as it was in the checkpoint that the Q-Former started from.
 
-Words are over a third of a small stage-1 bridge, and most of them no training text has. Their rows are
-left out, and are again those of the checkpoint that the Q-Former started from when the file is opened.
+Words are over a third of a small stage-1 bridge, and most of them no training text has: of their rows only those
+that training moved are kept. A text branch that was not trained (`qformer.lock_text`) is left out whole. Both are
+again those of that checkpoint when the file is opened.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
 from blip2.configs import QFormerConfig
 from blip2.errors import CheckpointError
-from blip2.models.build import EXTRA_TOKENS, bert_config, bert_words
+from blip2.models.build import EXTRA_TOKENS, bert_config, bert_text
 from blip2.weights.checkpoint import Checkpoint
 from blip2.weights.tensors import LazyTensor, Tensors
 
-WORDS = "qformer.embeddings.word.weight"
+_WORDS = "embeddings.word.weight"
+WORDS = f"qformer.{_WORDS}"
 ROWS, VALUES = "qformer.embeddings.word.rows", "qformer.embeddings.word.values"
 
 
 def slim(found: Checkpoint, rows: Tensor | None) -> Tensors:
-    """The tensors of a checkpoint in bf16; of its word embeddings only those that training moved.
+    """The tensors of a checkpoint in bf16, without what its text branch started from.
 
     Args:
         rows: int64, keep no other words than these and [DEC]; None keeps all that moved. Ignored
             where there is no text branch.
     """
     out = {name: _half(lazy) for name, lazy in found.tensors.items()}
-    words = found.tensors.get(WORDS)
-    if words is None or _shape(found.config.qformer) != words.shape:
+    words, config = found.tensors.get(WORDS), found.config.qformer
+    if words is None or _shape(config) != words.shape:
         return out
+    start = bert_text(config.init)
+    if config.lock_text:
+        out = {name: lazy for name, lazy in out.items() if not _as_before(name, found.tensors[name], start)}
     del out[WORDS]
-    moved = _moved(words.read().float(), bert_words(found.config.qformer.init))
+    moved = _moved(words.read().float(), start[_WORDS])
     kept = moved if rows is None else moved[torch.isin(moved, torch.cat([rows, moved[-1:]]))]
     out[ROWS] = LazyTensor.of(kept.to(torch.int32))
     out[VALUES] = LazyTensor((len(kept), words.shape[1]), torch.bfloat16, lambda: words.read()[kept].to(torch.bfloat16))
     return out
+
+
+def _as_before(name: str, lazy: LazyTensor, start: dict[str, Tensor]) -> bool:
+    before = start.get(name.removeprefix("qformer."))
+    return before is not None and before.shape == lazy.shape and torch.equal(lazy.read().float(), before)
 
 
 def _moved(words: Tensor, before: Tensor) -> Tensor:
@@ -46,7 +58,7 @@ def _moved(words: Tensor, before: Tensor) -> Tensor:
 
 
 def whole(tensors: Tensors, config: QFormerConfig, source: str) -> Tensors:
-    """Tensors as they were before `slim`, words that were left out from `config.init`; others as they are.
+    """Tensors as they were before `slim`, those that were left out from `config.init`; others as they are.
 
     Raises:
         CheckpointError: a row that the vocabulary does not have.
@@ -58,15 +70,17 @@ def whole(tensors: Tensors, config: QFormerConfig, source: str) -> Tensors:
     rows = tensors[ROWS].read().long()
     if values.shape != (len(rows), shape[1]) or bool(((rows < 0) | (rows >= shape[0])).any()):
         raise CheckpointError(f"{source}: its rows of words do not fit the {shape[0]} words of {config.init}")
+    start = functools.cache(lambda: bert_text(config.init))
 
     def read() -> Tensor:
         out = torch.zeros(shape)
-        words = bert_words(config.init)
+        words = start()[_WORDS]
         out[: len(words)] = words
         out[rows] = values.read().float()
         return out
 
-    return left | {WORDS: LazyTensor(shape, torch.float32, read)}
+    locked = {f"qformer.{name}": LazyTensor.of(before) for name, before in start().items()} if config.lock_text else {}
+    return locked | left | {WORDS: LazyTensor(shape, torch.float32, read)}
 
 
 def _shape(config: QFormerConfig) -> tuple[int, int]:
