@@ -3,8 +3,9 @@
     python benchmarks/towers_alone.py --images 1000
 
 Pooled features of the image encoder ([CLS], mean, maximum and deviation over the patches) against the text
-encoder's mean over tokens, fitted on Flickr8k train, measured on dev. Prints one JSON object per setting:
-what a trained bridge of the same towers has to beat.
+encoder's mean over tokens, fitted on Flickr8k train, measured on dev; then the same two linear maps trained by
+ITC, from random weights and from CCA's. Prints one JSON object per setting: what a trained bridge of the same
+towers has to beat.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -31,6 +33,7 @@ from blip2.models.build import image_encoder, load_qformer
 from blip2.recipes import recipe
 
 WIDTH = 256  # of the common space, as ITC's
+BATCH = 96
 
 
 def main() -> None:
@@ -45,13 +48,19 @@ def main() -> None:
     mean, deviation = images.mean(0), images.std(0)
     images, unseen = (images - mean) / deviation, (unseen - mean) / deviation
     (texts, owners), (queries, answers) = (sentences(config, data) for data in (train, dev))
-    for ridge in options.ridge:
-        common = cca(images[owners], texts, ridge)
-        similarity = (
-            F.normalize(unseen @ common[0], dim=1) @ F.normalize((queries - texts.mean(0)) @ common[1], dim=1).T
-        )
-        found = recall_at_k(similarity.numpy(), answers.numpy())
-        print(json.dumps({"ridge": ridge, "images": len(dev.samples), **{k: round(v, 1) for k, v in found.items()}}))
+    texts, queries = (side - texts.mean(0) for side in (texts, queries))
+    found = {ridge: cca(images[owners], texts, ridge) for ridge in options.ridge}
+    torch.manual_seed(0)
+    random = [torch.randn(side.shape[1], WIDTH) / side.shape[1] ** 0.5 for side in (images, texts)]
+    middle = found[sorted(found)[len(found) // 2]]
+    trained = {
+        "ITC from random weights": itc(images, texts, owners, random, lr=1e-3),
+        "ITC from CCA": itc(images, texts, owners, middle, lr=3e-4),
+    }
+    for name, (left, right) in {**{f"CCA, ridge {ridge}": maps for ridge, maps in found.items()}, **trained}.items():
+        similarity = F.normalize(unseen @ left, dim=1) @ F.normalize(queries @ right, dim=1).T
+        recall = recall_at_k(similarity.numpy(), answers.numpy())
+        print(json.dumps({"maps": name, "images": len(dev.samples), **{k: round(v, 1) for k, v in recall.items()}}))
 
 
 def pooled(config: RunConfig, data: Collection) -> Tensor:
@@ -89,6 +98,31 @@ def sentences(config: RunConfig, data: Collection) -> tuple[Tensor, Tensor]:
             out[chosen] = F.normalize(branch.encode_text(*tokenizer([captions[n] for n in chosen])), dim=1)
             print(f"\r{start + len(chosen)}/{len(order)} captions", end="", file=sys.stderr)
     return out, owners
+
+
+def itc(
+    images_IX: Tensor, texts_TD: Tensor, owners_T: Tensor, start: Sequence[Tensor], *, lr: float, epochs: int = 10
+) -> list[Tensor]:
+    """Linear maps trained by symmetric cross-entropy, 96 images with a random caption each at a time."""
+    scale = texts_TD.std()
+    maps = [start[0].clone().requires_grad_(), (start[1] * scale).requires_grad_()]
+    temperature = torch.tensor(0.05, requires_grad=True)
+    optimizer = torch.optim.AdamW([*maps, temperature], lr=lr, weight_decay=0.1)
+    of_image = [(owners_T == n).nonzero()[:, 0] for n in range(len(images_IX))]
+    steps = epochs * (len(images_IX) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=20 / steps)
+    order = torch.cat([torch.randperm(len(images_IX))[: len(images_IX) // BATCH * BATCH] for _ in range(epochs)])
+    for batch in order.split(BATCH):
+        drawn = torch.stack([of_image[n][torch.randint(len(of_image[n]), ())] for n in batch.tolist()])
+        left = F.normalize(F.dropout(images_IX[batch], 0.2) @ maps[0], dim=1)
+        right = F.normalize(texts_TD[drawn] / scale @ maps[1], dim=1)
+        logits, own = left @ right.T / temperature, torch.arange(len(batch))
+        loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return [maps[0].detach(), maps[1].detach() / scale]
 
 
 def cca(images_TX: Tensor, texts_TD: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
