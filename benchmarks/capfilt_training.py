@@ -27,7 +27,7 @@ import torch
 
 from blip2.data.samples import Sample
 from blip2.data.shard_writer import write_shard
-from blip2.data.shards import read_entries
+from blip2.data.shards import Entry, read_entries
 from blip2.data.sources import shard_paths
 
 Captions = dict[str, tuple[str, ...]]  # by key
@@ -48,6 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder of data and runs")
     parser.add_argument("--data", default="flickr8k:train", help="shards to spoil (default: %(default)s)")
+    parser.add_argument("--images", type=int, metavar="N", help="only the first N of them (default: all)")
     parser.add_argument("--dev", default="flickr8k:dev", help="default: %(default)s")
     parser.add_argument("--dev-images", type=int, default=1000, metavar="N", help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=200, help="of the budget (default: %(default)s)")
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args()
     noisy, filtered = options.work / "noisy", options.work / "filtered"
-    truth = make_noisy(options.data, noisy)
+    truth = make_noisy(options.data, noisy, options.images)
     arms = [
         Arm("noisy", str(noisy)),
         Arm("filtered", str(filtered)),
@@ -75,6 +76,7 @@ def main() -> None:
         results += [{"arm": arm.name, "seed": seed, **train(arm, options, seed)} for seed in options.seeds]
     report = {
         "data": options.data,
+        "images": len(truth),
         "steps": options.steps,
         "batch": options.batch,
         "keep": options.keep,
@@ -91,13 +93,17 @@ def main() -> None:
     print(table(report))
 
 
-def make_noisy(spec: str, out: Path, seed: int = 0) -> Captions:
+def make_noisy(spec: str, out: Path, images: int | None = None, seed: int = 0) -> Captions:
     """Shards in which half of the captions are another image's; the true ones are returned.
 
     The spoilt captions change places in one cycle, so that every text stays as frequent as it was.
     """
-    paths = shard_paths(spec)
-    entries = {path: read_entries(path)[0] for path in paths}
+    entries: dict[Path, list[Entry]] = {}
+    left = images if images is not None else sys.maxsize
+    for path in shard_paths(spec):
+        entries[path] = read_entries(path)[0][:left]
+        left -= len(entries[path])
+    paths = [path for path in entries if entries[path]]
     rows = [one for path in paths for one in entries[path]]
     truth = {one.key: tuple(one.entry["captions"]) for one in rows}
     places = [(one.key, n) for one in rows for n in range(len(one.entry["captions"]))]
@@ -143,6 +149,7 @@ def train(arm: Arm, options: argparse.Namespace, seed: int) -> dict[str, Any]:
             *("--steps", str(steps), "--batch", str(options.batch), "--train.seed", str(seed)),
             *("--train.eval_every", str(steps), "--train.save_every", "50"),
             *("--eval.images", str(options.dev_images), "--eval.samples", "0"),
+            *(("--data.limit", str(options.images)) if options.images is not None else ()),
         )
     found = last(out, steps)
     assert found is not None, f"{out}: no dev line at step {steps}"
