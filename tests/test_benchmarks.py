@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import bench_growth, run
+from benchmarks import bench_growth, capfilt_rate, capfilt_training, run
 from benchmarks.common import SIZES, BenchmarkError, Peer, captions, compare, settings_of, text_lengths
 
+from blip2.data.shard_writer import write_shard
+from blip2.data.shards import read_entries
+
 TINY = SIZES["tiny"]
+JPEG = b"\xff\xd8\xff of nothing"
 
 
 @pytest.mark.parametrize(("count", "mean"), [(16, 12), (3, 9), (200, 12)])
@@ -92,3 +96,36 @@ def test_every_claim_names_a_script_and_messages_lose_their_paths() -> None:
     for module, *_ in run.CLAIMS.values():
         assert (run.ROOT / "benchmarks" / f"{module}.py").is_file()
     assert run.without_paths("no /home/someone/x/y.py here") == "no .../y.py here"
+
+
+def test_half_of_the_captions_are_exchanged_and_what_a_filter_finds_is_counted(tmp_path: Path) -> None:
+    rows = [(f"k{n}", JPEG, {"captions": [f"text {n} {m}" for m in range(5)]}) for n in range(20)]
+    write_shard(tmp_path / "a.tar", rows[:12])
+    write_shard(tmp_path / "b.tar", rows[12:])
+    truth = capfilt_training.make_noisy(str(tmp_path), tmp_path / "noisy")
+    assert truth == {key: tuple(entry["captions"]) for key, _, entry in rows}
+    found = [one for name in "ab" for one in read_entries(tmp_path / "noisy" / f"{name}.tar")[0]]
+    assert [one.key for one in found] == [key for key, *_ in rows]
+    texts = sorted(text for one in found for text in one.entry["captions"])
+    assert texts == sorted(text for own in truth.values() for text in own)
+    told = capfilt_training.quality(tmp_path / "noisy", truth)
+    assert (told["images"], told["captions"]) == (20, 100)
+    assert told["right"] == pytest.approx(0.5, abs=0.1)  # a caption may move to another place of its own image
+
+    entry = {"captions": ["text 0 1", "text 7 0"], "rejected": [{"text": "text 0 0"}, {"text": "x"}, {"text": "y"}]}
+    (tmp_path / "out").mkdir()
+    write_shard(tmp_path / "out" / "a.tar", [("k0", JPEG, entry)])
+    told = capfilt_training.quality(tmp_path / "out", truth)
+    assert told == {
+        "images": 1,
+        "captions": 2,
+        "right": 0.5,
+        "rejected": 3,
+        "wrong_of_rejected": 0.6667,
+        "rejected_of_wrong": 0.6667,
+    }
+
+
+def test_rate_leaves_out_the_first_shard_of_every_worker() -> None:
+    assert capfilt_rate.rate_of([20.0, 24.0, 28.0, 32.0], workers=1, size=8) == 2.0
+    assert capfilt_rate.rate_of([20.0, 21.0, 24.0, 25.0, 28.0, 29.0], workers=2, size=8) == 4.0

@@ -170,6 +170,24 @@ def test_nothing_is_lost_of_shards_that_can_be_had(disk: Path, server: tuple[str
     assert len(found.samples) == (SHARDS - 2) * SAMPLES
 
 
+def test_run_ends_and_its_report_names_every_lost_shard(
+    server: tuple[str, Counter[str]], tiny: Path, tmp_path: Path
+) -> None:
+    from blip2.apps.cli import main
+
+    address, _ = server
+    out = tmp_path / "run"
+    towers = ["--vision.name", tiny, "--vision.image_size", "56", "--vision.pool", "1", "--qformer.init", tiny]
+    sizes = ["--qformer.queries", "5", "--qformer.embed_dim", "16", "--data.cache_features", "false"]
+    loop = ["--steps", "3", "--batch", "4", "--optim.warmup", "1", "--data.workers", "0", "--data.dev", "null"]
+    data = ["--data", f"{address}/s-{{00000..{SHARDS - 1:05d}}}.tar", "--out", out]
+    assert main(["train", "tiny/stage1", *map(str, [*data, *towers, *sizes, *loop])]) == 0
+    lost = json.loads((out / "summary.json").read_text())["lost_shards"]
+    assert set(lost) == {f"{address}/{DEAD}", f"{address}/{SLOW}"}
+    report = (out / "report.html").read_text()
+    assert all(shard in report and reason.split(" (")[0] in report for shard, reason in lost.items())
+
+
 # -- S3 --------------------------------------------------------------------------------------------
 
 

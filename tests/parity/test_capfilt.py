@@ -20,7 +20,7 @@ from PIL import Image
 
 import blip2
 from blip2.apps.capfilt import engines
-from blip2.apps.capfilt.models import Bridge, HuggingFaceBlip, HuggingFaceClip, open_models
+from blip2.apps.capfilt.models import Bridge, HuggingFaceBlip, HuggingFaceClip, model_type, open_models
 from blip2.apps.capfilt.settings import CapFiltSettings
 from blip2.apps.cli import main
 from blip2.data.shard_writer import write_shard
@@ -181,6 +181,11 @@ def test_ray_gives_the_bytes_of_the_local_engine(hf: HF, source: Path, tmp_path:
     import ray
 
     ray.shutdown()
+
+
+def test_packaged_model_is_no_hub_id(hf: HF) -> None:
+    assert [model_type(name) for name in ("tiny", "tiny/stage1")] == [None, None]
+    assert [model_type(str(hf(kind)[0])) for kind in ("blip", "clip", "opt")] == ["blip", "clip", "blip-2"]
 
 
 def test_refusals(

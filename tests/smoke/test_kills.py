@@ -1,10 +1,11 @@
 """`kill -9` at random moments of a CapFilt job and of a training run on two processes: nothing lost, nothing doubled.
 
-Random small checkpoints through the real commands. The moments are drawn by a seed, evenly over the time that an
-undisturbed run takes; what is killed is the whole tree of processes, as when a machine goes down, or one worker of it.
-A job that got through before all kills were spent is compared and begun again in a new folder.
+Random small checkpoints through the real commands. Most of a life is spent on imports, so moments are not drawn over
+wall time: a share of the kills comes while a process starts, the others are drawn evenly over the work itself, whose
+beginning is seen in what it writes. What is killed is the whole tree of processes, as when a machine goes down, or one
+process of it. Each job is killed several times until it gets through, then compared with one that was never disturbed.
 
-    BLIP2_KILLS=20 python -m pytest -m slow tests/smoke/test_kills.py
+    BLIP2_KILLS=20 python -m pytest -m slow -s tests/smoke/test_kills.py
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,16 +35,117 @@ from blip2.weights import runs
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 
 KILLS = int(os.environ.get("BLIP2_KILLS", "20"))
-SHARDS, PICTURES, STEPS = 8, 3, 12
+PER_JOB = 7  # kills of one job: a job that gets through costs a whole start without a kill
+STARTING = 0.2  # share of the kills that hit a process before its work begins
+HANGS = 300  # seconds after which a job that was killed must have ended or gone on
+SHARDS, PICTURES, STEPS = 24, 4, 24
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "blip2")
-Command = Callable[[Path], list[str]]
+
+
+@dataclass
+class Case:
+    """A job that is killed.
+
+    Args:
+        command: arguments of Python for an output folder.
+        work: something of a folder that differs once a process has begun to work in it.
+        done: how much of the work is whole.
+        result: what must come out.
+    """
+
+    command: Callable[[Path], list[str]]
+    work: Callable[[Path], object]
+    done: Callable[[Path], int]
+    result: Callable[[Path], dict[str, object]]
+
+
+@dataclass
+class Killer:
+    """Kills by a seed, and remembers what it hit."""
+
+    case: Case
+    rng: random.Random
+    hits: list[tuple[str, str, int]] = field(default_factory=list)  # when, what, and how much was whole
+
+    def survive(self, folder: Path) -> dict[str, object]:
+        """Run undisturbed once, then with kills until all are spent; every job's result must be the same."""
+        out = folder / "undisturbed"
+        began, process = time.monotonic(), start(self.case.command(out), folder / "undisturbed.log")
+        assert awaited(process, lambda: self.case.work(out), None), (folder / "undisturbed.log").read_text()[-3000:]
+        starting = time.monotonic() - began
+        assert process.wait(HANGS) == 0, (folder / "undisturbed.log").read_text()[-3000:]
+        working = time.monotonic() - began - starting
+        print(f"undisturbed: {starting:.1f} s to the first work, {working:.1f} s of it", file=sys.stderr)
+        expected, jobs = self.case.result(out), 0
+        while len(self.hits) < KILLS:
+            out, before = folder / f"killed-{jobs}", len(self.hits)
+            self.job(out, min(PER_JOB, KILLS - before), starting, working)
+            assert self.case.result(out) == expected, f"{out} differs after {self.hits[before:]}"
+            told = ", ".join(f"{what} {when} at {whole}" for when, what, whole in self.hits[before:])
+            print(f"{out.name}: equal after {len(self.hits) - before} kills ({told})", file=sys.stderr)
+            jobs += 1
+        kinds = Counter(hit[:2] for hit in self.hits)
+        print(f"{len(self.hits)} kills: " + ", ".join(f"{n} {w} {t}" for (t, w), n in kinds.items()), file=sys.stderr)
+        return expected
+
+    def job(self, out: Path, count: int, starting: float, working: float) -> None:
+        """One job, killed as often (or less, where it was done before), and started again until it is through."""
+        early = [self.rng.random() < STARTING for _ in range(count)]
+        points = sorted(self.rng.uniform(0, working) for _ in range(early.count(False)))
+        gaps = [b - a for a, b in pairwise([0.0, *points])]
+        log = out.with_suffix(".log")
+        code = 1
+        while code != 0:
+            before, killed = self.case.work(out), 0
+            process = start(self.case.command(out), log)
+            while early and self.wait(process, out, before, starting, gaps[0] if not early[0] else None):
+                before = self.case.work(out)
+                if not early.pop(0):
+                    gaps.pop(0)
+                killed += 1
+                if self.hits[-1][1] == "all":
+                    break
+            code = self.ended(process, log)
+            assert code == 0 or killed, log.read_text()[-3000:]
+
+    def wait(
+        self, process: subprocess.Popen[bytes], out: Path, before: object, starting: float, gap: float | None
+    ) -> bool:
+        """Kill at a moment before the work begins (no gap), or so long after that; False where it was done before."""
+        if gap is not None and not awaited(process, lambda: self.case.work(out), before):
+            return False
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(self.rng.uniform(0, starting) if gap is None else gap)
+            return False
+        when = "starting" if self.case.work(out) == before else "working"
+        whole = self.case.done(out)
+        self.hits.append((when, self.kill(process), whole))
+        return True
+
+    def kill(self, process: subprocess.Popen[bytes]) -> str:
+        """Kill the whole tree, or one process of it that another started; tells which."""
+        tree = descendants(process.pid)
+        if tree and self.rng.random() < 0.5:
+            end([self.rng.choice(tree)])
+            return "one"
+        os.kill(process.pid, signal.SIGSTOP)  # so that it starts no more while the rest is killed
+        end([*descendants(process.pid), process.pid])
+        return "all"
+
+    def ended(self, process: subprocess.Popen[bytes], log: Path) -> int:
+        """Exit code of a job that is left alone now; one that hangs fails."""
+        try:
+            return process.wait(HANGS)
+        except subprocess.TimeoutExpired:
+            end([*descendants(process.pid), process.pid])
+            raise AssertionError(f"hangs: {log.read_text()[-3000:]}") from None
 
 
 def test_capfilt(tiny_opt: Path, tiny: Path, tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.mkdir()
     for shard in range(SHARDS):
-        rows = [(f"k{shard}{n}", picture(PICTURES * shard + n), {"captions": ["a dog"]}) for n in range(PICTURES)]
+        rows = [(f"k{shard}-{n}", picture(PICTURES * shard + n), {"captions": ["a dog"]}) for n in range(PICTURES)]
         write_shard(source / f"s-{shard:05d}.tar", rows)
 
     def command(out: Path) -> list[str]:
@@ -48,14 +153,20 @@ def test_capfilt(tiny_opt: Path, tiny: Path, tmp_path: Path) -> None:
         sizes = ["--samples", "3", "--min-tokens", "2", "--max-tokens", "8", "--batch", "2", "--dtype", "fp32"]
         return ["-m", "blip2", "capfilt", str(source), str(out), *models, *sizes, "--threads", "1", "--workers", "2"]
 
+    def work(out: Path) -> object:
+        """Shards, whole and begun."""
+        return (
+            sorted(path.name for path in out.glob("*.tar*")) + sorted(p.name for p in out.glob(".*.tar.tmp-*")) or None
+        )
+
     def result(out: Path) -> dict[str, object]:
         assert not list(out.glob(".*.tmp-*"))
         return {path.name: path.read_bytes() for path in sorted([*out.glob("*.tar"), out / "manifest.json"])}
 
-    expected, kills = survive(command, result, tmp_path, seed=1)
+    case = Case(command, work, lambda out: len(list(out.glob("*.tar"))), result)
+    expected = Killer(case, random.Random(1)).survive(tmp_path)
     assert len(expected) == SHARDS + 1
     assert json.loads(expected["manifest.json"])["samples"] == SHARDS * PICTURES  # type: ignore[arg-type]
-    assert kills == KILLS
 
 
 def test_training_on_two_processes(tiny: Path, tiny_opt: Path, tmp_path: Path) -> None:
@@ -73,6 +184,15 @@ def test_training_on_two_processes(tiny: Path, tiny_opt: Path, tmp_path: Path) -
         start = ["train", "tiny/stage1", "--init", tiny, "--out", out]
         return [*LAUNCHER, *map(str, [*start, *towers, *data, *loop])]
 
+    def work(out: Path) -> object:
+        """The log, which a process writes anew when its first step begins."""
+        path = out / "metrics.jsonl"
+        return path.stat().st_ino if path.exists() else None
+
+    def done(out: Path) -> int:
+        found = runs.checkpoints(out)
+        return found[-1][0] if found else 0
+
     def result(out: Path) -> dict[str, object]:
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         trained = [line for line in lines if line["kind"] == "train"]
@@ -84,60 +204,23 @@ def test_training_on_two_processes(tiny: Path, tiny_opt: Path, tmp_path: Path) -
         # the file's header holds the folder of the run, which is another for every run
         return {"losses": [[line[name] for name in names] for line in trained], **without_headers(files)}
 
-    _, kills = survive(command, result, tmp_path, seed=2)
-    assert kills == KILLS
+    Killer(Case(command, work, done, result), random.Random(2)).survive(tmp_path)
 
 
-def survive(
-    command: Command, result: Callable[[Path], dict[str, object]], folder: Path, seed: int
-) -> tuple[dict[str, object], int]:
-    """Run undisturbed once, then with kills until all are spent and a job is done; returns the result and the kills."""
-    began = time.monotonic()
-    process = start(command(folder / "undisturbed"), folder / "undisturbed.log")
-    assert process.wait() == 0, (folder / "undisturbed.log").read_text()[-3000:]
-    duration, expected = time.monotonic() - began, result(folder / "undisturbed")
-    rng, kills, jobs = random.Random(seed), 0, 0
-    killed_in_job = 0
-    while kills < KILLS or killed_in_job:
-        out, log = folder / f"killed-{jobs}", folder / f"killed-{jobs}.log"
-        began, process = time.monotonic(), start(command(out), log)
-        hit = False
-        if kills < KILLS:
-            hit = kill(process, rng.uniform(0, duration), rng)
-        kills += hit
-        killed_in_job += hit
-        code = process.wait()
-        if code == 0:
-            assert result(out) == expected, f"{out} differs after {killed_in_job} kills"
-            print(f"{out.name}: equal after {killed_in_job} kills", file=sys.stderr)
-            if not killed_in_job:  # the machine has become faster, or slower
-                duration = time.monotonic() - began
-            jobs, killed_in_job = jobs + 1, 0
-        else:
-            assert hit, log.read_text()[-3000:]
-    return expected, kills
+def awaited(process: subprocess.Popen[bytes], work: Callable[[], object], before: object) -> bool:
+    """Wait until work is done that was not there before; False where the process ends without, or hangs."""
+    deadline = time.monotonic() + HANGS
+    while process.poll() is None and time.monotonic() < deadline:
+        if work() != before:
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with log.open("ab") as handle:
         return subprocess.Popen([sys.executable, *arguments], stdout=handle, stderr=handle, env=environment)
-
-
-def kill(process: subprocess.Popen[bytes], after: float, rng: random.Random) -> bool:
-    """Kill the whole tree, or one worker of it, so many seconds after its start; False where it was done before."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(after)
-        return False
-    tree = descendants(process.pid)
-    if tree and rng.random() < 0.5:
-        end([rng.choice(tree)])
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(1)
-        return True
-    os.kill(process.pid, signal.SIGSTOP)  # so that it starts no more while the rest is killed
-    end([*descendants(process.pid), process.pid])
-    return True
 
 
 def end(pids: list[int]) -> None:

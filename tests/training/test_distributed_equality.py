@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -241,14 +243,14 @@ def moved(one: Path, two: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     return found
 
 
-def train(folder: Path, launcher: list[str], jobs: list[str], **variables: str) -> Path:
+def train(folder: Path, launcher: list[str], jobs: list[str], log: str = "stderr.txt", **variables: str) -> Path:
     """Run the script above; returns the folder of its runs, in which what came after an error is missing."""
     script = folder / "train.py"
     script.write_text(SCRIPT)
     command = [sys.executable, *launcher, str(script), str(folder), *jobs]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
-    (folder / "stderr.txt").write_text(done.stderr)
+    (folder / log).write_text(done.stderr)
     return folder
 
 
@@ -298,6 +300,27 @@ def test_killed_worker_is_restarted_and_goes_on(job: str, two: Path, tmp_path: P
     folder = train(tmp_path, launcher, [job], DIE_AT="3", DIE_MARK=str(tmp_path / "died"))
     assert (tmp_path / "died").exists()
     found, expected = results(folder, job), results(two, job)
+    assert found[0] == expected[0]
+    assert all(torch.equal(found[2][name], value) for name, value in expected[2].items())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_agents_as_on_two_nodes_come_back_after_a_kill(two: Path, tmp_path: Path) -> None:
+    """Each with one process, meeting at an address: every number is that of one agent with two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    meeting = ["--rdzv-id", "run", "--rdzv-backend", "c10d", "--rdzv-endpoint", place, "--local-addr", "127.0.0.1"]
+    nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "1"]
+    launcher = ["-m", "torch.distributed.run", *nodes, *meeting]
+    # as docs/scale.md says: a store of its own for every restart
+    dies = {"DIE_AT": "3", "DIE_MARK": str(tmp_path / "died"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with ThreadPoolExecutor(2) as agents:
+        list(agents.map(lambda n: train(tmp_path, launcher, ["stage1/ddp"], f"stderr-{n}.txt", **dies), range(2)))
+    (tmp_path / "stderr.txt").write_text("".join((tmp_path / f"stderr-{n}.txt").read_text()[-2000:] for n in range(2)))
+    assert (tmp_path / "died").exists()
+    found, expected = results(tmp_path, "stage1/ddp"), results(two, "stage1/ddp")
     assert found[0] == expected[0]
     assert all(torch.equal(found[2][name], value) for name, value in expected[2].items())
 

@@ -21,6 +21,7 @@ from blip2.inference import Blip2, load, torch_dtype
 from blip2.models import hub
 from blip2.models.vision_encoder import normalisation
 from blip2.ops.contrastive import query_text_similarity
+from blip2.weights.checkpoints import located
 
 
 class Captioner(Protocol):
@@ -177,7 +178,7 @@ def open_models(settings: CapFiltSettings, device: str = "auto") -> tuple[Captio
 
 def model_type(source: str) -> str | None:
     """`blip`, `clip`, `blip-2`, ... of a transformers folder or hub id; None for anything else."""
-    path = Path(source)
+    path = Path(located(source))
     if path.is_dir():
         return str(hub.load_config(source).model_type) if (path / "config.json").is_file() else None
     return str(hub.load_config(source).model_type) if hub.is_id(source) and not path.suffix else None
