@@ -49,7 +49,8 @@ def main() -> None:
 def one(model: Blip2, data: bytes, text: str, share: float, draws: int) -> dict[str, dict[str, float]]:
     """Score as it is and its fall by what is hidden, for ITM (logit of a match minus no match) and ITC."""
     found = model.attend(data, text)
-    assert found.itm_maps is not None
+    if found.itm_maps is None:
+        raise SystemExit("this model never learned ITM: choose one that did")
     assert found.itc_maps is not None
     count = round(share * found.grid[0] * found.grid[1])
     rng = np.random.default_rng(0)

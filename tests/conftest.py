@@ -80,3 +80,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random stage-2 model with a small OPT."""
     return _tiny("opt", tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random stage-2 model with a small T5."""
+    return _tiny("t5", tmp_path_factory.mktemp("tiny"))

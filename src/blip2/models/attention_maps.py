@@ -107,15 +107,48 @@ def prompt_attention(model: LanguageModel, prompt_1QH: Tensor, ids_1T: Tensor, m
         ValueError: an encoder-decoder, or a model that does not give its attention.
     """
     if model.encoder_decoder:
-        raise ValueError("attention to soft prompts is read from decoder-only language models")
+        raise ValueError("an encoder-decoder's words are asked for by `cross_prompt_attention`")
     embeds, mask = model._join(prompt_1QH, ids_1T, mask_1T)
+    mean_SS = _open_mean(model, "attentions", inputs_embeds=embeds, attention_mask=mask)
+    return mean_SS[:, : prompt_1QH.shape[1]]
+
+
+@torch.no_grad()
+def cross_prompt_attention(
+    model: LanguageModel, prompt_1QH: Tensor, enc_ids_1T: Tensor, enc_mask_1T: Tensor, dec_ids_1W: Tensor
+) -> Tensor:
+    """The same of an encoder-decoder: how much of its cross-attention each token gives to the soft prompts' places.
+
+    Row w is of the position that writes token w. What the encoder put in a soft prompt's place has seen the
+    other soft prompts and the text. Not for several threads at a time.
+
+    Args:
+        enc_ids_1T, enc_mask_1T: the encoder's text, after the soft prompts.
+        dec_ids_1W: tokens that are written; the start token is put in front here.
+
+    Returns:
+        [W, Q], mean over layers and heads; rows sum to at most one, the rest goes to the encoder's text.
+    """
+    embeds, mask = model._join(prompt_1QH, enc_ids_1T, enc_mask_1T)
+    start = torch.full_like(dec_ids_1W[:, :1], model.model.config.decoder_start_token_id)
+    given = torch.cat([start, dec_ids_1W[:, :-1]], dim=1)
+    mean_WS = _open_mean(model, "cross_attentions", inputs_embeds=embeds, attention_mask=mask, decoder_input_ids=given)
+    return mean_WS[:, : prompt_1QH.shape[1]]
+
+
+def _open_mean(model: LanguageModel, kind: str, **inputs: Tensor) -> Tensor:
+    """Attention weights of one row, mean over layers and heads, from one pass with open attention.
+
+    Raises:
+        ValueError: the model does not give them.
+    """
     before = model.model.config._attn_implementation
     model.model.set_attn_implementation("eager")
     try:
-        out = model.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False, output_attentions=True)
+        out = model.model(**inputs, use_cache=False, output_attentions=True)
     finally:
         model.model.set_attn_implementation(before)
-    if not out.attentions:
+    found = getattr(out, kind, None)
+    if not found:
         raise ValueError(f"{model.model.config.model_type} does not give its attention")
-    mean_SS = torch.stack([weights[0].float().mean(dim=0) for weights in out.attentions]).mean(dim=0)
-    return mean_SS[:, : prompt_1QH.shape[1]].cpu()
+    return torch.stack([weights[0].float().mean(dim=0) for weights in found]).mean(dim=0).cpu()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +20,7 @@ from blip2.apps.index.scores import exact_top
 from blip2.apps.index.search import Index, combined
 from blip2.apps.index.segments import Batch, Row
 from blip2.apps.index.store import ModelId, Store
-from blip2.errors import ConfigError
+from blip2.errors import ConfigError, DataError
 
 QUERIES, WIDTH = 6, 32
 needs_faiss = pytest.mark.skipif(find_spec("faiss") is None, reason="faiss-cpu is not installed (extra: search)")
@@ -154,6 +159,27 @@ def test_a_lost_engine_is_made_again(tmp_path: Path) -> None:
     assert check(Index(Store(tmp_path / "i")))["recall"] > 0.95
 
 
+@needs_faiss
+@pytest.mark.parametrize("how", ["cut", "other"])
+def test_a_replaced_engine_file_is_told_and_made_again(tmp_path: Path, how: str) -> None:
+    vectors = clustered(900)
+    store = store_of(tmp_path / "i", vectors, {"name": "faiss", "exact_below": 500})
+    index, query = Index(store), torch.from_numpy(vectors[3, :1].astype(np.float32))
+    index.nearest(query, 10)
+    file = next((tmp_path / "i" / "engine").glob("shard-*"))
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2] if how == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
+    index.refresh()
+    with pytest.raises(DataError, match=r"FAISS cannot read it.*`blip2 index add`") as error:
+        index.nearest(query, 10)
+    assert "\n" not in str(error.value)
+    with store.writing():
+        engines.open_engine(store).update(store, progress=False)
+    index.refresh()
+    assert check(index)["recall"] > 0.95
+    assert keys(store, index.nearest(query, 1)[0]) == ["k3"]
+
+
 def test_without_faiss_every_vector_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +209,53 @@ def test_lancedb_finds_what_exact_search_finds(tmp_path: Path, rows: int) -> Non
         engines.open_engine(store).update(store, progress=False)
     left, _ = Index(Store(tmp_path / "i")).nearest(torch.from_numpy(query), 8)
     assert keys(store, left) == brute(vectors, query, 10)[0][2:]
+
+
+@pytest.fixture
+def object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket of moto's S3 server in a process of its own; gives its URI."""
+    for name in ("moto", "flask", "boto3"):
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install 'moto[s3]' flask flask-cors")
+    import boto3
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in (
+        ("AWS_ACCESS_KEY_ID", "test"),
+        ("AWS_SECRET_ACCESS_KEY", "test"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+        ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}"),
+        ("AWS_ALLOW_HTTP", "true"),
+    ):
+        monkeypatch.setenv(name, value)
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            while not _listens(port):
+                assert process.poll() is None, "moto's server ended"
+                time.sleep(0.1)
+            boto3.client("s3").create_bucket(Bucket="photos")
+            yield "s3://photos/index"
+        finally:
+            process.terminate()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) == 0
+
+
+@needs_lance
+@pytest.mark.slow
+def test_lancedb_in_an_object_store(tmp_path: Path, object_store: str) -> None:
+    vectors = clustered(300)
+    store = store_of(tmp_path / "i", vectors, {"name": "lancedb", "uri": object_store})
+    assert not (tmp_path / "i" / "engine").exists()
+    query = clustered(1, seed=3000)[0, :1].astype(np.float32)
+    index = Index(Store(tmp_path / "i"))
+    assert index.engine.covered() == set(store.by_serial)
+    assert keys(store, index.nearest(torch.from_numpy(query), 10)[0]) == brute(vectors, query, 10)[0]
 
 
 @pytest.mark.skipif(find_spec("lancedb") is not None, reason="lancedb is installed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -233,6 +234,42 @@ def test_mistakes_are_one_line(
     assert (code, out) == (2, "")
     assert what in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["search", "{index}", TEXT], ["index", "add", "{index}", "{photos}"]])
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("runs/other", ["runs/other [0000000000000000], not with {tiny} [", "give --model runs/other", "index build"]),
+        ("{tiny}", ["{tiny} [0000000000000000], which has changed since", "model of then with --model", "index build"]),
+        (None, ["runs/other [0000000000000000], cannot be loaded (runs/other: ", "where it is now with --model"]),
+    ],
+)
+def test_commands_refuse_an_index_of_another_model(
+    command: list[str],
+    name: str | None,
+    told: list[str],
+    model: Blip2,
+    tiny: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Named by --model, retrained in its place, or gone from its place; the index stays as it is."""
+    made = (name or "runs/other").format(tiny=tiny)
+    found = identify(model, made)
+    Store.create(tmp_path / "i", dataclasses.replace(found, fingerprint="0" * 16), "exact", None)
+    before = (tmp_path / "i" / "manifest.json").read_bytes()
+    arguments = [part.format(index=tmp_path / "i", photos=photos) for part in command]
+    if name is not None:
+        monkeypatch.setattr("blip2.apps.index.command.load_model", lambda options: (model, str(tiny)))
+        arguments += ["--model", str(tiny)]
+    code, out, err = run(capsys, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    for part in told:
+        assert part.format(tiny=tiny) in err
+    assert (tmp_path / "i" / "manifest.json").read_bytes() == before
 
 
 KILLED = """

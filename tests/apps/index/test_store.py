@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from blip2.apps.index import segments
 from blip2.apps.index import store as module
 from blip2.apps.index.segments import Batch, Row
 from blip2.apps.index.store import ModelId, Store
@@ -184,6 +185,44 @@ def test_a_damaged_segment_is_named(tmp_path: Path, name: str, damage: str) -> N
     with pytest.raises(DataError, match="000002: segment is damaged") as error:
         Store(tmp_path / "i")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["vectors.f16", "rows.jsonl", "hashes.u8", "rows.u64", "captions.f16"])
+def test_a_file_of_another_index_is_told_by_its_ends(tmp_path: Path, name: str) -> None:
+    """Of the same size and form; compaction and removing keep the seals right."""
+    store = filled(tmp_path / "i")
+    file = tmp_path / "i" / "segments" / "000002" / name
+    good = file.read_bytes()
+    file.write_bytes(good[:1] + bytes(len(good) - 2) + good[-1:])
+    with pytest.raises(DataError, match=r"000002: segment is damaged \(.*\): put the file back"):
+        store.current()
+    file.write_bytes(good)
+    with store.writing():
+        store.change(remove=[next(image for image, _ in store.items())])
+        store.compact()
+    assert set(store.manifest.seals) == set(store.manifest.segments) == {5}
+    assert contents(Store(tmp_path / "i")) == contents(store)
+
+
+def test_a_byte_in_the_middle_is_told_by_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "_ENDS", 16)
+    filled(tmp_path / "i")
+    file = tmp_path / "i" / "segments" / "000002" / "vectors.f16"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert [segment.whole() for segment in Store(tmp_path / "i").segments] == [True, False, True, True]
+
+
+def test_an_index_without_seals_is_read(tmp_path: Path) -> None:
+    """They came later than the format."""
+    before = contents(filled(tmp_path / "i"))
+    manifest = json.loads((tmp_path / "i" / "manifest.json").read_text())
+    del manifest["seals"]
+    (tmp_path / "i" / "manifest.json").write_text(json.dumps(manifest))
+    store = Store(tmp_path / "i")
+    assert contents(store) == before
+    assert all(segment.whole() for segment in store.segments)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 9}', '{"format": 1, "model": 3}'])

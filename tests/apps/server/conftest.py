@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import blip2
@@ -19,6 +20,31 @@ from blip2.inference import Blip2
 def installed() -> None:
     pytest.importorskip("fastapi", reason="blip2 serve needs the extra `serve`")
     pytest.importorskip("httpx", reason="the tests of the server need httpx")
+
+
+@pytest.fixture(scope="session")
+def mutations() -> Callable[[bytes, int], list[bytes]]:
+    """`mutations(picture, seed)`: random bytes of it changed, cut out, doubled, and set."""
+
+    def four(whole: bytes, seed: int) -> list[bytes]:
+        rng = np.random.default_rng(seed)
+        found = []
+        for how in range(4):
+            data = bytearray(whole)
+            at, size = int(rng.integers(0, len(data))), int(rng.integers(1, 40))
+            if how == 0:
+                for place in rng.integers(0, len(data), size):
+                    data[place] = int(rng.integers(0, 256))
+            elif how == 1:
+                del data[at : at + size]
+            elif how == 2:
+                data[at:at] = data[at : at + size]
+            else:
+                data[at : at + 4] = b"\xff\xff\xff\xff"
+            found.append(bytes(data))
+        return found
+
+    return four
 
 
 @pytest.fixture(scope="session")

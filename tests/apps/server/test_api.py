@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -165,6 +166,23 @@ def test_caption_by_form_and_by_json(serve: Serve, both: Blip2) -> None:
     assert [c["text"] for c in by_json] == both.caption([encoded()], num=3)[0]
     scores = both.match([encoded()] * 3, [c["text"] for c in by_json])
     np.testing.assert_allclose([c["score"] for c in by_json], scores, atol=1e-5)
+    likeness = both.similarity([encoded()], [c["text"] for c in by_json])[0]
+    np.testing.assert_allclose([c["similarity"] for c in by_json], likeness, atol=1e-5)
+
+
+def test_what_was_never_learned_is_not_shown(serve: Serve, both: Blip2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probability of an ITM head at its random start would mean nothing."""
+    config = both.config
+    never = dataclasses.replace(config, loss=dataclasses.replace(config.loss, itm=0.0))
+    monkeypatch.setattr(both, "_stage1_config", never)
+    client = serve()
+    assert client.get("/v1/models").json()["data"][0]["blip2"]["judge"] is False
+    caption = client.post("/caption", json={"image": url(), "num": 2}).json()["captions"][0]
+    assert caption["score"] is None
+    assert -1 <= caption["similarity"] <= 1
+    maps = client.post("/attend", json={"image": url(), "text": "a dog"}).json()
+    assert maps["itm"] is maps["itm_map"] is None
+    assert maps["itc_map"] is not None
 
 
 def test_ask_with_history(serve: Serve, both: Blip2) -> None:

@@ -1,8 +1,13 @@
-"""Faults under a server with an index: killed writers, full disks, another index in its place. It keeps answering."""
+"""Faults under a server with an index: killed writers, full disks, another index or file in its place, bad pictures.
+
+It keeps answering: from the index where that is whole, else with what is wrong and what to do.
+"""
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import dataclasses
 import json
 import os
 import resource
@@ -10,7 +15,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,19 +154,9 @@ def test_a_write_that_the_system_cuts_short(
     first = truth(stage1_only, photos)
     more(photos, 40)
     with listening(stage1_only, index=Index(store, stage1_only)) as (address, _, _):
-        command = [
-            sys.executable,
-            "-m",
-            "blip2",
-            "index",
-            "add",
-            str(tmp_path / "i"),
-            str(photos),
-            "--model",
-            str(tiny),
-        ]
+        adding = ["index", "add", str(tmp_path / "i"), str(photos), "--model", str(tiny)]
         limited = subprocess.run(
-            command,
+            [sys.executable, "-m", "blip2", *adding],
             capture_output=True,
             text=True,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048)),
@@ -168,8 +165,17 @@ def test_a_write_that_the_system_cuts_short(
         said = limited.stderr.splitlines()[-1]
         assert "index cannot be written: File too large; what was there before is whole" in said
         assert_same(found(address), first)
-        assert main(command) == 0
+        assert main(adding) == 0
         assert_same(found(address), truth(stage1_only, photos))
+
+
+def refused(address: str, code: str) -> str:
+    """What a search is told that cannot be answered."""
+    answer = httpx.post(f"{address}/search", json={"text": TEXT}, timeout=60)
+    assert answer.status_code == 503, answer.text
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("server_error", code)
+    return str(error["message"])
 
 
 def test_another_index_or_none_in_its_place(
@@ -182,16 +188,104 @@ def test_another_index_or_none_in_its_place(
         manifest = path / "manifest.json"
         good = manifest.read_text()
         manifest.write_text(good[: len(good) // 2])
-        assert found(address) == first
+        said = [refused(address, "index_damaged")]
         other = json.loads(good)
         other["model"]["fingerprint"] = "0" * 16
         manifest.write_text(json.dumps(other))
-        assert found(address) == first
+        said.append(refused(address, "index_of_another_model"))
+        assert "start the server again with that model" in said[-1]
         assert "built anew with" in caplog.text
         path.rename(tmp_path / "away")
-        assert found(address) == first
+        said.append(refused(address, "index_damaged"))
+        assert "build it again" in said[-1]
         assert "no index here" in caplog.text
+        assert not any(str(tmp_path) in line for line in said)
         assert httpx.get(f"{address}/healthz").status_code == 200
+        embedded = httpx.post(f"{address}/v1/embeddings", json={"model": "tiny", "input": TEXT}, timeout=60)
+        assert embedded.status_code == 200  # what needs no index is answered
+        (tmp_path / "away").rename(path)
+        manifest.write_text(good)
+        assert found(address) == first  # put back, it is searched again
+
+
+@pytest.mark.parametrize("name", ["vectors.f16", "captions.f16", "rows.jsonl"])
+def test_a_file_of_the_index_replaced_under_it(
+    stage1_only: Blip2,
+    tiny: Path,
+    photos: Path,
+    tmp_path: Path,
+    listening: Any,
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Cut in place (reading such a mapping would end the process), of another index, and gone."""
+    path = tmp_path / "i"
+    store = built(stage1_only, photos, path)
+    file = path / "segments" / f"{store.segments[0].serial:06d}" / name
+    good = file.read_bytes()
+
+    def cut() -> None:
+        with file.open("r+b") as handle:
+            handle.truncate(5)
+
+    with listening(stage1_only, index=Index(store, stage1_only)) as (address, _, _):
+        first = found(address)
+        for fault in (cut, lambda: file.write_bytes(good[::-1]), file.unlink):
+            fault()
+            assert "build it again" in refused(address, "index_damaged")
+            for command in (["search", str(path), TEXT], ["index", "add", str(path), str(photos)]):
+                capsys.readouterr()
+                assert main([*command, "--model", str(tiny)]) == 2
+                err = capsys.readouterr().err
+                assert err.count("\n") == 1
+                assert f"{file.parent}: segment is damaged" in err
+                assert "put the file back" in err
+            file.write_bytes(good)
+            assert found(address) == first
+
+
+def test_an_index_of_another_model_is_not_served(
+    stage1_only: Blip2, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = dataclasses.replace(identify(stage1_only, "runs/other"), fingerprint="0" * 16)
+    Store.create(tmp_path / "i", other, "exact", None)
+    assert main(["serve", "--model", str(tiny), "--index", str(tmp_path / "i"), "--port", "0"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"built with {other}, not with" in said
+    assert "give --model runs/other" in said
+
+
+def test_mutated_photographs_over_http(
+    stage1_only: Blip2, flickr8k: Path, photos: Path, tmp_path: Path, listening: Any, mutations: Any
+) -> None:
+    """200 damaged photographs by every way in: each is used or refused as the client's mistake."""
+    with tarfile.open(min(flickr8k.glob("dev-*.tar"))) as shard:
+        pictures = [shard.extractfile(m).read() for m in shard.getmembers() if m.name.endswith(".jpg")][:50]  # type: ignore[union-attr]
+    store = built(stage1_only, photos, tmp_path / "i")
+    ways = [
+        ("caption", {"max_tokens": "2", "beams": "1"}),
+        ("attend", {}),
+        ("search", {"k": "2"}),
+        ("v1/embeddings", {}),
+    ]
+    statuses: Counter[int] = Counter()
+    with listening(stage1_only, index=Index(store, stage1_only)) as (address, _, _), httpx.Client(timeout=60) as client:
+        first = found(address)
+        for seed, picture in enumerate(pictures):
+            for data, turn in zip(mutations(picture, seed), range(4), strict=True):
+                way, fields = ways[(seed + turn) % len(ways)]
+                if way == "v1/embeddings":
+                    url = f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
+                    answer = client.post(f"{address}/{way}", json={"model": "tiny", "input": url})
+                else:
+                    answer = client.post(f"{address}/{way}", data=fields, files={"image": data})
+                assert answer.status_code == 200 or 400 <= answer.status_code < 500, answer.text
+                if answer.status_code != 200:
+                    assert answer.json()["error"]["message"]
+                statuses[answer.status_code] += 1
+        assert sum(statuses.values()) == 200
+        assert statuses[200] < 200  # all whole would mean that nothing is looked at
+        assert found(address) == first
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def _lines(found: Attention, out: str | None) -> list[str]:
     if found.itc is not None:
         order = found.itc.argsort(descending=True)[:5].tolist()
         lines.append("ITC " + ", ".join(f"query {q} {float(found.itc[q]):.3f}" for q in order))
-        lines.append(f"ITM {found.itm:.3f}")
+        lines.append("ITM: this model never learned it" if found.itm is None else f"ITM {found.itm:.3f}")
     if found.caption is not None:
         lines.append(f"caption: {found.caption}")
     if found.words is not None and found.word_prompts is not None:

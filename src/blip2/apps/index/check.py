@@ -50,11 +50,11 @@ def check(index: Index, queries: int = 100) -> dict[str, Any]:
     images, which are easier to find than a text.
 
     Returns:
-        `damaged`: segments with a vector that is not of unit length; `recall`, `ms`, `exact_ms`,
-        `queries` and `kind`.
+        `damaged`: segments with a byte that is not as it was written, or a vector that is not of unit
+        length; `recall`, `ms`, `exact_ms`, `queries` and `kind`.
     """
     store = index.store
-    damaged = [segment.serial for segment in store.segments if not _whole(segment)]
+    damaged = [segment.serial for segment in store.segments if not (segment.whole() and _of_unit_length(segment))]
     kind, asked = _queries(index, queries)
     found: dict[str, Any] = {"damaged": damaged, "queries": len(asked), "kind": kind, "depth": DEPTH}
     if not len(asked):
@@ -76,7 +76,7 @@ def check(index: Index, queries: int = 100) -> dict[str, Any]:
     }
 
 
-def _whole(segment: Segment) -> bool:
+def _of_unit_length(segment: Segment) -> bool:
     """Whether every vector is of unit length, as far as fp16 can tell."""
     for start in range(0, segment.count, 512):
         norms = torch.from_numpy(np.asarray(segment.vectors[start : start + 512])).float().norm(dim=-1)

@@ -20,7 +20,7 @@ from blip2.apps.index.search import Hit, Index
 from blip2.apps.index.segments import Row
 from blip2.apps.index.store import Store
 from blip2.data.samples import printable
-from blip2.errors import ConfigError, DataError
+from blip2.errors import Blip2Error, ConfigError, DataError
 from blip2.inference import Blip2
 from blip2.reading import open_image
 
@@ -120,10 +120,23 @@ def as_dict(hit: Hit) -> dict[str, Any]:
 
 
 def _model_of(store: Store, options: argparse.Namespace) -> Blip2:
-    """The model to embed with: --model, else the index's own."""
-    options.model = options.model or store.manifest.model.name
-    model, name = load_model(options)
-    require_same(store, identify(model, name))
+    """The model to embed with: --model, else the index's own.
+
+    Raises:
+        ConfigError: the index's own is not where it was, or --model is another.
+    """
+    made, named = store.manifest.model, bool(options.model)
+    options.model = options.model or made.name
+    try:
+        model, name = load_model(options)
+    except Blip2Error as error:
+        if named:
+            raise
+        raise ConfigError(
+            f"{store.path}: the model that this index was built with, {made}, cannot be loaded ({error}): "
+            "say where it is now with --model"
+        ) from error
+    require_same(store, identify(model, _absolute(name)))
     return model
 
 

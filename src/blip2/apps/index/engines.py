@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from blip2.apps.index.segments import Ids, Segment, image_id
+from blip2.apps.index.segments import Ids, Segment, Stamp, ends_of, image_id, stamp
 from blip2.apps.index.store import Store, writable
 from blip2.errors import ConfigError, DataError
 
@@ -49,6 +49,9 @@ class Engine(Protocol):
 
     def candidates(self, query_ME: Float, count: int) -> Ids:
         """Distinct images, `count` or more where there are so many; some may be gone from the index."""
+
+    def unchanged(self) -> bool:
+        """Whether the files that it has open are still those."""
 
     def update(self, store: Store, progress: bool) -> None:
         """Cover what deserves it, forget what is gone, note both in the manifest; under `store.writing()`."""
@@ -99,6 +102,9 @@ class ExactEngine:
     def candidates(self, query_ME: Float, count: int) -> Ids:
         return np.empty(0, np.int64)
 
+    def unchanged(self) -> bool:
+        return True
+
     def update(self, store: Store, progress: bool) -> None:
         pass
 
@@ -106,13 +112,14 @@ class ExactEngine:
 class FaissEngine:
     """IVF over query vectors as rows, in memory-mapped files that share one training.
 
-    Notes in the manifest: `trained` (file), `trained_on` (images), `nprobe`, and `shards`, each with
-    its `file` and its `segments`.
+    Notes in the manifest: `trained` (file), `trained_on` (images), `nprobe`, `shards`, each with its
+    `file` and its `segments`, and `seals`: by file, the digest of its ends.
     """
 
     def __init__(self, store: Store) -> None:
         self.folder, self.notes = store.path / "engine", store.manifest.engine
         self._files: dict[str, Any] = {}
+        self._stamps: dict[str, Stamp] = {}
 
     def covered(self) -> set[int]:
         if not has_faiss():  # what it made cannot be read: every vector is
@@ -132,20 +139,37 @@ class FaissEngine:
                 return best
             rows, before = 4 * rows, len(distinct)
 
+    def unchanged(self) -> bool:
+        try:
+            return all(stamp(self.folder / name) == before for name, before in self._stamps.items())
+        except OSError:
+            return False
+
     def _open(self, name: str) -> Any:
         if name not in self._files:
             faiss = _faiss()
             flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
             try:
+                before = stamp(self.folder / name)
+                if not self._is_ours(name):
+                    raise OSError("it is not the file that was written")
                 index = faiss.read_index(str(self.folder / name), flags)
-            except RuntimeError as error:
+            except (RuntimeError, OSError) as error:
                 raise DataError(
                     f"{self.folder / name}: FAISS cannot read it: search again if the index is being changed, else "
-                    "delete the folder `engine` and run `blip2 index add` on it"
+                    "delete the folder `engine` and run `blip2 index add` on what it holds"
                 ) from error
             index.nprobe = self.notes["nprobe"]
-            self._files[name] = index
+            self._files[name], self._stamps[name] = index, before
         return self._files[name]
+
+    def _is_ours(self, name: str) -> bool:
+        """Whether a file is there and the one that was written, as far as its ends tell."""
+        try:
+            found = ends_of([self.folder / name])
+        except OSError:
+            return False
+        return found == self.notes.get("seals", {}).get(name, found)
 
     # -- writing ------------------------------------------------------------------------------
 
@@ -157,10 +181,9 @@ class FaissEngine:
         if not has_faiss():
             tqdm.write(f"{store.path}: {MISSING}; every search reads every vector until then", file=sys.stderr)
             return
-        there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        if self.notes.get("trained") not in there:
+        if not self._is_ours(self.notes.get("trained", "")):
             self.notes = {k: v for k, v in self.notes.items() if k in ("name", "exact_below")}
-        shards = [s for s in self.notes.get("shards", ()) if s["file"] in there and _fresh(s, store)]
+        shards = [s for s in self.notes.get("shards", ()) if self._is_ours(s["file"]) and _fresh(s, store)]
         if len(shards) > _SHARDS:
             shards = []
         have = {serial for shard in shards for serial in shard["segments"]}
@@ -215,12 +238,15 @@ class FaissEngine:
             with beside.open("rb") as handle:
                 os.fsync(handle.fileno())
             beside.replace(self.folder / name)
+        self.notes["seals"] = {**self.notes.get("seals", {}), name: ends_of([self.folder / name])}
 
     def _note(self, store: Store, notes: dict[str, Any]) -> None:
+        wanted = {notes.get("trained"), *(shard["file"] for shard in notes.get("shards", ()))}
+        if "seals" in notes:
+            notes["seals"] = {name: seal for name, seal in notes["seals"].items() if name in wanted}
         if notes != store.manifest.engine:
             store.note_engine(notes)
-        self.notes, self._files = notes, {}
-        wanted = {notes.get("trained"), *(shard["file"] for shard in notes.get("shards", ()))}
+        self.notes, self._files, self._stamps = notes, {}, {}
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             if path.name not in wanted:
                 remove(path)

@@ -33,11 +33,17 @@ def require_same(store: Store, found: ModelId) -> None:
     """Refuse to mix the vectors of two models.
 
     Raises:
-        ConfigError: names the index's model and the one at hand.
+        ConfigError: names the index's model and the one at hand, and says what to do.
     """
     made = store.manifest.model
-    if made.fingerprint != found.fingerprint:
+    if made.fingerprint == found.fingerprint:
+        return
+    if made.name == found.name:
         raise ConfigError(
-            f"{store.path}: this index was built with {made}, not with {found}: "
-            "search it with the first, or build another index with the second"
+            f"{store.path}: this index was built with {made}, which has changed since (now [{found.fingerprint}]): "
+            "give the model of then with --model, or build another index (`blip2 index build FOLDER --out ANOTHER`)"
         )
+    raise ConfigError(
+        f"{store.path}: this index was built with {made}, not with {found}: give --model {made.name}, or build "
+        "another index with the second (`blip2 index build FOLDER --out ANOTHER`)"
+    )

@@ -96,14 +96,18 @@ class Index:
         """Take up what was written since the index was opened; cheap where nothing was.
 
         Raises:
-            DataError: the index is gone or damaged by now; what is open stays so.
+            DataError: the index is gone or damaged by now.
             ConfigError: it was built anew with another model.
         """
         store = self.store.current()
         if store is not self.store:
             now, before = store.manifest.model, self.store.manifest.model
             if now.fingerprint != before.fingerprint:
-                raise ConfigError(f"{store.path} was built anew with {now}: it was {before} when it was opened")
+                raise ConfigError(
+                    f"{store.path}: this index was built anew with {now}; it was {before} when it was opened: open it "
+                    "again with the new model, or put the old index back"
+                )
+        if store is not self.store or not self.engine.unchanged():
             self.store, self.engine = store, open_engine(store)
 
     @cached_property

@@ -5,11 +5,13 @@ Shape letters: N images of a segment, Q queries, E contrastive width, M captions
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,9 @@ from blip2.errors import DataError
 
 Half = npt.NDArray[np.float16]
 Ids = npt.NDArray[np.int64]
+Stamp = tuple[int, int, int]
+FILES = ("rows.jsonl", "rows.u64", "hashes.u8", "vectors.f16", "owners.u32", "captions.f16")
+_ENDS = 4096  # bytes of a file's beginning and end that are read at every opening
 
 
 @dataclass(frozen=True)
@@ -53,16 +58,32 @@ class Batch:
     caption_vectors: Half
 
 
+class Seal(NamedTuple):
+    """What the files of a segment held when they were written.
+
+    Args:
+        ends: digest of their sizes, beginnings and ends; compared at every opening.
+        whole: digest of every byte; compared by `index stat --check`.
+    """
+
+    ends: str
+    whole: str
+
+
 class Segment:
     """Rows and vectors of up to `FULL` images, memory-mapped.
 
+    Args:
+        seal: of its files, where the manifest has one.
+
     Raises:
-        DataError: a file is gone or of another length than the others say.
+        DataError: a file is gone, of another length than the others say, or not the one that was written.
     """
 
-    def __init__(self, folder: Path, queries: int, width: int) -> None:
-        self.folder, self.serial = folder, int(folder.name)
+    def __init__(self, folder: Path, queries: int, width: int, seal: Seal | None = None) -> None:
+        self.folder, self.serial, self._seal = folder, int(folder.name), seal
         try:
+            self._stamps = [stamp(folder / name) for name in FILES]
             self._starts = np.fromfile(folder / "rows.u64", dtype=np.uint64)
             self.count = len(self._starts) - 1
             self.vectors = _mapped(folder / "vectors.f16", np.float16, (self.count, queries, width))
@@ -71,9 +92,24 @@ class Segment:
             self.caption_vectors = _mapped(folder / "captions.f16", np.float16, (len(self.owners), width))
             # Mapped, not opened at need: a writer may remove the segment while it is searched.
             self._lines = _mapped(folder / "rows.jsonl", np.uint8, (int(self._starts[-1]),))
+            if seal is not None and ends_of(folder / name for name in FILES) != seal.ends:
+                raise ValueError("a file is not the one that was written")
         except (OSError, ValueError, IndexError) as error:
             what = getattr(error, "strerror", None) or error
-            raise DataError(f"{folder}: segment is damaged ({what}): build the index again") from error
+            raise DataError(
+                f"{folder}: segment is damaged ({what}): put the file back, or delete the index and build it again"
+            ) from error
+
+    def unchanged(self) -> bool:
+        """Whether its files are those that were opened: a mapped file that was cut must not be read."""
+        try:
+            return [stamp(self.folder / name) for name in FILES] == self._stamps
+        except OSError:
+            return False
+
+    def whole(self) -> bool:
+        """Whether every byte is as it was written; True where there is no seal to tell."""
+        return self._seal is None or whole_of(self.folder / name for name in FILES) == self._seal.whole
 
     def row(self, number: int) -> Row:
         """Where image `number` lies."""
@@ -86,6 +122,40 @@ class Segment:
     @property
     def bytes(self) -> int:
         return sum(path.stat().st_size for path in self.folder.iterdir())
+
+
+def sealed(folder: Path) -> Seal:
+    """The seal of a segment's files as they are."""
+    paths = [folder / name for name in FILES]
+    return Seal(ends_of(paths), whole_of(paths))
+
+
+def stamp(path: Path) -> Stamp:
+    """What tells one file from another in its place, unread."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def ends_of(paths: Iterable[Path]) -> str:
+    """Digest of files' sizes, beginnings and ends."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in paths:
+        with path.open("rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
+            digest.update(size.to_bytes(8, "little") + handle.read(_ENDS))
+            handle.seek(max(0, size - _ENDS))
+            digest.update(handle.read(_ENDS))
+    return digest.hexdigest()
+
+
+def whole_of(paths: Iterable[Path]) -> str:
+    """Digest of every byte of files."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        with path.open("rb") as handle:
+            while part := handle.read(2**20):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def image_id(serial: int, number: int) -> int:

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from blip2.apps.index.segments import Batch, Half, Ids, Row, Segment, image_id
+from blip2.apps.index.segments import Batch, Half, Ids, Row, Seal, Segment, image_id, sealed
 from blip2.errors import DataError, RunError
 
 try:
@@ -66,6 +66,7 @@ class Manifest:
     Args:
         serial: of the next segment; never used twice, so ids of other times find nothing.
         removed: rows of segments that count no longer.
+        seals: of the segments: what their files hold.
         captions: `data` or `model` where captions are stored.
         engine: the approximate engine's own notes, `name` among them.
     """
@@ -76,6 +77,7 @@ class Manifest:
     serial: int = 1
     segments: list[int] = field(default_factory=list)
     removed: dict[int, list[int]] = field(default_factory=dict)
+    seals: dict[int, Seal] = field(default_factory=dict)
 
 
 class Store:
@@ -113,8 +115,13 @@ class Store:
         return cls(path)
 
     def current(self) -> Store:
-        """This store, or a new one where the index has changed since."""
-        return self if _read_manifest(self.path) == self.manifest else Store(self.path)
+        """This store, or a new one where the index or one of its files has changed since.
+
+        Raises:
+            DataError: it is gone or damaged by now.
+        """
+        same = _read_manifest(self.path) == self.manifest and all(s.unchanged() for s in self.segments)
+        return self if same else Store(self.path)
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -184,8 +191,7 @@ class Store:
         """Add and remove images in one step, whole or not at all."""
         new = dataclasses.replace(self.manifest, removed=_with_removed(self.manifest.removed, remove))
         if add is not None and add.rows:
-            self._write_segment(new.serial, add)
-            new.segments, new.serial = [*new.segments, new.serial], new.serial + 1
+            self._append(new, add)
         self._commit(new)
 
     def note_engine(self, engine: dict[str, Any]) -> None:
@@ -218,8 +224,7 @@ class Store:
         )
         batch = self._remaining(group)
         if batch.rows:
-            self._write_segment(new.serial, batch)
-            new.segments, new.serial = [*new.segments, new.serial], new.serial + 1
+            self._append(new, batch)
         self._commit(new)
 
     def _remaining(self, group: list[Segment]) -> Batch:
@@ -235,7 +240,13 @@ class Store:
             np.concatenate([s.caption_vectors[live[s.owners]] for s, live in zip(group, lives, strict=True)]),
         )
 
-    def _write_segment(self, serial: int, batch: Batch) -> None:
+    def _append(self, manifest: Manifest, batch: Batch) -> None:
+        """Write a segment, and name it in a manifest that is not committed yet."""
+        serial = manifest.serial
+        manifest.seals = {**manifest.seals, serial: self._write_segment(serial, batch)}
+        manifest.segments, manifest.serial = [*manifest.segments, serial], serial + 1
+
+    def _write_segment(self, serial: int, batch: Batch) -> Seal:
         final = self.path / _SEGMENTS / f"{serial:06d}"
         beside = final.with_name(f".{final.name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
@@ -254,13 +265,16 @@ class Store:
             }
             for name, data in files.items():
                 write_synced(beside / name, data)
+            seal = sealed(beside)
             beside.rename(final)
             _sync_folder(final.parent)
+        return seal
 
     def _commit(self, manifest: Manifest) -> None:
         empty = [s.serial for s in self.segments if len(manifest.removed.get(s.serial, ())) == s.count]
         manifest.segments = [s for s in manifest.segments if s not in empty]
         manifest.removed = {s: rows for s, rows in manifest.removed.items() if s in manifest.segments}
+        manifest.seals = {s: seal for s, seal in manifest.seals.items() if s in manifest.segments}
         with writable(self.path):
             _write_manifest(self.path, manifest)
         self._reload(manifest)
@@ -273,7 +287,8 @@ class Store:
 
     def _open(self, serial: int) -> Segment:
         model = self.manifest.model
-        return Segment(self.path / _SEGMENTS / f"{serial:06d}", model.queries, model.width)
+        folder = self.path / _SEGMENTS / f"{serial:06d}"
+        return Segment(folder, model.queries, model.width, self.manifest.seals.get(serial))
 
     def _sweep(self) -> None:
         wanted = {f"{serial:06d}" for serial in self.manifest.segments}
@@ -327,6 +342,7 @@ def _read_manifest(path: Path) -> Manifest:
         del entry["format"]
         entry["model"] = ModelId(**entry["model"])
         entry["removed"] = {int(serial): rows for serial, rows in entry["removed"].items()}
+        entry["seals"] = {int(serial): Seal(*seal) for serial, seal in entry.get("seals", {}).items()}
         return Manifest(**entry)
     except OSError as error:
         reason = f"{error.strerror}: make one with `blip2 index build FOLDER --out {path}`"

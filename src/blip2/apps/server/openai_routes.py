@@ -33,7 +33,7 @@ def add(app: FastAPI, server: Server) -> None:
 
     def card(here: Server) -> dict[str, Any]:
         worker = here.worker
-        able = {"ask": worker.asks, "match": worker.matches, "attend": worker.attends}
+        able = {"ask": worker.asks, "match": worker.matches, "judge": worker.judges, "attend": worker.attends}
         images = None if worker.index is None else len(worker.index)
         return {
             "id": here.name,

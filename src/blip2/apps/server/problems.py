@@ -57,6 +57,26 @@ def overloaded(seconds: int = 1) -> RequestError:
     )
 
 
+def other_index() -> RequestError:
+    """The index on the disk is another model's by now: 503."""
+    return RequestError(
+        503,
+        "the index of this server was built anew with another model: start the server again with that model, or put "
+        "the old index back (the server's log names both models)",
+        code="index_of_another_model",
+    )
+
+
+def broken_index() -> RequestError:
+    """The index is gone, or a file of it is damaged or another one: 503."""
+    return RequestError(
+        503,
+        "the index of this server is gone, or one of its files was damaged or replaced: put it back, or build it again "
+        "with `blip2 index build` (the server's log names the file)",
+        code="index_damaged",
+    )
+
+
 def too_late(seconds: float) -> RequestError:
     """The time limit of a request has passed: 504."""
     return RequestError(

@@ -67,8 +67,9 @@ def _add_text(app: FastAPI, server: Server) -> None:
         view = await here.view(asked.image, upload)
         written = await here.run(request, kind, Prompt(view, asked.prompt))
         _count(server, written)
-        scores = written.scores or [None] * len(written.texts)
-        captions = [Caption(text=text, score=score) for text, score in zip(written.texts, scores, strict=True)]
+        nothing = [None] * len(written.texts)
+        told = zip(written.texts, written.scores or nothing, written.likeness or nothing, strict=True)
+        captions = [Caption(text=text, score=score, similarity=likeness) for text, score, likeness in told]
         return CaptionResponse(model=here.name, captions=captions)
 
     @app.post(
@@ -95,7 +96,7 @@ def _add_text(app: FastAPI, server: Server) -> None:
     )  # fmt: skip
     async def attend(request: Request) -> dict[str, Any]:
         asked, upload = await server.intake.fields(request, AttendRequest)
-        data = await server.intake.image(asked.image, upload)
+        data = await server.picture(asked.image, upload)
         text = (asked.text or "").strip() or None
         here = server.of(asked.model)
         found: dict[str, Any] = await here.run(request, Kind("attend", here.alone()), Query(text, data))
@@ -113,7 +114,7 @@ def _add_search(app: FastAPI, server: Server) -> None:
         text = (asked.text or "").strip() or None
         if text is None and not asked.image:
             raise bad("nothing to search for: give a text, an image, or both", "text")
-        data = await server.intake.image(asked.image, upload) if asked.image else None
+        data = await server.picture(asked.image, upload) if asked.image else None
         query = Query(text, data, asked.k, asked.rerank, asked.within)
         hits = await here.run(request, Kind("search", here.alone()), query)
         found = [

@@ -62,10 +62,14 @@ class CaptionRequest(Decoding):
 
 
 class Caption(BaseModel):
-    """A caption, with the ITM probability that it describes the image where the model has a stage 1."""
+    """A caption; `score` is the ITM probability that it describes the image, where the model learned ITM.
+
+    `similarity` is its ITC cosine with the image, where the model has a stage 1.
+    """
 
     text: str
     score: float | None
+    similarity: float | None
 
 
 class CaptionResponse(BaseModel):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from blip2.apps.index.search import Hit, Index
-from blip2.apps.server.problems import RequestError, bad
+from blip2.apps.server.problems import RequestError, bad, broken_index, other_index
 from blip2.configs import DecodingConfig
-from blip2.errors import Blip2Error, ConfigError
+from blip2.errors import Blip2Error, ConfigError, DataError, RunError
 from blip2.inference import Blip2
 from blip2.models.qformer import QFormer
 
@@ -30,7 +30,7 @@ class Write:
 
     Args:
         asks: questions and answers (else captions); a Q-Former that reads questions is given them.
-        scored: ITM probabilities of the texts are wanted.
+        scored: ITM probabilities and ITC similarities of the texts are wanted.
         seed: of the sampling; a seeded request goes alone.
     """
 
@@ -58,10 +58,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Written:
-    """Texts, best first, with counts of tokens (soft prompts among those of the prompt)."""
+    """Texts, best first, with counts of tokens (soft prompts among those of the prompt).
+
+    Args:
+        scores: ITM probabilities, None where the model never learned ITM.
+        likeness: ITC similarities, None where there is no stage 1.
+    """
 
     texts: list[str]
     scores: list[float] | None
+    likeness: list[float] | None
     prompt_tokens: int
     tokens: list[int]
 
@@ -99,6 +105,7 @@ class Worker:
             self.matches = model.stage1 is not None
         except Blip2Error:
             self.matches = False
+        self.judges = self.matches and model.learned_itm
         self.asks = model.stage2 is not None
         self.attends = isinstance((model.stage2 or model.stage1).qformer, QFormer)
 
@@ -136,9 +143,16 @@ class Worker:
                 found = self.model.generate(features_BPC, prompts, decoding, questions=questions)
             else:
                 found = self.model.caption_features(features_BPC, None, decoding)
-        scores = self._scores(features_BPC, found) if kind.scored and self.matches else None
+        scores = self._scores(features_BPC, found) if kind.scored and self.judges else None
+        likeness = self._likeness(features_BPC, found) if kind.scored and self.matches else None
         return [
-            Written(texts, scores[n] if scores else None, fitted[n][1] + self._queries, [self.count(t) for t in texts])
+            Written(
+                texts,
+                scores[n] if scores else None,
+                likeness[n] if likeness else None,
+                fitted[n][1] + self._queries,
+                [self.count(t) for t in texts],
+            )
             for n, texts in enumerate(found)
         ]
 
@@ -187,6 +201,13 @@ class Worker:
         columns = [self.model.match_features(kv, list(texts)).tolist() for texts in zip(*found, strict=True)]
         return [list(row) for row in zip(*columns, strict=True)]
 
+    def _likeness(self, features_BPC: Tensor, found: list[list[str]]) -> list[list[float]]:
+        """ITC similarities [B][num] of each image with its texts."""
+        images_BQE = self.model.embed_features(features_BPC)
+        texts_BNE = self.model.embed_texts([text for texts in found for text in texts]).unflatten(0, (len(found), -1))
+        found_BN: list[list[float]] = (images_BQE @ texts_BNE.mT).amax(dim=1).tolist()
+        return found_BN
+
     def _length(self, text: str) -> int:
         return int(self.model.language_tokenizer.prompts([text])[1].sum())
 
@@ -226,21 +247,39 @@ class Worker:
         return list(torch.cat(parts).split([len(views) for views in items]))
 
     def search(self, items: Sequence[Query]) -> list[list[Hit]]:
-        """Hits in the index, with what was added to it since the server began."""
+        """Hits in the index, with what was added to it since the server began.
+
+        Each search looks at the files anew: what is put back is searched again, and a mapped file that was cut is
+        not read, for which the system would end the process.
+
+        Raises:
+            RequestError: 503, the index is another model's by now, damaged or gone.
+        """
         if self.index is None:
             raise RequestError(404, "this server has no index: start it with --index INDEX", code="no_index")
-        self._refresh(self.index)
-        return [self.index.search(q.text, q.image, k=q.k, rerank=q.rerank, within=q.within) for q in items]
+        try:
+            found = self._search(self.index, items)
+        except (DataError, RunError):  # a writer may have replaced files meanwhile
+            try:
+                found = self._search(self.index, items)
+            except (DataError, RunError) as error:
+                raise self._refused(error, broken_index()) from error
+        self._trouble = ""
+        return found
 
-    def _refresh(self, index: Index) -> None:
-        """Take up what was written; an index that went bad on the disk is searched as it was, and the log says so."""
+    def _search(self, index: Index, items: Sequence[Query]) -> list[list[Hit]]:
         try:
             index.refresh()
-            self._trouble = ""
-        except Blip2Error as error:
-            if str(error) != self._trouble:
-                _log.warning("searching the index as it was: %s", error)
-            self._trouble = str(error)
+        except ConfigError as error:
+            raise self._refused(error, other_index()) from error
+        return [index.search(q.text, q.image, k=q.k, rerank=q.rerank, within=q.within) for q in items]
+
+    def _refused(self, error: Blip2Error, answer: RequestError) -> RequestError:
+        """The answer to whoever searches; the log is told once what it is about."""
+        if str(error) != self._trouble:
+            _log.error("searches are refused: %s", error)
+        self._trouble = str(error)
+        return answer
 
     def attend(self, items: Sequence[Query]) -> list[dict[str, Any]]:
         """Attention maps over the patches, as lists of rows; see `Blip2.attend`."""

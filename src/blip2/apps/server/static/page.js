@@ -4,6 +4,7 @@
 const $ = (id) => document.getElementById(id);
 const KEPT = ["image/jpeg", "image/png", "image/webp"];
 const LARGEST = 1600, AS_IT_IS = 2 << 20;
+const narrow = matchMedia("(max-width: 760px)"); // as in page.css
 const state = { photo: null, turns: new Map(), attention: new Map(), models: [], key: sessionStorage.getItem("blip2-key") };
 
 // -- talking to the server -----------------------------------------------------------------------
@@ -147,13 +148,13 @@ onSubmit("caption-form", async () => {
   for (const [name, found] of answers) {
     const list = answers.size > 1 ? item($("captions"), "") : $("captions");
     if (answers.size > 1) heading(list, name);
-    for (const { text, score } of found.captions) {
+    for (const { text, score, similarity } of found.captions) {
       const line = answers.size > 1 ? list.appendChild(document.createElement("div")) : item(list, "");
       line.textContent = text;
-      if (score !== null && found.captions.length > 1) {
+      if (similarity !== null && found.captions.length > 1) {
         const part = document.createElement("span");
         part.className = "soft small";
-        part.textContent = `  fits ${(100 * score).toFixed(0)} %`;
+        part.textContent = score === null ? `  similarity ${similarity.toFixed(2)}` : `  fits ${(100 * score).toFixed(0)} %`;
         line.append(part);
       }
     }
@@ -208,9 +209,10 @@ onSubmit("attend-form", async () => {
   if (photo !== state.photo) return;
   state.attention = answers;
   const all = [...answers.values()], [found] = all;
-  const choices = [["queries", "One query, one layer"]];
-  if (found.itm_map) choices.unshift(["itm_map", "What makes text and photograph belong together (ITM)"]);
+  const choices = [];
+  if (found.itm_map) choices.push(["itm_map", "What makes text and photograph belong together (ITM)"]);
   if (found.itc_map) choices.push(["itc_map", "What the similarity depends on (ITC)"]);
+  choices.push(["queries", "One query, one layer"]);
   const words = all.length === 1 ? found.words ?? [] : []; // models write different ones
   words.forEach((word, n) => choices.push([`word-${n}`, `While writing “${word.trim()}”`]));
   fill("which", choices);
@@ -242,14 +244,14 @@ function chosenMap(found) {
   return which.startsWith("word-") ? found.word_maps[which.slice(5)] : found[which];
 }
 
-// On the photograph; for several models on copies of it, side by side.
+// On the photograph; on copies of it, side by side, for several models, and where the photograph is out of sight.
 function showMap() {
   $("query-fields").hidden = $("which").value !== "queries";
   $("query-number").textContent = $("query").value;
-  const [found] = state.attention.values(), several = state.attention.size > 1;
-  $("side").hidden = !several;
-  $("heat").hidden = several;
-  if (!several) draw($("heat"), chosenMap(found), found.resize);
+  const [found] = state.attention.values(), apart = state.attention.size > 1 || narrow.matches;
+  $("side").hidden = !apart;
+  $("heat").hidden = apart;
+  if (!apart) draw($("heat"), chosenMap(found), found.resize);
   else $("side").replaceChildren(...[...state.attention].map(([name, each]) => mapFigure(name, each)));
 }
 
@@ -263,7 +265,8 @@ function mapFigure(name, found) {
   caption.textContent = name;
   draw(canvas, chosenMap(found), found.resize);
   frame.append(picture, canvas);
-  figure.append(frame, caption);
+  figure.append(frame);
+  if (state.attention.size > 1) figure.append(caption);
   return figure;
 }
 
@@ -295,6 +298,9 @@ function hideMap() {
 }
 
 for (const id of ["which", "layer", "query"]) $(id).addEventListener("input", showMap);
+narrow.addEventListener("change", () => {
+  if (!$("heat").hidden || !$("side").hidden) showMap();
+});
 $("no-map").addEventListener("click", hideMap);
 
 // -- search --------------------------------------------------------------------------------------------
@@ -358,6 +364,7 @@ async function start() {
   $("ask-section").hidden = !any("ask");
   $("attend-section").hidden = !any("attend");
   $("text-field").hidden = !any("match");
+  $("again").hidden = !any("judge");
   const indexed = data.map((model) => model.blip2.indexed_images).find((count) => count !== null);
   $("search-section").hidden = indexed === undefined;
   $("indexed").textContent = indexed === undefined ? "" : `in ${indexed} images`;
