@@ -106,8 +106,8 @@ def itc(
     """Linear maps trained by symmetric cross-entropy, 96 images with a random caption each at a time."""
     scale = texts_TD.std()
     maps = [start[0].clone().requires_grad_(), (start[1] * scale).requires_grad_()]
-    temperature = torch.tensor(0.05, requires_grad=True)
-    optimizer = torch.optim.AdamW([*maps, temperature], lr=lr, weight_decay=0.1)
+    log_temperature = torch.tensor(0.05).log().requires_grad_()
+    optimizer = torch.optim.AdamW([*maps, log_temperature], lr=lr, weight_decay=0.1)
     of_image = [(owners_T == n).nonzero()[:, 0] for n in range(len(images_IX))]
     steps = epochs * (len(images_IX) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=20 / steps)
@@ -116,7 +116,7 @@ def itc(
         drawn = torch.stack([of_image[n][torch.randint(len(of_image[n]), ())] for n in batch.tolist()])
         left = F.normalize(F.dropout(images_IX[batch], 0.2) @ maps[0], dim=1)
         right = F.normalize(texts_TD[drawn] / scale @ maps[1], dim=1)
-        logits, own = left @ right.T / temperature, torch.arange(len(batch))
+        logits, own = left @ right.T / log_temperature.exp(), torch.arange(len(batch))
         loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
         optimizer.zero_grad()
         loss.backward()

@@ -245,9 +245,6 @@ class LossConfig:
             ITM learns nothing for hundreds of steps.
         itc_one_sided: give the gathered side of ITC no gradient, as LAVIS does; False is the
             gradient of the stated loss.
-        itc_query_drop: share of its queries, other ones for every image and step, that an image goes
-            without in training's ITC similarities: the maximum sends its gradient to one query alone, and
-            where ITM and ITG are left out the others would end as copies of each other.
     """
 
     itc: float = 1.0
@@ -259,7 +256,6 @@ class LossConfig:
     itm_hardness: float = 1.0
     itm_ramp: int = 0
     itc_one_sided: bool = False
-    itc_query_drop: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("itc", "itm", "itg"):
@@ -268,7 +264,7 @@ class LossConfig:
             _require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "0 or more")
         _require(self.itc + self.itm + self.itg > 0, "loss.itc + itm + itg", 0, "positive")
         _require(self.temperature > 0, "loss.temperature", self.temperature, "positive")
-        for name in ("itc_smoothing", "itg_smoothing", "itc_query_drop"):
+        for name in ("itc_smoothing", "itg_smoothing"):
             _require(0 <= getattr(self, name) < 1, f"loss.{name}", getattr(self, name), "in [0, 1)")
 
 

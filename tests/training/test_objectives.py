@@ -331,30 +331,3 @@ def test_tokens_are_dropped_while_training_only(tiny: Any) -> None:
     objective.train()(batch, 0)
     objective.eval()(batch, 0)
     assert seen == [3, 5]
-
-
-def test_query_drop_trains_queries_that_the_maximum_leaves_out(tiny: Any) -> None:
-    """Without it an image's gradient goes to the queries that win; with it, to others from step to step."""
-    model, batch = tiny.stage1(), tiny.batch(2)
-    embedded: list[torch.Tensor] = []
-
-    def reached(drop: float, train: bool = True) -> set[int]:
-        embedded.clear()
-        objective = Stage1Objective(model, tiny.tokenizer, LossConfig(itm=0.0, itg=0.0, itc_query_drop=drop))
-        loss = objective.train(train)(batch, 0)["itc"]
-        (gradient,) = torch.autograd.grad(loss, embedded)
-        return set(gradient[0].abs().sum(-1).nonzero().flatten().tolist())
-
-    plain_embed = model.embed_images
-
-    def embed_images(image_kv: Any) -> Any:
-        out = plain_embed(image_kv)
-        embedded.append(out[0])
-        return out
-
-    model.embed_images = embed_images
-    winners = reached(0.0)
-    assert reached(0.7, train=False) == winners
-    others = [reached(0.7) for _ in range(20)]
-    assert all(len(found) <= len(winners) for found in others)
-    assert len(set.union(*others)) > len(winners)

@@ -119,7 +119,7 @@ def search() -> RunConfig:
         recipe="tiny/search",
         vision=replace(base.vision, token_drop=0.3),
         qformer=replace(base.qformer, text_pool="mean", lock_text=True),
-        loss=LossConfig(itm=0.0, itg=0.0, itc_query_drop=0.75),
+        loss=LossConfig(itm=0.0, itg=0.0),
         optim=OptimConfig(lr=1e-3, min_lr=1e-5, warmup=30),
         train=TrainConfig(steps=420, batch=96, eval_every=70, save_every=70),
     )

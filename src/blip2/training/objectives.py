@@ -44,7 +44,7 @@ def _features(model: Stage1 | Stage2, batch: Batch, drop: float = 0.0) -> Tensor
 
 
 def drop_tokens(features_BPC: Tensor, drop: float, prefix: int) -> Tensor:
-    """Every image with another random share 1 - `drop` of its patches (or queries).
+    """Every image with another random share 1 - `drop` of its patches.
 
     Args:
         prefix: tokens in front of the patches ([CLS], registers), always kept.
@@ -100,8 +100,6 @@ class Stage1Objective(nn.Module):
         if self.config.itc or self.config.itm:
             texts_BE = self.model.embed_texts(ids, mask)
             image_ids_G = distributed.gather(batch.image_ids)
-            if self.config.itc_query_drop and self.model.training:
-                images_BQE = drop_tokens(images_BQE, self.config.itc_query_drop, 0)
             i2t_BG, t2i_BG = self._similarities(images_BQE, texts_BE)
         if self.config.itc:
             targets = contrastive.itc_targets(batch.image_ids, image_ids_G)
