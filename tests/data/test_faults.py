@@ -181,7 +181,7 @@ def test_run_ends_and_its_report_names_every_lost_shard(
     sizes = ["--qformer.queries", "5", "--qformer.embed_dim", "16", "--data.cache_features", "false"]
     loop = ["--steps", "3", "--batch", "4", "--optim.warmup", "1", "--data.workers", "0", "--data.dev", "null"]
     data = ["--data", f"{address}/s-{{00000..{SHARDS - 1:05d}}}.tar", "--out", out]
-    assert main(["train", "tiny/stage1", *map(str, [*data, *towers, *sizes, *loop])]) == 0
+    assert main(["train", "tiny/stage1", *map(str, ["--init", tiny, *data, *towers, *sizes, *loop])]) == 0
     lost = json.loads((out / "summary.json").read_text())["lost_shards"]
     assert set(lost) == {f"{address}/{DEAD}", f"{address}/{SLOW}"}
     report = (out / "report.html").read_text()
