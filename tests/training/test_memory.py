@@ -13,6 +13,7 @@ from transformers import Dinov2Config, Gemma2Config
 from blip2.configs import LanguageConfig, LossConfig, OptimConfig, RunConfig, TrainConfig
 from blip2.errors import ConfigError
 from blip2.models.language_loading import language_model_from_config
+from blip2.models.qformer_layers import Attention
 from blip2.models.vision_encoder import vision_encoder_from_config
 from blip2.training import checkpoint
 from blip2.training.memory import apply_settings, require_compiler
@@ -53,6 +54,18 @@ def assert_same(ours: dict[str, Tensor], plain: dict[str, Tensor], tolerance: fl
 
 def nothing(model: Any) -> None:
     pass
+
+
+def steady(change: Change) -> Change:
+    """Without dropout in attention, whose draws follow the padded shape: compiled texts are padded more."""
+
+    def changed(model: Any) -> None:
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.attention_dropout = 0.0
+        change(model)
+
+    return changed
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -127,7 +140,8 @@ def test_layers_are_captured_whole_at_every_length(kind: str, tiny: Any) -> None
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    assert_same(result(tiny, kind, compiled("eager"), seeds=3), result(tiny, kind, nothing, seeds=3))
+    ours, plain = (result(tiny, kind, steady(change), seeds=3) for change in (compiled("eager"), nothing))
+    assert_same(ours, plain)
     assert counters["stats"]["unique_graphs"] > 0
     assert not counters["graph_break"]
 
@@ -135,19 +149,36 @@ def test_layers_are_captured_whole_at_every_length(kind: str, tiny: Any) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_compiled_after_three_steps(kind: str, tiny: Any) -> None:
-    """Ten steps, captions of other lengths in each; dynamo traces, and counts what it would compile."""
+    """Ten steps, captions of other lengths in each; dynamo traces, and counts what it would compile.
+
+    A caption split at a random word has two texts, whose padded lengths may be new later on: only then.
+    """
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
     made = objective(tiny, kind).train()
     compiled("eager")(made.model)
-    graphs = []
+    graphs: list[int] = []
+    lengths: list[set[int]] = []
+    if kind == "t5":
+        pad = made.model.language_model._bucketed
+
+        def bucketed(*texts: Tensor) -> tuple[Tensor, ...]:
+            padded: tuple[Tensor, ...] = pad(*texts)
+            lengths[-1].add(2 * padded[0].shape[1] + (len(lengths[-1]) > 0))
+            return padded
+
+        made.model.language_model._bucketed = bucketed
     for seed in range(10):
+        lengths.append(set())
         losses = made(tiny.batch(8, seed=seed), 0)
         torch.stack(list(losses.values())).sum().backward()
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0
-    assert graphs[2:] == [graphs[2]] * 8
+    for step in range(3, 10):
+        new = lengths[step] not in lengths[:step]
+        assert graphs[step] == graphs[step - 1] or (kind == "t5" and new)
+    assert graphs[9] <= 2 * graphs[2]
 
 
 def test_the_frozen_encoder_is_compiled_with_the_same_features(tiny: Any) -> None:
@@ -176,8 +207,8 @@ def test_the_frozen_encoder_is_compiled_with_the_same_features(tiny: Any) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_setting_compiles_with_the_same_losses(kind: str, tiny: Any) -> None:
     torch._dynamo.reset()
-    ours = result(tiny, kind, lambda model: apply_settings(model, TrainConfig(compile=True)), 2, 0)
-    assert_same(ours, result(tiny, kind, nothing, 2, 0), tolerance=1e-4)
+    setting = steady(lambda model: apply_settings(model, TrainConfig(compile=True)))
+    assert_same(result(tiny, kind, setting, 2, 0), result(tiny, kind, steady(nothing), 2, 0), tolerance=1e-4)
 
 
 def test_without_a_compiler_the_setting_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
