@@ -210,7 +210,7 @@ onSubmit("attend-form", async () => {
   state.attention = answers;
   const all = [...answers.values()], [found] = all;
   const choices = [];
-  if (found.itm_map) choices.push(["itm_map", "What makes text and photograph belong together (ITM)"]);
+  if (found.itm_map) choices.push(["itm_map", "What the match depends on (ITM)"]);
   if (found.itc_map) choices.push(["itc_map", "What the similarity depends on (ITC)"]);
   choices.push(["queries", "One query, one layer"]);
   const words = all.length === 1 ? found.words ?? [] : []; // models write different ones
@@ -221,7 +221,7 @@ onSubmit("attend-form", async () => {
   $("layer").value = layers - 1;
   $("query").max = Math.min(...all.map((each) => each.queries[0].length)) - 1;
   $("query").value = found.winner ?? 0;
-  $("scores").textContent = [...answers].map(([name, each]) => told(name, each, answers.size > 1)).join(" ");
+  $("scores").textContent = [...answers].map(([name, each]) => told(name, each, answers.size > 1)).join("\n");
   $("maps").hidden = false;
   showMap();
 });
