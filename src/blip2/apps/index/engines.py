@@ -160,6 +160,8 @@ class FaissEngine:
                     "delete the folder `engine` and run `blip2 index add` on what it holds"
                 ) from error
             index.nprobe = self.notes["nprobe"]
+            # its threads read ahead after a search has ended: a file that is cut meanwhile would end the process
+            faiss.downcast_InvertedLists(index.invlists).prefetch_nthread = 0
             self._files[name], self._stamps[name] = index, before
         return self._files[name]
 
