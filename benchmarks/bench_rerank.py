@@ -56,18 +56,14 @@ def main() -> None:
         }
         exact = not bf16 and precision_of(options) == "fp32"
         tolerance = 1e-4 if exact else 1e-1
-        found, first = (
-            compare(
-                claim,
-                ours,
-                {"LAVIS 1.0.2": lavis},
-                settings_of(options, size, folder, k=candidates, share=share),
-                repeats=options.repeats,
-                tolerance=tolerance,
-            )
-            for candidates in (k, 1)
-        )
-        show(found | whole(found, first, share) if share > 1 else found)
+
+        def measured(candidates: int) -> dict[str, Any]:
+            inputs = settings_of(options, size, folder, k=candidates, share=share)
+            peers = {"LAVIS 1.0.2": lavis}
+            return compare(claim, ours, peers, inputs, repeats=options.repeats, tolerance=tolerance)
+
+        found = measured(k)
+        show(found | whole(found, measured(1), share) if share > 1 else found)
 
 
 def whole(share: dict[str, Any], first: dict[str, Any], processes: int) -> dict[str, Any]:

@@ -226,14 +226,21 @@ class Blip2(Loaded):
         prompt = self.config.language.prompt if prompt is None else prompt
         return self.generate(features_BPC, [prompt] * len(features_BPC), config)
 
+    def likeness(self, features_BPC: Tensor, found: list[list[str]]) -> list[list[float]]:
+        """ITC similarity of each image with its own texts: B lists, as long as those of `found`."""
+        images_BQE = self.embed_features(features_BPC)
+        texts_NE = self.embed_texts([text for texts in found for text in texts]).split([len(t) for t in found])
+        own = (
+            query_text_similarity(image_QE[None], text_NE)[0]
+            for image_QE, text_NE in zip(images_BQE, texts_NE, strict=True)
+        )
+        return [scores_N.tolist() for scores_N in own]
+
     def _by_similarity(self, features_BPC: Tensor, found: list[list[str]]) -> list[list[str]]:
         """Each image's texts, the most similar to it by ITC first."""
-        images_BQE = self.embed_features(features_BPC)
-        ranked = []
-        for image_QE, texts in zip(images_BQE, found, strict=True):
-            likeness = query_text_similarity(image_QE.unsqueeze(0), self.embed_texts(texts))[0]
-            ranked.append([texts[n] for n in likeness.argsort(descending=True).tolist()])
-        return ranked
+        scores = self.likeness(features_BPC, found)
+        order = [sorted(range(len(one)), key=one.__getitem__, reverse=True) for one in scores]
+        return [[texts[n] for n in places] for texts, places in zip(found, order, strict=True)]
 
     def soft_prompts(self, features_BPC: Tensor, questions: Sequence[str] | None = None) -> Tensor:
         """Soft prompts [B, Q, H]; a Q-Former that reads questions is given them."""

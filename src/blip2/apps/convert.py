@@ -120,9 +120,13 @@ def _require_possible(found: Checkpoint, target: Path, to: Format | Literal["sli
         raise CheckpointError(f"{found.source}: slim is for runs of ours: convert it with --to blip2 first")
     settings = found.config.qformer
     pooled = found.config.stage == "stage1" and settings.text_pool != "cls"
-    if to in ("hf", "lavis") and (settings.question or settings.bridge != "qformer" or pooled):
-        what = "a linear layer in place of the Q-Former" if settings.bridge != "qformer" else "texts as means of tokens"
-        what = "a Q-Former that reads questions" if settings.question else what
+    own = {
+        "a Q-Former that reads questions": settings.question,
+        "a linear layer in place of the Q-Former": settings.bridge != "qformer",
+        "texts as means of tokens": pooled,
+    }
+    what = next((what for what, there in own.items() if there), None)
+    if to in ("hf", "lavis") and what is not None:
         raise CheckpointError(f"{found.source}: {what}, for which BLIP-2 of transformers and LAVIS has no place")
     if to == "lavis" and has_adapters(found):
         raise CheckpointError(

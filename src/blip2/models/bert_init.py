@@ -47,7 +47,9 @@ def load_bert(qformer: QFormer, state: dict[str, Tensor], source: str) -> list[s
     Raises:
         CheckpointError: a tensor of BERT is missing, has another shape, or has no place.
     """
-    left = {key.removeprefix("bert."): value for key, value in state.items()}
+    values = text_tensors(qformer.depth, state, source)
+    used = {key for _, key in _names(qformer.depth)}
+    left = {name: value for key, value in state.items() if (name := key.removeprefix("bert.")) not in used}
     own = dict(qformer.named_parameters())
     filled = set()
 
@@ -62,14 +64,9 @@ def load_bert(qformer: QFormer, state: dict[str, Tensor], source: str) -> list[s
         filled.add(name)
 
     def take(key: str) -> Tensor:
-        if key not in left:
-            raise CheckpointError(f"{source}: {key} is missing, so it is not a BERT-type checkpoint")
-        return left.pop(key)
+        return _found(left, key, source)
 
-    for name, key in _names(qformer.depth):
-        value = take(key)
-        if name == _POSITIONS and _TYPES in left:
-            value = value + left[_TYPES][0]
+    for name, value in values.items():
         if name in own:  # without a text branch only the query side is there to fill
             put(name, value)
         if ".text_ff." in name:
@@ -86,19 +83,33 @@ def load_bert(qformer: QFormer, state: dict[str, Tensor], source: str) -> list[s
     return sorted(set(own) - filled)
 
 
-def text_tensors(depth: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What `load_bert` gives the text branch, by the Q-Former's names; without rows for new words.
+def text_tensors(depth: int, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """A text branch that computes what BERT does, by the Q-Former's names; without rows for new words.
 
     Args:
         depth: layers.
         state: tensors of `BertModel` or `BertForMaskedLM`.
+        source: name for error messages.
+
+    Raises:
+        CheckpointError: a tensor of BERT is missing.
     """
     theirs = {key.removeprefix("bert."): value for key, value in state.items()}
-    out = {name: theirs[key] for name, key in _names(depth)}
-    types = theirs.get(_TYPES)
-    if types is not None:
-        out[_POSITIONS] = out[_POSITIONS] + types[0]
+    out = {name: _found(theirs, key, source) for name, key in _names(depth)}
+    if _TYPES in theirs:
+        out[_POSITIONS] = out[_POSITIONS] + theirs[_TYPES][0]
     return out
+
+
+def text_names(depth: int) -> list[str]:
+    """The names that `text_tensors` gives."""
+    return [name for name, _ in _names(depth)]
+
+
+def _found(tensors: dict[str, Tensor], key: str, source: str) -> Tensor:
+    if key not in tensors:
+        raise CheckpointError(f"{source}: {key} is missing, so it is not a BERT-type checkpoint")
+    return tensors[key]
 
 
 def _names(depth: int) -> list[tuple[str, str]]:

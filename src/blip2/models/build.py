@@ -170,7 +170,7 @@ def _bert_of(qformer: Any) -> Any:
 
 def bert_text(name: str) -> dict[str, Tensor]:
     """A text branch before any training, by the Q-Former's names: that of a BERT-type checkpoint, without [DEC]."""
-    return text_tensors(bert_config(name).num_hidden_layers, _bert_state(name))
+    return text_tensors(bert_config(name).num_hidden_layers, _bert_state(name), name)
 
 
 def _bert_state(name: str) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from blip2.configs import QFormerConfig
 from blip2.errors import CheckpointError
+from blip2.models.bert_init import text_names
 from blip2.models.build import EXTRA_TOKENS, bert_config, bert_text
 from blip2.weights.checkpoint import Checkpoint
 from blip2.weights.tensors import LazyTensor, Tensors
@@ -79,8 +80,12 @@ def whole(tensors: Tensors, config: QFormerConfig, source: str) -> Tensors:
         out[rows] = values.read().float()
         return out
 
-    locked = {f"qformer.{name}": LazyTensor.of(before) for name, before in start().items()} if config.lock_text else {}
-    return locked | left | {WORDS: LazyTensor(shape, torch.float32, read)}
+    out = left | {WORDS: LazyTensor(shape, torch.float32, read)}
+    if config.lock_text:
+        depth = bert_config(config.init, weights=False).num_hidden_layers
+        absent = [name for name in text_names(depth) if f"qformer.{name}" not in out]
+        out |= {f"qformer.{name}": LazyTensor.of(start()[name]) for name in absent}
+    return out
 
 
 def _shape(config: QFormerConfig) -> tuple[int, int]:

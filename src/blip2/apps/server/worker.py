@@ -144,7 +144,7 @@ class Worker:
             else:
                 found = self.model.caption_features(features_BPC, None, decoding)
         scores = self._scores(features_BPC, found) if kind.scored and self.judges else None
-        likeness = self._likeness(features_BPC, found) if kind.scored and self.matches else None
+        likeness = self.model.likeness(features_BPC, found) if kind.scored and self.matches else None
         return [
             Written(
                 texts,
@@ -200,13 +200,6 @@ class Worker:
         kv = self.model.image_kv(features_BPC)
         columns = [self.model.match_features(kv, list(texts)).tolist() for texts in zip(*found, strict=True)]
         return [list(row) for row in zip(*columns, strict=True)]
-
-    def _likeness(self, features_BPC: Tensor, found: list[list[str]]) -> list[list[float]]:
-        """ITC similarities [B][num] of each image with its texts."""
-        images_BQE = self.model.embed_features(features_BPC)
-        texts_BNE = self.model.embed_texts([text for texts in found for text in texts]).unflatten(0, (len(found), -1))
-        found_BN: list[list[float]] = (images_BQE @ texts_BNE.mT).amax(dim=1).tolist()
-        return found_BN
 
     def _length(self, text: str) -> int:
         return int(self.model.language_tokenizer.prompts([text])[1].sum())
