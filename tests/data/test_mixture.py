@@ -13,6 +13,7 @@ import pytest
 from blip2.data.dataset import TrainingBatches
 from blip2.data.images import ImageSpec
 from blip2.data.mixture import Part, epoch_order, epoch_size, parse_mixture
+from blip2.data.samples import Collection
 from blip2.data.sources import open_collection
 from blip2.errors import ConfigError, DataError
 
@@ -69,8 +70,9 @@ def mixed(tmp_path: Path, jpeg: Callable[..., bytes], write_shard: Callable[...,
     return f"{tmp_path}/a.tar*2+{tmp_path}/b.tar"
 
 
-def batches(spec: str, **options: Any) -> TrainingBatches:
-    return TrainingBatches(open_collection(spec), batch=4, seed=3, spec=SPEC, **options)
+def batches(spec: str | Collection, **options: Any) -> TrainingBatches:
+    collection = open_collection(spec) if isinstance(spec, str) else spec
+    return TrainingBatches(collection, batch=4, seed=3, spec=SPEC, **options)
 
 
 def drawn(source: TrainingBatches, start: int, count: int) -> list[tuple[list[str], list[str]]]:
@@ -87,6 +89,24 @@ def test_resume_and_processes_see_the_same(mixed: str) -> None:
     assert Counter(key[0] for key in seen)["a"] >= 6
     captions = [c for _, texts in whole[:3] for c in texts if c.startswith("a")]
     assert len(set(captions)) > 4  # the second time another caption is drawn
+
+
+def test_thousands_of_shards(tmp_path: Path, jpeg: Callable[..., bytes], write_shard: Callable[..., Path]) -> None:
+    """3,000 shards of two sets by brace and by glob: the same samples after a resume, and from two processes."""
+    picture = jpeg()
+    for name, count in (("a", 2000), ("b", 1000)):
+        (tmp_path / name).mkdir()
+        for shard in range(count):
+            rows = [{"__key__": f"{name}{shard}-{k}", "jpg": picture, "json": {"captions": ["x"]}} for k in range(3)]
+            write_shard(tmp_path / name / f"{shard:05d}.tar", rows)
+    collection = open_collection(f"{tmp_path}/a/{{00000..01999}}.tar*2+{tmp_path}/b/*.tar*0.5")
+    assert len(collection.samples) == 9000
+    whole = drawn(batches(collection), 0, 60)
+    assert drawn(batches(collection), 37, 23) == whole[37:]
+    ranks = [drawn(batches(collection, rank=rank, world=2), 0, 60) for rank in range(2)]
+    assert [(a[0] + b[0], a[1] + b[1]) for a, b in zip(*ranks, strict=True)] == whole
+    read = {key.split("-")[0] for keys, _ in whole for key in keys}
+    assert len(read) > 200  # 240 places of an epoch shuffled over all 3,000 shards
 
 
 def test_equal_ids_of_two_sets_are_two_images(mixed: str) -> None:
