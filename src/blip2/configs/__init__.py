@@ -1,0 +1,59 @@
+"""Every configuration of a run, as plain dataclasses that check themselves when created.
+
+Standard library only, so that a recipe can be listed without importing torch. A whole run is one
+`RunConfig`; recipes (`blip2.recipes`) return one, the command line overrides its fields by dotted
+name (`--optim.lr 2e-4`), and the resolved one is written to `config.yaml` in the run folder.
+"""
+
+from blip2.configs.data import TEXTS, DataConfig
+from blip2.configs.decoding import DecodingConfig
+from blip2.configs.model import (
+    BERT_WORDS,
+    BRIDGES,
+    QUANTIZE,
+    RESIZES,
+    TEXT_POOLS,
+    LanguageConfig,
+    LoraConfig,
+    QFormerConfig,
+    VisionConfig,
+)
+from blip2.configs.run import STAGES, RunConfig
+from blip2.configs.training import (
+    BEST,
+    OPTIMIZERS,
+    PARALLEL,
+    PRECISIONS,
+    EvalConfig,
+    LossConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from blip2.plain import from_dict, to_dict
+
+__all__ = [
+    "BERT_WORDS",
+    "BEST",
+    "BRIDGES",
+    "OPTIMIZERS",
+    "PARALLEL",
+    "PRECISIONS",
+    "QUANTIZE",
+    "RESIZES",
+    "STAGES",
+    "TEXTS",
+    "TEXT_POOLS",
+    "DataConfig",
+    "DecodingConfig",
+    "EvalConfig",
+    "LanguageConfig",
+    "LoraConfig",
+    "LossConfig",
+    "OptimConfig",
+    "QFormerConfig",
+    "RunConfig",
+    "TrainConfig",
+    "VisionConfig",
+    "from_dict",
+    "to_dict",
+]

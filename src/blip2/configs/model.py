@@ -1,0 +1,159 @@
+"""What a model consists of: image encoder, Q-Former, language model and its adapters."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from blip2.configs.checks import require
+
+# Words of BERT's own; a Q-Former's vocabulary of any other size ends in [DEC], the start of captions.
+BERT_WORDS = 30_522
+RESIZES = ("squash", "crop")
+BRIDGES = ("qformer", "linear")
+TEXT_POOLS = ("cls", "mean")
+QUANTIZE = ("int8", "nf4")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The image encoder, frozen in pretraining.
+
+    Args:
+        name: `dinov2-s` (embedded), `vitl`, `vitg` (the paper's), a folder, or a hub id.
+        layer: block whose output is used, counted as in a Python list (-2: second-last, as the
+            paper does for CLIP and ViT-g); None takes the model's own final, normalised output.
+        pool: average-pool the patch grid by this factor on each side ([CLS] is kept).
+        image_size: side of the square input in pixels; None takes the model's own.
+        norm_eps: eps of `ln_vision`, the trained norm behind the encoder: 1e-5 in LAVIS, the
+            encoder's own 1e-6 in transformers.
+        resize: `squash` scales both sides (as LAVIS and transformers do for BLIP-2), `crop` scales
+            the shorter side and takes the centre.
+        train: train it too, as the paper's fine-tuning does (`optim.layer_decay` by depth).
+        token_drop: share of the patches that a training step hides from the Q-Former, others for every
+            image (as arXiv 2212.00794 does inside an encoder): augmentation that cached features can
+            have too. 0 hides none.
+    """
+
+    name: str = "dinov2-s"
+    layer: int | None = None
+    pool: int = 1
+    image_size: int | None = 224
+    resize: str = "squash"
+    norm_eps: float = 1e-5
+    train: bool = False
+    token_drop: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(0 <= self.token_drop < 1, "vision.token_drop", self.token_drop, "in [0, 1)")
+        require(bool(self.name), "vision.name", self.name, "a model name or folder")
+        require(self.pool >= 1, "vision.pool", self.pool, "1 or more")
+        require(self.image_size is None or self.image_size >= 16, "vision.image_size", self.image_size, "at least 16")
+        require(self.resize in RESIZES, "vision.resize", self.resize, f"one of {', '.join(RESIZES)}")
+        require(self.norm_eps > 0, "vision.norm_eps", self.norm_eps, "positive")
+
+
+@dataclass(frozen=True)
+class QFormerConfig:
+    """The Querying Transformer (arXiv 2301.12597, section 3.1).
+
+    Args:
+        init: BERT-type checkpoint that gives sizes, weights and tokenizer: `minilm-l6` (embedded),
+            `bert-base` (the paper's), a folder, or a hub id.
+        queries: number of learned query tokens.
+        cross_every: cross-attention to the image in layers 0, N, 2N, ...
+        embed_dim: width of the contrastive space.
+        dropout: on embeddings and on every sublayer's output, while training.
+        attention_dropout: on attention weights, while training.
+        max_text: longest text in tokens, [CLS] and [SEP] included.
+        text_pool: what of a text ITC compares: `cls`, the output at its first token (the paper), or the
+            `mean` over its tokens, which sentence encoders such as MiniLM were trained for.
+        lock_text: stage 1: do not train what text alone goes through (LiT, arXiv 2111.07991), so that
+            little data cannot spoil a good text encoder; the self-attention is shared with the queries.
+        question: stage 2: questions enter the Q-Former beside the queries (section 4.3), through the
+            text branch of stage 1; without, the language model alone reads them.
+        bridge: `qformer`, or `linear`: no Q-Former, but one linear layer on image tokens averaged
+            down to a square of `queries` (the baseline of `blip2 ablate`; stage 2 only).
+    """
+
+    init: str = "minilm-l6"
+    queries: int = 32
+    cross_every: int = 2
+    embed_dim: int = 256
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    max_text: int = 32
+    text_pool: str = "cls"
+    lock_text: bool = False
+    question: bool = False
+    bridge: str = "qformer"
+
+    def __post_init__(self) -> None:
+        require(bool(self.init), "qformer.init", self.init, "a BERT-type checkpoint name or folder")
+        require(self.text_pool in TEXT_POOLS, "qformer.text_pool", self.text_pool, f"one of {', '.join(TEXT_POOLS)}")
+        require(self.bridge in BRIDGES, "qformer.bridge", self.bridge, f"one of {', '.join(BRIDGES)}")
+        if self.bridge == "linear":
+            require(not self.question, "qformer.question", self.question, "false with qformer.bridge linear")
+            square = math.isqrt(self.queries) ** 2 == self.queries
+            require(square, "qformer.queries", self.queries, "a square (16, 25, ...) with qformer.bridge linear")
+        for name in ("queries", "cross_every", "embed_dim"):
+            require(getattr(self, name) >= 1, f"qformer.{name}", getattr(self, name), "1 or more")
+        for name in ("dropout", "attention_dropout"):
+            require(0 <= getattr(self, name) < 1, f"qformer.{name}", getattr(self, name), "in [0, 1)")
+        require(self.max_text >= 4, "qformer.max_text", self.max_text, "4 or more")
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """The frozen language model of stage 2.
+
+    Args:
+        name: `smollm2-135m` (embedded), `opt-2.7b`, `opt-6.7b`, `flan-t5-xl`, `flan-t5-xxl`, a
+            folder, or a hub id; decoder-only or encoder-decoder.
+        prompt: text between the soft prompts and the caption, part of the input, never of the loss.
+        question: template of a question; `{}` is replaced.
+        end: text that ends a caption; None takes the model's own end token ("\\n" for OPT).
+        max_text: longest caption in tokens, end token included.
+        quantize: keep the weights of its linear layers in `int8` (a byte each) or `nf4` (4.5 bits);
+            None keeps them in bf16 or fp32.
+    """
+
+    name: str = "smollm2-135m"
+    prompt: str = "a photo of"
+    question: str = "Question: {} Answer:"
+    end: str | None = None
+    max_text: int = 32
+    quantize: str | None = None
+
+    def __post_init__(self) -> None:
+        require(bool(self.name), "language.name", self.name, "a model name or folder")
+        require("{}" in self.question, "language.question", self.question, "a template with {}")
+        require(self.max_text >= 2, "language.max_text", self.max_text, "2 or more")
+        kinds = (None, *QUANTIZE)
+        require(self.quantize in kinds, "language.quantize", self.quantize, f"one of {', '.join(QUANTIZE)}, or null")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA adapters (arXiv 2106.09685) on the frozen language model of stage 2.
+
+    Args:
+        rank: of the two matrices beside each adapted layer; 0 adds none.
+        alpha: their product counts alpha / rank.
+        dropout: on the input of the adapters, while training.
+        targets: names of the adapted layers, separated by commas (`q_proj,v_proj`), or `all-linear`;
+            None takes the attention projections that peft names for the type of language model (all
+            linear layers where it names none).
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, "lora.rank", self.rank, "0 or more")
+        require(self.alpha > 0, "lora.alpha", self.alpha, "positive")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
+        given = self.targets is None or all(name.strip() for name in self.targets.split(","))
+        require(given, "lora.targets", self.targets, "names of layers, separated by commas, or all-linear")

@@ -1,0 +1,175 @@
+"""How a run learns: objectives, optimizer, the loop, and what it measures of itself on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from blip2.configs.checks import require
+
+PRECISIONS = ("auto", "fp32", "bf16")
+PARALLEL = ("ddp", "fsdp2")
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "sgd")
+# Dev numbers that can choose a run's best checkpoint.
+BEST = ("loss", "cider", "accuracy", "recall")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights and details of the objectives (section 3.2: all three weigh the same).
+
+    Args:
+        itc, itm, itg: weights of the stage-1 losses; 0 leaves one out.
+        temperature: start of the learned ITC temperature, which divides.
+        itc_smoothing, itg_smoothing: label smoothing.
+        itm_hardness: negatives are drawn in proportion to softmax(hardness x similarity); 1 is the
+            paper's, 0 draws them evenly.
+        itm_ramp: steps over which the hardness rises from 0: against hard negatives from the start
+            ITM learns nothing for hundreds of steps.
+        itc_one_sided: give the gathered side of ITC no gradient, as LAVIS does; False is the
+            gradient of the stated loss.
+    """
+
+    itc: float = 1.0
+    itm: float = 1.0
+    itg: float = 1.0
+    temperature: float = 0.07
+    itc_smoothing: float = 0.1
+    itg_smoothing: float = 0.1
+    itm_hardness: float = 1.0
+    itm_ramp: int = 0
+    itc_one_sided: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("itc", "itm", "itg"):
+            require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "0 or more")
+        for name in ("itm_hardness", "itm_ramp"):
+            require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "0 or more")
+        require(self.itc + self.itm + self.itg > 0, "loss.itc + itm + itg", 0, "positive")
+        require(self.temperature > 0, "loss.temperature", self.temperature, "positive")
+        for name in ("itc_smoothing", "itg_smoothing"):
+            require(0 <= getattr(self, name) < 1, f"loss.{name}", getattr(self, name), "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer, with linear warm-up and a cosine down to `min_lr`; no decay on 1-D tensors.
+
+    Args:
+        name: `adamw` (8 bytes of state a parameter), `adamw8bit` (2, needs torchao), `sgd` (4; the
+            first of `betas` is its momentum), or `adafactor` (next to nothing; learning rates are
+            relative to the size of a tensor's weights).
+        lr, min_lr, warmup_lr: peak, final and first learning rate.
+        qformer_scale: of the learning rate of the Q-Former, relative to that of what else trains
+            (stage 2: the projection).
+        layer_decay: of an image encoder that trains: every block below its last has this times the
+            learning rate of the block above it (1 treats all alike).
+        warmup: steps of linear warm-up.
+        betas, weight_decay: of AdamW; the latter of all.
+        clip: largest global gradient norm; None does not clip.
+    """
+
+    lr: float = 1e-4
+    min_lr: float = 1e-5
+    warmup_lr: float = 1e-6
+    warmup: int = 2000
+    qformer_scale: float = 1.0
+    layer_decay: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.05
+    clip: float | None = 1.0
+    name: str = "adamw"
+
+    def __post_init__(self) -> None:
+        require(self.name in OPTIMIZERS, "optim.name", self.name, f"one of {', '.join(OPTIMIZERS)}")
+        require(self.lr > 0, "optim.lr", self.lr, "positive")
+        require(0 <= self.min_lr <= self.lr, "optim.min_lr", self.min_lr, f"between 0 and optim.lr ({self.lr})")
+        require(0 <= self.warmup_lr <= self.lr, "optim.warmup_lr", self.warmup_lr, "between 0 and optim.lr")
+        require(self.qformer_scale >= 0, "optim.qformer_scale", self.qformer_scale, "0 or more")
+        require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "in (0, 1]")
+        require(self.warmup >= 0, "optim.warmup", self.warmup, "0 or more")
+        require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        require(self.clip is None or self.clip > 0, "optim.clip", self.clip, "positive")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop.
+
+    Args:
+        steps: optimizer steps of the whole run.
+        batch: images per optimizer step, over all processes, each with one text
+            (`data.texts_per_image`: more).
+        accumulate: micro-batches a step is split into; ITC and ITM see one micro-batch at a time.
+        precision: `auto` is bf16 autocast where the hardware multiplies it fast (CUDA, CPUs with
+            AVX512-BF16 or AMX), else fp32. Weights and optimizer state stay fp32.
+        parallel: `ddp` or `fsdp2`, under `torchrun`.
+        eval_every, save_every, keep: steps between evaluations and checkpoints; checkpoints kept.
+        seed: of initialisation, data order, dropout and negative sampling.
+        device: `auto`, `cpu`, `cuda`.
+        checkpoint: compute the activations of Q-Former layers and language-model blocks again in the
+            backward pass instead of keeping them.
+        head_chunk: rows of logits of the output head (ITG, language model) held at a time, each chunk
+            computed again in the backward pass; None holds all.
+        compile: run Q-Former layers, language-model blocks and the blocks of a frozen image encoder
+            compiled; needs a C++ compiler. Texts are padded to one of a few lengths.
+    """
+
+    steps: int = 1000
+    batch: int = 64
+    accumulate: int = 1
+    precision: str = "auto"
+    parallel: str = "ddp"
+    eval_every: int = 100
+    save_every: int = 100
+    keep: int = 2
+    seed: int = 0
+    device: str = "auto"
+    checkpoint: bool = False
+    head_chunk: int | None = None
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.head_chunk is None or self.head_chunk >= 1, "train.head_chunk", self.head_chunk, "1 or more")
+        for name in ("steps", "batch", "accumulate", "eval_every", "save_every", "keep"):
+            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
+        require(
+            self.batch % self.accumulate == 0, "train.batch", self.batch, f"a multiple of accumulate={self.accumulate}"
+        )
+        require(self.seed >= 0, "train.seed", self.seed, "0 or more")
+        require(self.precision in PRECISIONS, "train.precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+        require(self.parallel in PARALLEL, "train.parallel", self.parallel, f"one of {', '.join(PARALLEL)}")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is measured while training.
+
+    Args:
+        images: dev images used for dev loss and recall.
+        samples: dev images captioned at every evaluation (the same ones each time).
+        beams, min_tokens, max_tokens: how captions are decoded (beams: stage 2 only).
+        best: number that is measured at every evaluation and chooses the checkpoint that is kept as
+            the run's best, which is then what loads: `loss`, `cider` (captions of all dev images),
+            `accuracy` (answers to a question on each), or `recall` (mean R@1 of both directions,
+            re-ranked by ITM); None keeps none, and the newest loads.
+    """
+
+    images: int = 250
+    samples: int = 8
+    beams: int = 1
+    min_tokens: int = 5
+    max_tokens: int = 24
+    best: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("images", "samples"):
+            require(getattr(self, name) >= 0, f"eval.{name}", getattr(self, name), "0 or more")
+        require(self.best in (None, *BEST), "eval.best", self.best, f"one of {', '.join(BEST)}, or null")
+        require(self.beams >= 1, "eval.beams", self.beams, "1 or more")
+        require(
+            0 <= self.min_tokens <= self.max_tokens,
+            "eval.min_tokens",
+            self.min_tokens,
+            "between 0 and eval.max_tokens",
+        )
