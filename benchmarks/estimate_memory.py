@@ -29,7 +29,7 @@ from benchmarks.ids import LanguageIds, QFormerIds
 from benchmarks.worker import forget_peak, peak_mb
 from blip2.apps.estimate import build_on_meta, measure
 from blip2.configs import RunConfig, from_dict, to_dict
-from blip2.data.dataset import Batch
+from blip2.data.batch import Batch
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.recipes import recipe

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks import ids, models
 from benchmarks.worker import Side
 from blip2.configs import LossConfig, OptimConfig
-from blip2.data.dataset import Batch
+from blip2.data.batch import Batch
 from blip2.evaluation.retrieval import candidate_pairs, reranked_scores
 from blip2.models.stage1 import Stage1
 from blip2.ops.contrastive import query_text_similarity

@@ -73,7 +73,7 @@ class Counter:
 def ours(settings: dict[str, Any], batch_of: slice) -> tuple[Tensor, Callable[[], None]]:
     """Losses (itc, itm, itg) of this process's share, and their backward pass."""
     from benchmarks.ours import load_batch, stage1_objective
-    from blip2.data.dataset import Batch
+    from blip2.data.batch import Batch
 
     whole = load_batch(settings)
     assert whole.features is not None

@@ -24,7 +24,7 @@ from blip2.configs import (
     TrainConfig,
     VisionConfig,
 )
-from blip2.data.dataset import Batch
+from blip2.data.batch import Batch
 from blip2.models.build import build_qformer
 from blip2.models.language_loading import language_model_from_config
 from blip2.models.stage1 import Stage1

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from blip2.data.dataset import Batch, TrainingBatches, dev_batches
+from blip2.data.batch import Batch
+from blip2.data.dataset import TrainingBatches, dev_batches
 from blip2.data.features import FeatureCache
 from blip2.data.images import ImageSpec, decode_image, plain_view
 from blip2.data.samples import Collection
@@ -90,17 +91,6 @@ def test_workers_change_nothing(collection: Collection) -> None:
     alone = take(batches(collection).steps_from(2), 5)
     helped = take(batches(collection, workers=2).steps_from(2), 5)
     assert all(same(one, other) for one, other in zip(alone, helped, strict=True))
-
-
-def test_split_keeps_order_and_skipped_once(collection: Collection) -> None:
-    batch = next(batches(collection).steps_from(0))
-    batch.skipped = collection.bad
-    parts = batch.split(2)
-    assert [len(part) for part in parts] == [2, 2]
-    assert same(joined(parts), batch)
-    with pytest.raises(DataError, match="a batch of 4 cannot be split into 3"):
-        batch.split(3)
-    assert same(batch.to(torch.device("cpu")), batch)
 
 
 def test_several_texts_of_an_image(collection: Collection) -> None:

@@ -27,7 +27,8 @@ import pytest
 import torch
 
 from blip2.data import remote
-from blip2.data.dataset import Batch, TrainingBatches
+from blip2.data.batch import Batch
+from blip2.data.dataset import TrainingBatches
 from blip2.data.images import ImageSpec
 from blip2.data.shard_writer import write_shard
 from blip2.data.sources import open_collection

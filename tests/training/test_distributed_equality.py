@@ -54,7 +54,7 @@ from blip2.configs import (
     RunConfig,
     TrainConfig,
 )
-from blip2.data.dataset import Batch
+from blip2.data.batch import Batch
 from blip2.models.language_loading import language_model_from_config, load_language_model
 from blip2.models.language_model import LanguageModel
 from blip2.models.qformer import QFormer

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
 from blip2.configs import LanguageConfig, LossConfig
-from blip2.data.dataset import Batch
+from blip2.data.batch import Batch
 from blip2.models.freezing import freeze
 from blip2.models.stage1 import Stage1
 from blip2.models.vision_encoder import VisionEncoder

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2.configs import LanguageConfig, LoraConfig, LossConfig, OptimConfig, RunConfig, TrainConfig
-from blip2.data.dataset import Batch
+from blip2.data.batch import Batch
 from blip2.data.samples import BadSample
 from blip2.errors import Blip2Error, CheckpointError, RunError
 from blip2.models.freezing import freeze, is_adapter

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from blip2.configs import DecodingConfig, RunConfig
-from blip2.data.dataset import Batch, dev_batches
+from blip2.data.batch import Batch
+from blip2.data.dataset import dev_batches
 from blip2.data.features import FeatureCache
 from blip2.data.images import decode_image
 from blip2.data.samples import BadSampleError, Collection, Sample

@@ -23,7 +23,8 @@ from blip2.apps.dev import DevEvaluator
 from blip2.apps.report import write_report
 from blip2.cache import cache_folder
 from blip2.configs import RunConfig, to_dict
-from blip2.data.dataset import Batch, TrainingBatches
+from blip2.data.batch import Batch
+from blip2.data.dataset import TrainingBatches
 from blip2.data.features import FeatureCache
 from blip2.data.samples import Collection
 from blip2.data.sources import open_collection

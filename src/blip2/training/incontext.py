@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blip2.configs import LanguageConfig
-from blip2.data.dataset import Batch
+from blip2.data.batch import Batch
 from blip2.data.text import LanguageTokenizer, QFormerTokenizer
 from blip2.errors import ConfigError
 from blip2.models.interleave import interleave, interleaved_loss

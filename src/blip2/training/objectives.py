@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2.configs import LanguageConfig, LossConfig
-from blip2.data.dataset import Batch
+from blip2.data.batch import Batch
 from blip2.data.text import LanguageTokenizer, QFormerTokenizer
 from blip2.models.qformer import ImageKV
 from blip2.models.qformer_layers import KeyValue

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2.configs import RunConfig, to_dict
-from blip2.data.dataset import Batch
+from blip2.data.batch import Batch
 from blip2.data.samples import BadSample
 from blip2.errors import RunError
 from blip2.models.freezing import assert_frozen, weights_digest
