@@ -126,7 +126,8 @@ def _objective(model: Stage1 | Stage2, config: RunConfig) -> Stage1Objective | S
     if isinstance(model, Stage1):
         words: Any = model.qformer.embeddings
         tokenizer = QFormerIds(words.word.num_embeddings - 1, config.qformer.max_text)
-        return Stage1Objective(model, tokenizer, config.loss, token_drop=config.vision.token_drop).train()
+        early = config.train.early_backward
+        return Stage1Objective(model, tokenizer, config.loss, token_drop=config.vision.token_drop, early=early).train()
     tokenizer = LanguageIds(2, config.language.max_text)
     language = replace(config.language, prompt=PROMPT)
     return Stage2Objective(model, tokenizer, language, token_drop=config.vision.token_drop).train()

@@ -44,7 +44,7 @@ def stage1_objective(settings: dict[str, Any], *, one_sided: bool = True) -> Sta
     size = models.size_of(settings)
     model = models.read_stage1(settings["folder"], size).to(settings["device"])
     tokenizer: Any = ids.QFormerIds(size.words, size.max_text)
-    return Stage1Objective(model, tokenizer, LossConfig(itc_one_sided=one_sided)).train()
+    return Stage1Objective(model, tokenizer, LossConfig(itc_one_sided=one_sided), early=True).train()
 
 
 def with_fixed_negatives(objective: Stage1Objective, batch: Batch) -> dict[str, Tensor]:

@@ -110,7 +110,9 @@ def real_peak(config: RunConfig, language: str, bf16: bool) -> int:
     objective: nn.Module
     drop = config.vision.token_drop
     if isinstance(model, Stage1):
-        objective = Stage1Objective(model, texts, config.loss, token_drop=drop)  # type: ignore[arg-type]
+        objective = Stage1Objective(  # type: ignore[arg-type]
+            model, texts, config.loss, token_drop=drop, early=config.train.early_backward
+        )
     else:
         objective = Stage2Objective(model, texts, config.language, token_drop=drop)  # type: ignore[arg-type]
     captions = ["five words make a caption"] * (B * config.data.texts_per_image)

@@ -9,6 +9,7 @@ language-model width, M target positions, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from blip2.configs import LossConfig, RunConfig
+from blip2.models.qformer import ImageKV
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.ops import contrastive, losses
+from blip2.training.early import early_backward
 from blip2.training.parallel import fast_bf16
 
 # A caption with its special tokens: the mean of natural ones, and the longest of a batch.
@@ -63,31 +66,49 @@ class Machine:
 
 
 def _stage1_losses(
-    model: Stage1, loss: LossConfig, features_BPC: Tensor, ids_BT: Tensor, mask_BT: Tensor
+    model: Stage1, loss: LossConfig, features_BPC: Tensor, ids_BT: Tensor, mask_BT: Tensor, early: bool = False
 ) -> list[Tensor]:
     """What `Stage1Objective` keeps in one process, without reading a value of a meta tensor."""
-    out = []
     image_kv = model.project_image(features_BPC)
+    if not early:
+        parts = _stage1_parts(model, loss, image_kv, ids_BT, mask_BT)
+        return [value for part in parts for value in part.values()]
+
+    def parts_of(leaves: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
+        return _stage1_parts(model, loss, ImageKV.of(leaves), ids_BT, mask_BT)
+
+    return list(early_backward(model, image_kv.tensors(), parts_of).values())
+
+
+def _stage1_parts(
+    model: Stage1, loss: LossConfig, image_kv: ImageKV, ids_BT: Tensor, mask_BT: Tensor
+) -> Iterator[dict[str, Tensor]]:
+    out = {}
     images_BQE, cache = model.embed_images(image_kv)
     if loss.itc or loss.itm:
         texts_BE = model.embed_texts(ids_BT, mask_BT)
         i2t_BB = contrastive.query_text_similarity(images_BQE, texts_BE) / model.temp
         t2i_BB = contrastive.text_query_similarity(texts_BE, images_BQE) / model.temp
-    if loss.itc:
-        targets_BB = contrastive.itc_targets(ids_BT[:, 0], ids_BT[:, 0])
-        out.append(losses.itc_loss(i2t_BB, t2i_BB, targets_BB, label_smoothing=loss.itc_smoothing))
-    if loss.itm:
-        own = model.match_logits(ids_BT.repeat(2, 1), mask_BT.repeat(2, 1), image_kv)
-        pairs_N2 = torch.cat([own, model.match_logits(ids_BT, mask_BT, image_kv.take(ids_BT[:, 0]))])
-        out.append(losses.itm_loss(pairs_N2, ids_BT.new_zeros(len(pairs_N2))))
+        if loss.itc:
+            targets_BB = contrastive.itc_targets(ids_BT[:, 0], ids_BT[:, 0])
+            out["itc"] = losses.itc_loss(i2t_BB, t2i_BB, targets_BB, label_smoothing=loss.itc_smoothing)
+        del texts_BE, i2t_BB, t2i_BB
     if loss.itg:
         at_BT, predicted_BT = losses.next_token_positions(mask_BT)
         states_MD = model.qformer.decode_states(ids_BT, mask_BT, cache, at_BT)
         targets_M, rows = ids_BT[predicted_BT], model.qformer.head_chunk
         smoothing = loss.itg_smoothing
         each_M = losses.head_loss(states_MD, model.qformer.predict, targets_M, rows=rows, label_smoothing=smoothing)
-        out.append(each_M.mean())
-    return out
+        out["itg"] = each_M.mean()
+        del states_MD, each_M
+    del images_BQE, cache
+    if out:
+        yield out
+    for _ in range(2 if loss.itm else 0):
+        yield {"itm": losses.itm_loss(model.match_logits(ids_BT, mask_BT, image_kv), ids_BT[:, 0])}
+    if loss.itm:
+        pairs_N2 = model.match_logits(ids_BT, mask_BT, image_kv.take(ids_BT[:, 0]))
+        yield {"itm": losses.itm_loss(pairs_N2, ids_BT[:, 0])}
 
 
 def _stage2_loss(model: Stage2, features_BPC: Tensor, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
@@ -128,6 +149,10 @@ class DeviceKernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.__bool__ and args[0].is_meta:
             return False
+        if func is torch.autograd.backward:
+            # what is computed again in the backward pass is computed by these kernels too
+            with self:
+                return _backward(args[0])
         if func in _INDEXED:
             args, kwargs = _together((args, kwargs))
         if func is F.scaled_dot_product_attention:
@@ -173,6 +198,13 @@ class DeviceKernels(TorchFunctionMode):
                 self._copies[value] = value.to(dtype)
             return self._copies[value]
         return value.to(dtype)
+
+
+def _backward(tensors: tuple[Tensor, ...]) -> None:
+    """`torch.autograd.backward` behind the place where it asks for modes like this one."""
+    ones = tuple(torch.ones_like(tensor) for tensor in tensors)
+    engine = torch.autograd.graph._engine_run_backward
+    engine(tensors, ones, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def _together(given: Any) -> Any:

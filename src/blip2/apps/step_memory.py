@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import _engine_run_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -113,12 +112,10 @@ def step_timeline(
         if isinstance(model, Stage2):
             loss = _stage2_loss(model, seen_BPC, ids_NT, mask_NT)
         else:
-            loss = torch.stack(_stage1_losses(model, config.loss, seen_BPC, ids_NT.to("meta"), mask_NT)).sum()
+            ids_BT, early = ids_NT.to("meta"), config.train.early_backward
+            loss = torch.stack(_stage1_losses(model, config.loss, seen_BPC, ids_BT, mask_NT, early)).sum()
         kernels.end_forward()
-        # `loss.backward()` would leave `DeviceKernels`, which what is computed again needs.
-        _engine_run_backward(
-            (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
-        )
+        torch.autograd.backward(loss)
     for p in trained:
         p.grad = None
     return live.timeline

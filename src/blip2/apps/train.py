@@ -257,6 +257,7 @@ def _assemble(
             config.train.seed,
             config.train.accumulate,
             config.vision.token_drop,
+            config.train.early_backward,
         )
     else:
         user = Blip2(config, stage2=model)

@@ -111,6 +111,9 @@ class TrainConfig:
             backward pass instead of keeping them.
         head_chunk: rows of logits of the output head (ITG, language model) held at a time, each chunk
             computed again in the backward pass; None holds all.
+        early_backward: stage 1: run the backward pass of ITC and ITG, and of each third of ITM, as soon as its
+            loss is known, so that a step holds the activations of one of them at a time. The gradients
+            are the same, and nothing is computed twice.
         compile: run Q-Former layers, language-model blocks and the blocks of a frozen image encoder
             compiled; needs a C++ compiler. Texts are padded to one of a few lengths.
     """
@@ -127,6 +130,7 @@ class TrainConfig:
     device: str = "auto"
     checkpoint: bool = False
     head_chunk: int | None = None
+    early_backward: bool = True
     compile: bool = False
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ P patches, C image-encoder channels, D Q-Former width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,15 @@ class ImageKV:
     def take(self, index_N: Tensor) -> ImageKV:
         """The images at `index_N`, with repeats allowed; gradients flow back to each."""
         return ImageKV([(keys[index_N], values[index_N]) for keys, values in self.layers])
+
+    def tensors(self) -> list[Tensor]:
+        """Keys and values of all layers in turn, as `of` takes them."""
+        return [tensor for pair in self.layers for tensor in pair]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> ImageKV:
+        """From what `tensors` gave."""
+        return cls(list(zip(tensors[::2], tensors[1::2], strict=True)))
 
 
 class TextEmbeddings(nn.Module):

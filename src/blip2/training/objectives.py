@@ -6,6 +6,7 @@ Shape letters: B pairs of this process, G pairs of all processes, Q queries, E c
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ from blip2.models.qformer_layers import KeyValue
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.ops import contrastive, distributed, losses
+from blip2.training.early import early_backward
 
 Losses = dict[str, Tensor]
 
@@ -73,6 +75,7 @@ class Stage1Objective(nn.Module):
             any number of processes.
         accumulate: micro-batches per optimizer step; `forward` counts the former.
         token_drop: see `VisionConfig`.
+        early: see `TrainConfig.early_backward`; the losses are then one sum to run backward on.
     """
 
     def __init__(
@@ -83,35 +86,54 @@ class Stage1Objective(nn.Module):
         seed: int = 0,
         accumulate: int = 1,
         token_drop: float = 0.0,
+        early: bool = False,
     ) -> None:
         super().__init__()
-        self.token_drop = token_drop
+        self.token_drop, self.early = token_drop, early
         self.model, self.tokenizer, self.config, self.seed = model, tokenizer, config, seed
         self.accumulate = accumulate
 
     def forward(self, batch: Batch, step: int) -> Losses:
-        """Weighted losses `itc`, `itm`, `itg`; a weight of 0 leaves one out."""
-        device = self.model.temp.device
-        ids, mask = (x.to(device) for x in self.tokenizer(batch.captions))
+        """Weighted losses `itc`, `itg`, `itm`; a weight of 0 leaves one out."""
+        ids, mask = (x.to(self.model.temp.device) for x in self.tokenizer(batch.captions))
         features = _features(self.model, batch, self.token_drop)
         image_kv = self.model.project_image(features)
+        if not (self.early and torch.is_grad_enabled()):
+            out: Losses = {}
+            for part in self._parts(batch, step, ids, mask, features, image_kv):
+                for name, value in part.items():
+                    out[name] = out[name] + value if name in out else value
+            return out
+
+        def parts(leaves: Sequence[Tensor]) -> Iterator[Losses]:
+            return self._parts(batch, step, ids, mask, leaves[0], ImageKV.of(leaves[1:]))
+
+        return early_backward(self.model, [features, *image_kv.tensors()], parts)
+
+    def _parts(
+        self, batch: Batch, step: int, ids: Tensor, mask: Tensor, features: Tensor, image_kv: ImageKV
+    ) -> Iterator[Losses]:
+        """The losses in parts that share nothing but `features`, `image_kv` and parameters; names come back."""
+        config, out, negatives = self.config, Losses(), None
         images_BQE, cache = self.model.embed_images(image_kv)
-        out: Losses = {}
-        if self.config.itc or self.config.itm:
-            texts_BE = self.model.embed_texts(ids, mask)
+        if config.itc or config.itm:
             image_ids_G = distributed.gather(batch.image_ids)
-            i2t_BG, t2i_BG = self._similarities(images_BQE, texts_BE)
-        if self.config.itc:
-            targets = contrastive.itc_targets(batch.image_ids, image_ids_G)
-            out["itc"] = self.config.itc * losses.itc_loss(
-                i2t_BG, t2i_BG, targets, label_smoothing=self.config.itc_smoothing
-            )
-        if self.config.itm:
-            negatives = self._negatives(i2t_BG, t2i_BG, batch.image_ids, image_ids_G, step)
-            out["itm"] = self.config.itm * self._itm(ids, mask, features, image_kv, *negatives)
-        if self.config.itg:
-            out["itg"] = self.config.itg * self._itg(ids, mask, cache)
-        return out
+            i2t_BG, t2i_BG = self._similarities(images_BQE, self.model.embed_texts(ids, mask))
+            if config.itm:
+                negatives = self._negatives(i2t_BG, t2i_BG, batch.image_ids, image_ids_G, step)
+            if config.itc:
+                targets = contrastive.itc_targets(batch.image_ids, image_ids_G)
+                itc = losses.itc_loss(i2t_BG, t2i_BG, targets, label_smoothing=config.itc_smoothing)
+                out["itc"] = config.itc * itc
+            del i2t_BG, t2i_BG
+        if config.itg:
+            out["itg"] = config.itg * self._itg(ids, mask, cache)
+        del images_BQE, cache
+        if out:
+            yield out
+        if negatives is not None:
+            for part in self._itm(ids, mask, features, image_kv, *negatives):
+                yield {"itm": config.itm * part}
 
     def _similarities(self, images_BQE: Tensor, texts_BE: Tensor) -> tuple[Tensor, Tensor]:
         """Image-to-text and text-to-image similarities [B, G] over the temperature."""
@@ -138,29 +160,26 @@ class Stage1Objective(nn.Module):
 
     def _itm(
         self, ids: Tensor, mask: Tensor, features: Tensor, image_kv: ImageKV, texts_B: Tensor, images_B: Tensor
-    ) -> Tensor:
-        """One positive and two hard negatives per pair, in two passes.
+    ) -> Iterator[Tensor]:
+        """One positive and two hard negatives per pair, in three passes; their mean is the sum of what is yielded.
 
-        The first pairs the local images with their own and with a negative text, side by side on
-        the same keys/values; the second pairs the texts with negative images. Only the chosen
-        images travel between processes.
+        The images with their own texts, with negative texts, and the texts with negative images. Only
+        the chosen images travel between processes.
         """
-        B = len(ids)
-        logits = [self.model.match_logits(ids, mask, image_kv)]
-        if int(texts_B.min()) >= 0:
-            all_ids, all_masks = distributed.gather_texts(ids, mask, self.tokenizer.pad_id)
-            negative_ids, negative_masks = all_ids[texts_B], all_masks[texts_B]
-            if distributed.world_size() == 1:
-                negative_kv = image_kv.take(images_B)
-            else:
-                negative_kv = self.model.project_image(distributed.fetch_rows(features, images_B))
-            logits = [
-                self.model.match_logits(_stack(ids, negative_ids), _stack(mask, negative_masks), image_kv),
-                self.model.match_logits(ids, mask, negative_kv),
-            ]
-        rows = torch.cat(logits)
-        match = torch.arange(len(rows), device=rows.device) < B
-        return _mean_of_all(losses.itm_loss(rows, match), len(rows))
+        B, alone = len(ids), int(texts_B.min()) < 0
+        scale = _mean_of_all(torch.tensor(1.0, device=ids.device), B if alone else 3 * B) / (1 if alone else 3)
+        match = torch.ones(B, dtype=torch.bool, device=ids.device)
+        yield scale * losses.itm_loss(self.model.match_logits(ids, mask, image_kv), match)
+        if alone:
+            return
+        all_ids, all_masks = distributed.gather_texts(ids, mask, self.tokenizer.pad_id)
+        negative = self.model.match_logits(all_ids[texts_B], all_masks[texts_B], image_kv)
+        yield scale * losses.itm_loss(negative, ~match)
+        if distributed.world_size() == 1:
+            negative_kv = image_kv.take(images_B)
+        else:
+            negative_kv = self.model.project_image(distributed.fetch_rows(features, images_B))
+        yield scale * losses.itm_loss(self.model.match_logits(ids, mask, negative_kv), ~match)
 
     def _itg(self, ids: Tensor, mask: Tensor, cache: list[KeyValue]) -> Tensor:
         """Next-token loss of the text on the query cache; [CLS] is replaced by [DEC]."""
@@ -174,13 +193,6 @@ class Stage1Objective(nn.Module):
         )
         loss = each.mean()
         return _mean_of_all(loss, len(targets))
-
-
-def _stack(first_BT: Tensor, second_BT: Tensor) -> Tensor:
-    """Two batches of right-padded rows, one under the other."""
-    width = max(first_BT.shape[1], second_BT.shape[1])
-    pads = [torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in (first_BT, second_BT)]
-    return torch.cat(pads)
 
 
 class Stage2Objective(nn.Module):
