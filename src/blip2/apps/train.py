@@ -9,7 +9,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -400,8 +399,3 @@ def _hardware(device: torch.device) -> str:
 def _say(text: str) -> None:
     if distributed.rank() == 0:
         print(text, file=sys.stderr, flush=True)
-
-
-def with_out(config: RunConfig, out: str | None) -> RunConfig:
-    """The configuration with its run folder resolved."""
-    return replace(config, out=out or str(run_folder(config)))
