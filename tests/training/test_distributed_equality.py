@@ -151,7 +151,7 @@ def objective_of(kind: str, out: Path):
             vision = vision_encoder_from_config(ViTConfig(**shape, image_size=8, patch_size=4))
             vision.unfreeze()
         model = Stage1(QFormer(**sizes, **text), vision, embed_dim=8)
-        return Stage1Objective(model, Words(), LossConfig(), seed=0)
+        return Stage1Objective(model, Words(), LossConfig(), seed=0, early=True)
     language = language_model(kind, out)
     if kind == "questions":
         model = Stage2(QFormer(**sizes, **text, head=False), language)
