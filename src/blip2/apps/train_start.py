@@ -35,6 +35,7 @@ CHANGEABLE = {
     "train.precision",
     "train.checkpoint",
     "train.head_chunk",
+    "train.early_backward",
     "train.compile",
     "data.workers",
 }
