@@ -27,7 +27,7 @@ Change = Callable[[Any], None]
 def objective(tiny: Any, kind: str, dropout: float = 0.1) -> nn.Module:
     torch.manual_seed(0)
     if kind == "stage1":
-        return Stage1Objective(tiny.stage1(dropout=dropout), tiny.tokenizer, LossConfig())
+        return Stage1Objective(tiny.stage1(dropout=dropout), tiny.tokenizer, LossConfig(), early=True)
     return Stage2Objective(tiny.stage2(kind, dropout=dropout), tiny.tokenizer, LanguageConfig(prompt="a dog"))
 
 
