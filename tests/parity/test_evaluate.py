@@ -155,6 +155,14 @@ def test_retrieval(hf: HF, data: Path, tmp_path: Path, capsys: pytest.CaptureFix
     expected = {name: (first if name.startswith("i2t") else second)[name] for name in first}
     assert result["metrics"]["reranked"] == pytest.approx(expected, abs=0.01)
     assert result["metrics"]["itc"] == pytest.approx(recall_at_k(similarity, owners), abs=0.01)
+    # another weight counts the same matches again
+    assert main([*command, "--out", str(tmp_path / "e"), "--itc-weight", "1e6"]) == 0
+    again = last(capsys)
+    assert again["settings"]["itc_weight"] == 1e6
+    assert again["metrics"]["reranked"]["t2i_r1"] == pytest.approx(again["metrics"]["itc"]["t2i_r1"])
+    after = [json.loads(line) for line in (tmp_path / "e" / "predictions.jsonl").read_text().splitlines()]
+    assert [line["itm"] for line in after] == [line["itm"] for line in lines]
+    assert main([*command, "--out", str(tmp_path / "e"), "-k", "2"]) == 2
 
 
 def test_pairs_are_joined_and_each_direction_keeps_its_own() -> None:

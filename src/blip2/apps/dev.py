@@ -184,7 +184,7 @@ class _Pool:
                 (texts, self._itm(model, image, texts))
                 for image, texts in enumerate(candidate_pairs(similarity_IT, RERANKED))
             ]
-            found = both_ways(*reranked_scores(similarity_IT, matches, RERANKED, 1 / float(model.stage1.temp)), owners)
+            found = both_ways(*reranked_scores(similarity_IT, matches, RERANKED, model.stage1.itc_scale), owners)
             numbers |= {f"reranked_{name}": found[name] for name in ("i2t_r1", "t2i_r1")}
             numbers["recall"] = (found["i2t_r1"] + found["t2i_r1"]) / 2
         return numbers

@@ -54,6 +54,11 @@ class Stage1(nn.Module):
         out: Tensor = self.vision(pixels_B3SS)
         return out
 
+    @property
+    def itc_scale(self) -> float:
+        """1 / temperature: what ITC multiplies cosines by in training."""
+        return 1 / float(self.temp.detach())
+
     def project_image(self, features_BPC: Tensor) -> ImageKV:
         """Normalise and project image features once for every later pass."""
         return self.qformer.project_image(features_BPC, self.ln_vision)

@@ -61,13 +61,13 @@ def test_text_search_ranks_by_itc(index: Index, model: Blip2, photos: Path) -> N
     np.testing.assert_allclose([h.score for h in hits], similarity.sort(descending=True).values, atol=1e-3)
 
 
-def test_reranking_adds_the_itm_logit_to_the_best(index: Index, model: Blip2, photos: Path) -> None:
+def test_reranking_adds_the_itm_logit_to_cosine_over_temperature(index: Index, model: Blip2, photos: Path) -> None:
     plain = index.search(TEXT, k=12, rerank=0)
     hits = index.search(TEXT, k=12, rerank=5)
     assert [h.path for h in hits[5:]] == [h.path for h in plain[5:]]
     paths = [hit.path for hit in plain[:5]]
     logits = model.match_logits(model.image_kv(model.features(paths)), [TEXT] * 5)
-    total = np.array([hit.score for hit in plain[:5]]) + logits[:, 1].numpy()
+    total = np.array([hit.score for hit in plain[:5]]) * model.stage1.itc_scale + logits[:, 1].numpy()
     assert [h.path for h in hits[:5]] == [paths[n] for n in np.argsort(-total)]
     np.testing.assert_allclose([h.score for h in hits[:5]], np.sort(total)[::-1], atol=1e-3)
     chances = dict(zip(paths, model.match(paths, TEXT).tolist(), strict=True))

@@ -108,7 +108,7 @@ def _lemmas(options: argparse.Namespace, data: Collection) -> bool:
 def _itc_weight(options: argparse.Namespace, model: Blip2) -> float:
     """The number given, or 1 / temperature of the model for `auto`."""
     if options.itc_weight == "auto":
-        return 1 / float(model.stage1.temp)
+        return model.stage1.itc_scale
     try:
         return float(options.itc_weight)
     except ValueError:

@@ -19,6 +19,8 @@ from blip2.errors import ConfigError, RunError
 from blip2.ops import distributed
 
 PREDICTIONS, SETTINGS = "predictions.jsonl", "settings.json"
+# What only weighs predictions that are there: it may change, and nothing is predicted again.
+WEIGHTS = ("itc_weight",)
 
 
 class Folder:
@@ -26,7 +28,7 @@ class Folder:
 
     Args:
         path: made when it is not there.
-        settings: what may move the number; a folder of other settings is refused.
+        settings: what may move the number; a folder of others is refused, but for `WEIGHTS`.
 
     Raises:
         ConfigError: the folder is of an evaluation with other settings.
@@ -40,7 +42,7 @@ class Folder:
             known = path / SETTINGS
             if known.is_file():
                 _same(json.loads(known.read_text("utf-8")), settings, path)
-            elif distributed.rank() == 0:
+            if distributed.rank() == 0:
                 write_beside(known, json.dumps(settings, indent=1))
         except ValueError as error:
             raise ConfigError(f"{path / SETTINGS}: not JSON: choose another --out") from error
@@ -126,7 +128,7 @@ def _chunks(count: int, size: int) -> Iterator[list[int]]:
 
 def _same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     now = json.loads(json.dumps(now))
-    for name in sorted(before.keys() | now.keys()):
+    for name in sorted((before.keys() | now.keys()).difference(WEIGHTS)):
         if before.get(name) != now.get(name):
             raise ConfigError(
                 f"{path} is an evaluation with {name} = {before.get(name)!r}, not {now.get(name)!r}: "

@@ -137,9 +137,9 @@ class Index:
         Args:
             text: what to see; an image scores the largest cosine over its query embeddings.
             image: picture to compare with; the mean over its query embeddings of that largest cosine.
-            rerank: best candidates of a text whose ITM logit is added to their score, as in the
-                paper's retrieval; each is read and encoded again. 0 for none; None takes 128, and none
-                where the model never learned ITM.
+            rerank: best candidates of a text whose ITM logit is added to cosine / temperature, the scale
+                that ITC was trained on; each is read and encoded again. 0 for none; None takes 128,
+                and none where the model never learned ITM.
             within: `images`, stored `captions`, or `both`.
 
         Several scores (text and image, or both fields) are each shifted and scaled to mean 0 and
@@ -163,7 +163,8 @@ class Index:
             here = {name: float(s[places[number]]) for name, s in scores.items()}
             hits.append(self._hit(number, score, {name: s for name, s in here.items() if np.isfinite(s)}))
         if text and rerank:
-            hits = self._reranked(hits[:rerank], text, progress) + hits[rerank:]
+            weight = self.model.stage1.itc_scale if len(parts) == 1 else 1.0
+            hits = self._reranked(hits[:rerank], text, weight, progress) + hits[rerank:]
         return [hit if hit.state != "ok" else replace(hit, state=_state(hit.row)) for hit in hits[:k]]
 
     def nearest(self, query_ME: Tensor, count: int, *, exact: bool = False) -> tuple[Ids, Scores]:
@@ -214,8 +215,8 @@ class Index:
         row = self.store.row(image)
         return Hit(row.key, row.path, score, parts, row.captions, "ok", row)
 
-    def _reranked(self, hits: list[Hit], text: str, progress: bool) -> list[Hit]:
-        """Hits by score + ITM class-1 logit; those whose file cannot be read follow as they were."""
+    def _reranked(self, hits: list[Hit], text: str, weight: float, progress: bool) -> list[Hit]:
+        """Hits by weighted score + ITM class-1 logit; those whose file cannot be read follow as they were."""
         model, done, failed = self.model, [], []
         bar = tqdm(total=len(hits), unit="image", desc="re-ranking", disable=not progress, leave=False)
         for start in range(0, len(hits), model.batch):
@@ -227,7 +228,7 @@ class Index:
                 logits = model.match_logits(kv, [text] * len(whole))
                 for (hit, _), logit, chance in zip(whole, logits[:, 1], logits.softmax(-1)[:, 1], strict=True):
                     parts = {**hit.parts, "itm": float(chance)}
-                    done.append(replace(hit, score=hit.score + float(logit), parts=parts))
+                    done.append(replace(hit, score=weight * hit.score + float(logit), parts=parts))
             bar.update(len(chunk))
         bar.close()
         return sorted(done, key=lambda hit: -hit.score) + failed
