@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from blip2.apps.evaluate.work import Folder, work_through
 from blip2.configs import DecodingConfig
@@ -25,6 +26,7 @@ from blip2.evaluation.official import official_scores
 from blip2.evaluation.retrieval import both_ways, candidate_pairs, recall_at_k, reranked_scores, retrieval_ranks
 from blip2.fewshot import Examples
 from blip2.inference import Blip2
+from blip2.ops import distributed
 from blip2.ops.contrastive import query_text_similarity
 
 Entries = list[dict[str, Any]]
@@ -219,7 +221,9 @@ def retrieve(model: Blip2, data: Collection, folder: Folder, k: int, itc_weight:
     """
     texts = [text for sample in data.samples for text in sample.captions]
     owners = np.array([n for n, sample in enumerate(data.samples) for _ in sample.captions])
-    queries_IQE = torch.cat([model.embed_images([s.read() for s in chunk]) for chunk in _chunked(data.samples, model)])
+    queries_IQE = torch.cat(
+        [model.embed_images([s.read() for s in chunk]) for chunk in _embedding(data.samples, model)]
+    )
     similarity_IT = query_text_similarity(queries_IQE, model.embed_texts(texts)).numpy()
     pairs = candidate_pairs(similarity_IT, k)
 
@@ -250,9 +254,13 @@ def _matches(model: Blip2, features_1PC: Tensor, texts: list[str], chosen: npt.N
     return {"texts": chosen.tolist(), "itm": [round(v, 6) for v in torch.cat(logits)[:, 1].tolist()]}
 
 
-def _chunked(samples: list[Sample], model: Blip2) -> Iterator[list[Sample]]:
-    for start in range(0, len(samples), model.batch):
-        yield samples[start : start + model.batch]
+def _embedding(samples: list[Sample], model: Blip2) -> Iterator[list[Sample]]:
+    """Chunks for the model, with a progress bar: ITC wants every image before the first pair is matched."""
+    with tqdm(total=len(samples), unit="image", desc="embedding", disable=distributed.rank() > 0) as bar:
+        for start in range(0, len(samples), model.batch):
+            chunk = samples[start : start + model.batch]
+            yield chunk
+            bar.update(len(chunk))
 
 
 def _ids(samples: list[Sample]) -> list[str]:
