@@ -83,6 +83,7 @@ def _stage1_losses(
 def _stage1_parts(
     model: Stage1, loss: LossConfig, image_kv: ImageKV, ids_BT: Tensor, mask_BT: Tensor
 ) -> Iterator[dict[str, Tensor]]:
+    """The parts that run backward by themselves, as in `Stage1Objective`."""
     out = {}
     images_BQE, cache = model.embed_images(image_kv)
     if loss.itc or loss.itm:
@@ -104,9 +105,9 @@ def _stage1_parts(
     del images_BQE, cache
     if out:
         yield out
-    for _ in range(2 if loss.itm else 0):
-        yield {"itm": losses.itm_loss(model.match_logits(ids_BT, mask_BT, image_kv), ids_BT[:, 0])}
     if loss.itm:
+        for _ in ("own texts", "negative texts"):
+            yield {"itm": losses.itm_loss(model.match_logits(ids_BT, mask_BT, image_kv), ids_BT[:, 0])}
         pairs_N2 = model.match_logits(ids_BT, mask_BT, image_kv.take(ids_BT[:, 0]))
         yield {"itm": losses.itm_loss(pairs_N2, ids_BT[:, 0])}
 

@@ -113,7 +113,8 @@ class TrainConfig:
             computed again in the backward pass; None holds all.
         early_backward: stage 1: run the backward pass of ITC and ITG, and of each third of ITM, as soon as its
             loss is known, so that a step holds the activations of one of them at a time. The gradients
-            are the same, and nothing is computed twice.
+            are the same, and nothing is computed twice. DDP then exchanges them at the end of a step,
+            not during it: with memory to spare, False may be faster on several GPUs (not measured).
         compile: run Q-Former layers, language-model blocks and the blocks of a frozen image encoder
             compiled; needs a C++ compiler. Texts are padded to one of a few lengths.
     """

@@ -28,7 +28,7 @@ def early_backward(model: nn.Module, inputs: Sequence[Tensor], parts: Parts) -> 
         model: its trained parameters are what the parts depend on, beside `inputs`.
         inputs: tensors that the parts have in common, with graphs of their own or none.
         parts: given leaves in place of `inputs`, it yields parts, each a dict of named scalars. Parts may share
-            no graph, and add up where they share a name.
+            no graph but autocast's copies of weights, which keep nothing, and add up where they share a name.
 
     Returns:
         Scalars to run backward on as a sum, times any factor: each by itself has no gradient of its own.
@@ -47,8 +47,10 @@ def early_backward(model: nn.Module, inputs: Sequence[Tensor], parts: Parts) -> 
                 found[name] = found[name] + value.detach() if name in found else value.detach()
 
     torch.func.functional_call(_Calling(model), stand_ins, (run,))
-    gradients = [leaf.grad for leaf in (*stand_ins.values(), *leaves)]
-    values = _Known.apply(torch.stack(list(found.values())), gradients, *parameters.values(), *inputs)
+    both = zip((*parameters.values(), *inputs), (*stand_ins.values(), *leaves), strict=True)
+    # what no part used stays out of the graph: DDP asks the graph what is unused
+    known = [(x, leaf.grad) for x, leaf in both if leaf.grad is not None]
+    values = _Known.apply(torch.stack(list(found.values())), [g for _, g in known], *(x for x, _ in known))
     return dict(zip(found, values.unbind(), strict=True))
 
 
@@ -78,13 +80,13 @@ class _Known(torch.autograd.Function):
     """Values as they are; in the backward pass, gradients that are there already."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, gradients: list[Tensor | None], *_: Tensor) -> Tensor:
+    def forward(ctx: Any, values: Tensor, gradients: list[Tensor], *_: Tensor) -> Tensor:
         ctx.gradients = gradients
         return values.clone()
 
     @staticmethod
     def backward(ctx: Any, factors: Tensor) -> tuple[Tensor | None, ...]:
         # of a sum: the same factor for all
-        gradients = [None if g is None else g.mul_(factors[0].to(g.dtype)) for g in ctx.gradients]
+        gradients = [g.mul_(factors[0].to(g.dtype)) for g in ctx.gradients]
         ctx.gradients = None
         return (None, None, *gradients)

@@ -75,7 +75,8 @@ class Stage1Objective(nn.Module):
             any number of processes.
         accumulate: micro-batches per optimizer step; `forward` counts the former.
         token_drop: see `VisionConfig`.
-        early: see `TrainConfig.early_backward`; the losses are then one sum to run backward on.
+        early: see `TrainConfig.early_backward`; the losses are then a sum to run backward on, and one of
+            them alone brings the gradients of all.
     """
 
     def __init__(

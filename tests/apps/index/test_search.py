@@ -75,6 +75,13 @@ def test_reranking_adds_the_itm_logit_to_cosine_over_temperature(index: Index, m
         assert hit.parts["itm"] == pytest.approx(chances[hit.path], abs=1e-4)
 
 
+def test_a_blank_text_beside_an_image_is_none(index: Index, photos: Path) -> None:
+    query = files(photos)[4]
+    hits, alone = index.search("  ", query, k=3), index.search(image=query, k=3)
+    assert [(hit.path, hit.score, hit.parts) for hit in hits] == [(hit.path, hit.score, hit.parts) for hit in alone]
+    assert all(hit.parts.keys() == {"image"} for hit in hits)
+
+
 def test_image_search_is_the_mean_of_maxima(index: Index, model: Blip2, photos: Path) -> None:
     query = files(photos)[4]
     hits = index.search(image=query, k=12)

@@ -41,7 +41,8 @@ class Hit:
 
     Args:
         path: its file, or the shard that holds it.
-        score: what hits are ordered by; comparable within one search only.
+        score: what hits are ordered by; comparable within one search, and there among those that were
+            re-ranked, or among those that were not.
         parts: exact scores that went into it: `text` and `image` (cosines, largest over the queries),
             `caption` (cosine), `itm` (probability that text and image belong together).
         captions: stored ones.
@@ -138,7 +139,8 @@ class Index:
             text: what to see; an image scores the largest cosine over its query embeddings.
             image: picture to compare with; the mean over its query embeddings of that largest cosine.
             rerank: best candidates of a text whose ITM logit is added to cosine / temperature, the scale
-                that ITC was trained on; each is read and encoded again. 0 for none; None takes 128,
+                that ITC was trained on (captions, and several scores at once, are added as they are); each
+                is read and encoded again. 0 for none; None takes 128,
                 and none where the model never learned ITM.
             within: `images`, stored `captions`, or `both`.
 
@@ -148,6 +150,7 @@ class Index:
         Raises:
             ConfigError: nothing to search for, or captions that are not stored.
         """
+        text = text.strip() if text else None
         if rerank is None:
             rerank = _RERANKED if text and self.model.learned_itm else 0
         if k < 1 or rerank < 0:
@@ -163,7 +166,7 @@ class Index:
             here = {name: float(s[places[number]]) for name, s in scores.items()}
             hits.append(self._hit(number, score, {name: s for name, s in here.items() if np.isfinite(s)}))
         if text and rerank:
-            weight = self.model.stage1.itc_scale if len(parts) == 1 else 1.0
+            weight = self.model.stage1.itc_scale if list(parts) == ["text"] else 1.0
             hits = self._reranked(hits[:rerank], text, weight, progress) + hits[rerank:]
         return [hit if hit.state != "ok" else replace(hit, state=_state(hit.row)) for hit in hits[:k]]
 
@@ -186,7 +189,6 @@ class Index:
 
     def _parts(self, text: str | None, image: ImageLike | None, within: str) -> dict[str, _Part]:
         """What is looked for, by the names of `Hit.parts`."""
-        text = text.strip() if text else None
         if within not in FIELDS:
             raise ConfigError(f"within is {within!r}: it must be one of {', '.join(FIELDS)}")
         if not text and image is None:
