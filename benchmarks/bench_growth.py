@@ -91,21 +91,32 @@ def exponent(points: list[dict[str, Any]], axis: str, kind: str) -> float:
 
 
 def draw(axes: dict[str, list[dict[str, Any]]], exponents: dict[str, dict[str, float]], path: Path) -> None:
-    """Seconds above, memory below, one column per axis, both axes logarithmic."""
+    """Seconds above, on logarithmic axes; memory below, from zero. One column per axis, one scale per row."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullLocator, ScalarFormatter
 
-    figure, grid = pyplot.subplots(2, len(axes), figsize=(3 * len(axes), 5), sharex="col", squeeze=False)
+    size = (2.6 * len(axes), 5)
+    figure, grid = pyplot.subplots(2, len(axes), figsize=size, sharex="col", sharey="row", squeeze=False)
+    grid[0][0].set_ylabel("seconds a step")
+    grid[1][0].set_ylabel("peak MB")
     for column, (axis, points) in enumerate(axes.items()):
-        for row, (kind, label) in enumerate((("s", "seconds"), ("mb", "peak MB"))):
-            plot = grid[row][column]
-            plot.loglog([p[axis] for p in points], [p[kind] for p in points], "o-")
-            plot.set_title(f"exponent {exponents[axis][kind]}", fontsize=9)
-            plot.set_xlabel(axis if row else "")
-            plot.set_ylabel("" if column else label)
-            plot.grid(alpha=0.3, which="both")
+        values = [point[axis] for point in points]
+        above, below = grid[0][column], grid[1][column]
+        above.plot(values, [point["s"] for point in points], "o-")
+        above.set_yscale("log", base=2)
+        above.yaxis.set_major_formatter(ScalarFormatter())
+        below.plot(values, [point["mb"] for point in points], "o-")
+        below.set_ylim(bottom=0)
+        below.set_xscale("log", base=2)
+        below.set_xticks(values, [str(value) for value in values])
+        below.xaxis.set_minor_locator(NullLocator())
+        below.set_xlabel(axis)
+        for plot, kind in ((above, "s"), (below, "mb")):
+            plot.set_title(f"grows with {axis}^{exponents[axis][kind]}", fontsize=9)
+            plot.grid(alpha=0.3)
     figure.tight_layout()
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=80)
