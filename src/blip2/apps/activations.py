@@ -24,7 +24,7 @@ from blip2.models.qformer import ImageKV
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.ops import contrastive, losses
-from blip2.training.early import early_backward
+from blip2.training.early import add_up, early_backward
 from blip2.training.parallel import fast_bf16
 
 # A caption with its special tokens: the mean of natural ones, and the longest of a batch.
@@ -69,15 +69,13 @@ def _stage1_losses(
     model: Stage1, loss: LossConfig, features_BPC: Tensor, ids_BT: Tensor, mask_BT: Tensor, early: bool = False
 ) -> list[Tensor]:
     """What `Stage1Objective` keeps in one process, without reading a value of a meta tensor."""
-    image_kv = model.project_image(features_BPC)
-    if not early:
-        parts = _stage1_parts(model, loss, image_kv, ids_BT, mask_BT)
-        return [value for part in parts for value in part.values()]
+    inputs = model.project_image(features_BPC).tensors()
 
-    def parts_of(leaves: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
-        return _stage1_parts(model, loss, ImageKV.of(leaves), ids_BT, mask_BT)
+    def parts(given: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
+        return _stage1_parts(model, loss, ImageKV.of(given), ids_BT, mask_BT)
 
-    return list(early_backward(model, image_kv.tensors(), parts_of).values())
+    found = early_backward(model, inputs, parts) if early else add_up(parts(inputs))
+    return list(found.values())
 
 
 def _stage1_parts(

@@ -101,30 +101,36 @@ def measure(config: RunConfig, *, accelerator: bool | None = None) -> dict[str, 
         "frozen": frozen,
         "memory": memory,
         "fits": [{"card_gb": size, **_fit(size, quantize, by_kind, on_card)} for size in CARDS],
-        "assumptions": {
-            "device": "accelerator" if accelerator else "cpu",
-            "autocast": "bf16" if machine.autocast else None,
-            "optimizer": config.optim.name,
-            "bytes_per_trained_parameter": {
-                "weight": WEIGHT_BYTES,
-                "gradient": GRADIENT_BYTES,
-                "optimizer": round(state / trained, 2),
-            },
-            "bytes_per_frozen_parameter": machine.frozen.itemsize,
-            "quantized": _quantized(layers, quantize) if quantize else None,
-            "lora_rank": config.lora.rank or None,
-            "text_tokens": TEXT_TOKENS,
-            "longest_text": LONGEST_TEXT,
-            "texts_per_image": config.data.texts_per_image,
-            "token_drop": config.vision.token_drop,
-            "workspace": 0.0 if accelerator else CPU_WORKSPACE,
-            "features": "cached" if config.data.cache_features else "encoded",
-            "checkpoint": config.train.checkpoint,
-            "head_chunk": config.train.head_chunk,
-            "processes": 1,
-            "recipe_batch": config.train.batch,
-            "accumulate": config.train.accumulate,
+        "assumptions": _assumptions(config, machine, state / trained)
+        | {"quantized": _quantized(layers, quantize) if quantize else None},
+    }
+
+
+def _assumptions(config: RunConfig, machine: Machine, state: float) -> dict[str, Any]:
+    """What the numbers hold for; `state` is the optimizer's bytes per trained parameter."""
+    return {
+        "device": "accelerator" if machine.accelerator else "cpu",
+        "autocast": "bf16" if machine.autocast else None,
+        "optimizer": config.optim.name,
+        "bytes_per_trained_parameter": {
+            "weight": WEIGHT_BYTES,
+            "gradient": GRADIENT_BYTES,
+            "optimizer": round(state, 2),
         },
+        "bytes_per_frozen_parameter": machine.frozen.itemsize,
+        "lora_rank": config.lora.rank or None,
+        "text_tokens": TEXT_TOKENS,
+        "longest_text": LONGEST_TEXT,
+        "texts_per_image": config.data.texts_per_image,
+        "token_drop": config.vision.token_drop,
+        "workspace": 0.0 if machine.accelerator else CPU_WORKSPACE,
+        "features": "cached" if config.data.cache_features else "encoded",
+        "checkpoint": config.train.checkpoint,
+        "early_backward": config.train.early_backward if config.stage == "stage1" else None,
+        "head_chunk": config.train.head_chunk,
+        "processes": 1,
+        "recipe_batch": config.train.batch,
+        "accumulate": config.train.accumulate,
     }
 
 
@@ -274,6 +280,8 @@ def _settings(given: dict[str, Any]) -> str:
         said.append(f"{given['token_drop']:.0%} of the patches dropped")
     if given["lora_rank"]:
         said.append(f"LoRA of rank {given['lora_rank']}")
+    if given["early_backward"]:
+        said.append("each loss's backward pass by itself")
     if given["checkpoint"]:
         said.append("layers computed again in the backward pass")
     if given["head_chunk"]:

@@ -21,6 +21,15 @@ from torch import Tensor, nn
 Parts = Callable[[Sequence[Tensor]], Iterator[dict[str, Tensor]]]
 
 
+def add_up(parts: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The losses of all parts, by name."""
+    found: dict[str, Tensor] = {}
+    for part in parts:
+        for name, value in part.items():
+            found[name] = found[name] + value if name in found else value
+    return found
+
+
 def early_backward(model: nn.Module, inputs: Sequence[Tensor], parts: Parts) -> dict[str, Tensor]:
     """The losses of all parts, by name, with their gradients known already.
 
@@ -36,17 +45,15 @@ def early_backward(model: nn.Module, inputs: Sequence[Tensor], parts: Parts) -> 
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     stand_ins = {f"model.{name}": _leaf(p) for name, p in parameters.items()}
     leaves = [_leaf(x) for x in inputs]
-    found: dict[str, Tensor] = {}
 
-    def run() -> None:
+    def done() -> Iterator[dict[str, Tensor]]:
         for part in parts(leaves):
             loss = torch.stack(list(part.values())).sum()
             with _without_autocast(loss.device.type):
                 torch.autograd.backward(loss)
-            for name, value in part.items():
-                found[name] = found[name] + value.detach() if name in found else value.detach()
+            yield {name: value.detach() for name, value in part.items()}
 
-    torch.func.functional_call(_Calling(model), stand_ins, (run,))
+    found: dict[str, Tensor] = torch.func.functional_call(_Calling(model), stand_ins, (lambda: add_up(done()),))
     both = zip((*parameters.values(), *inputs), (*stand_ins.values(), *leaves), strict=True)
     # what no part used stays out of the graph: DDP asks the graph what is unused
     known = [(x, leaf.grad) for x, leaf in both if leaf.grad is not None]
@@ -72,8 +79,8 @@ class _Calling(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, run: Callable[[], None]) -> None:
-        run()
+    def forward(self, run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        return run()
 
 
 class _Known(torch.autograd.Function):

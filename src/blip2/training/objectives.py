@@ -21,7 +21,7 @@ from blip2.models.qformer_layers import KeyValue
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.ops import contrastive, distributed, losses
-from blip2.training.early import early_backward
+from blip2.training.early import add_up, early_backward
 
 Losses = dict[str, Tensor]
 
@@ -99,17 +99,13 @@ class Stage1Objective(nn.Module):
         ids, mask = (x.to(self.model.temp.device) for x in self.tokenizer(batch.captions))
         features = _features(self.model, batch, self.token_drop)
         image_kv = self.model.project_image(features)
-        if not (self.early and torch.is_grad_enabled()):
-            out: Losses = {}
-            for part in self._parts(batch, step, ids, mask, features, image_kv):
-                for name, value in part.items():
-                    out[name] = out[name] + value if name in out else value
-            return out
+        inputs = [features, *image_kv.tensors()]
 
-        def parts(leaves: Sequence[Tensor]) -> Iterator[Losses]:
-            return self._parts(batch, step, ids, mask, leaves[0], ImageKV.of(leaves[1:]))
+        def parts(given: Sequence[Tensor]) -> Iterator[Losses]:
+            return self._parts(batch, step, ids, mask, given[0], ImageKV.of(given[1:]))
 
-        return early_backward(self.model, [features, *image_kv.tensors()], parts)
+        early = self.early and torch.is_grad_enabled()
+        return early_backward(self.model, inputs, parts) if early else add_up(parts(inputs))
 
     def _parts(
         self, batch: Batch, step: int, ids: Tensor, mask: Tensor, features: Tensor, image_kv: ImageKV
