@@ -87,6 +87,7 @@ def parse(description: str, *, repeats: int = 5, **choices: Sequence[str]) -> ar
     parser.add_argument("--repeats", type=int, default=repeats, help="pairs that are timed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--profile", action="store_true", help="add where time and memory of both sides go (CPU)")
     for name, values in choices.items():
         parser.add_argument(f"--{name}", choices=values, default=values[0])
     return parser.parse_args()
@@ -198,6 +199,7 @@ def settings_of(options: argparse.Namespace, size: Size, folder: str | Path, **m
         "device": options.device,
         "threads": options.threads,
         "precision": precision_of(options),
+        "profile": options.profile,
         **more,
     }
 
@@ -209,28 +211,33 @@ def compare(
     settings: dict[str, Any],
     *,
     repeats: int,
-    tolerance: float,
+    tolerance: float | None,
+    warm: bool = True,
 ) -> dict[str, Any]:
     """Check that all sides agree, time them in turn, and return the record of the claim.
 
     Args:
         claim: fields to begin the record with: `claim`, `target`, `size`, ...
         peers: by name; with several the fastest counts, and `peers_s` names all.
-        tolerance: largest difference allowed, in shares of the largest value of an output.
+        tolerance: largest difference allowed, in shares of the largest value of an output; None compares nothing.
+        warm: run each side once before it is timed; False where the check did the same work.
 
     Raises:
         BenchmarkError: outputs differ, or a side failed.
     """
     with working({"ours": ours, **peers}, settings) as workers:
-        difference = max(_difference(workers, name, Path(settings["folder"]), tolerance) for name in peers)
+        compared = {} if tolerance is None else dict.fromkeys(peers, tolerance)
+        gaps = [_difference(workers, name, Path(settings["folder"]), allowed) for name, allowed in compared.items()]
         for worker in workers.values():
-            worker.ask(do="time")
+            if warm:
+                worker.ask(do="time")
             worker.ask(do="forget")
         times = {name: [] for name in workers}
         for _ in range(repeats):
             for name, worker in workers.items():
                 times[name].append(worker.ask(do="time")["seconds"])
         peaks = {name: worker.ask(do="peak")["peak_mb"] for name, worker in workers.items()}
+        profiles = {name: worker.ask(do="profile") for name, worker in workers.items()} if settings["profile"] else {}
     medians = {name: statistics.median(found) for name, found in times.items()}
     fastest = min(peers, key=lambda name: medians[name])
     ratios = [theirs / mine for theirs, mine in zip(times[fastest], times["ours"], strict=True)]
@@ -245,11 +252,12 @@ def compare(
         "threads": settings["threads"],
         "device": settings["device"],
         "precision": _precision(ours, settings),
-        "max_abs_diff": float(f"{difference:.3g}"),
+        "max_abs_diff": float(f"{max(gaps):.3g}") if gaps else None,
         "ours_peak_mb": round(peaks["ours"]),
         "peer_peak_mb": round(peaks[fastest]),
         "peak_ratio": _round(peaks["ours"] / peaks[fastest]),
         "repeats": repeats,
+        **({"profiles": profiles} if profiles else {}),
     }
 
 

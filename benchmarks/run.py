@@ -1,8 +1,9 @@
 """Run every claim and write the day's result file.
 
-    python -m benchmarks.run [--size tiny] [--only stage1 generate] [--repeats N] [--out FOLDER]
+    python -m benchmarks.run [--size tiny] [--only stage1 generate] [--repeats N] [--profile] [--out FOLDER]
 
-Writes `YYYY-MM-DD-DEVICE-SIZE.json` and `.md` in benchmarks/results. Claims that the day's file already
+Writes `YYYY-MM-DD-DEVICE-SIZE.json` and `.md` in benchmarks/results; with `--profile`, which also tells where time
+and memory of both sides go, `...-profile.json`. Claims that the day's file already
 has are not run again, so a run that was stopped goes on; a claim whose peer is not installed is listed
 with the reason. Exits 1 where a claim failed; a missed target is shown, and is no failure of the run.
 """
@@ -54,10 +55,12 @@ def main() -> int:
     parser.add_argument("--size", choices=("paper", "tiny"), default="paper")
     parser.add_argument("--only", nargs="*", default=[], help="parts of the names of claims to run")
     parser.add_argument("--repeats", type=int, help="pairs of every claim; each script has its own default")
+    parser.add_argument("--profile", action="store_true", help="where time and memory of both sides go (CPU)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     facts = machine()
-    path = options.out / f"{datetime.now(UTC):%Y-%m-%d}-{facts['kind']}-{options.size}.json"
+    more = "-profile" if options.profile else ""
+    path = options.out / f"{datetime.now(UTC):%Y-%m-%d}-{facts['kind']}-{options.size}{more}.json"
     found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {"machine": facts, "claims": {}}
     failed = False
     for name, command in CLAIMS.items():
@@ -67,7 +70,8 @@ def main() -> int:
         if "bf16" in command and slow_bf16(facts):
             record = {"skipped": "this CPU has no bf16 instructions (avx512_bf16, amx_bf16)"}
         else:
-            record = measured(name, command, options.size, options.repeats)
+            profile = ("--profile",) if options.profile else ()
+            record = measured(name, (*command, *profile), options.size, options.repeats)
         failed |= "error" in record
         found["claims"][name] = record
         write(path, found)
@@ -163,7 +167,28 @@ def table(title: str, found: dict[str, Any]) -> str:
             )
             continue
         lines.append(f"| {' | '.join(cells(record))} |")
+    for record in found["claims"].values():
+        if "profiles" in record:
+            notes += ["", *profile_table(record)]
     return "\n".join([*lines, "", *notes, ""])
+
+
+def profile_table(record: dict[str, Any]) -> list[str]:
+    """Where the time and memory of both sides of a claim go."""
+    sides = record["profiles"]
+    kinds = dict.fromkeys(kind for found in sides.values() for kind in found["seconds"])
+    rows = {kind: [found["seconds"].get(kind, 0) for found in sides.values()] for kind in kinds}
+    rows["seconds in all"] = [round(sum(found["seconds"].values()), 2) for found in sides.values()]
+    for name, key in (("MB of tensors held before", "held_mb"), ("most MB of tensors added", "added_mb")):
+        if all(key in found for found in sides.values()):
+            rows[name] = [found[key] for found in sides.values()]
+    return [
+        f"**{record['claim']}**",
+        "",
+        f"| | {' | '.join(sides)} |",
+        "|---|" + "---|" * len(sides),
+        *(f"| {name} | {' | '.join(map(str, values))} |" for name, values in rows.items()),
+    ]
 
 
 def cells(record: dict[str, Any]) -> list[str]:

@@ -1,11 +1,13 @@
 """How well two frozen towers can be matched without a Q-Former: regularised CCA, in closed form.
 
-    python benchmarks/towers_alone.py --images 1000
+    python -m benchmarks.towers_alone --images 1000
+    python -m benchmarks.towers_alone --images 1000 --layers 4 6 8 10 11 12
 
 Pooled features of the image encoder ([CLS], mean, maximum and deviation over the patches) against the text
 encoder's mean over tokens, fitted on Flickr8k train, measured on dev; then the same two linear maps trained by
 ITC, from random weights and from CCA's. Prints one JSON object per setting: what a trained bridge of the same
-towers has to beat.
+towers has to beat. With `--layers` CCA alone, for the output of each of these blocks of the image encoder, with
+its patches and with their averages over 2 x 2 as the recipes have them: nothing is cached.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from blip2.cache import cache_folder
 from blip2.configs import RunConfig
 from blip2.data.features import FeatureCache
-from blip2.data.images import ImageSpec
+from blip2.data.images import ImageSpec, decode_image, plain_view
 from blip2.data.samples import Collection
 from blip2.data.sources import open_collection
 from blip2.data.text import QFormerTokenizer
@@ -41,9 +44,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=1000, help="dev images (default: %(default)s)")
     parser.add_argument("--ridge", type=float, nargs="+", default=[0.05, 0.2, 1.0], help="on the images' covariance")
+    parser.add_argument("--layers", type=int, nargs="+", help="blocks of the image encoder, from 1")
+    parser.add_argument("--train", type=int, help="train images (default: all)")
     options = parser.parse_args()
     config = recipe("tiny/stage1")
-    train, dev = open_collection("flickr8k:train"), open_collection("flickr8k:dev").limited(options.images)
+    train = open_collection("flickr8k:train").limited(options.train)
+    dev = open_collection("flickr8k:dev").limited(options.images)
+    if options.layers:
+        compare_layers(config, train, dev, options.layers, options.ridge)
+        return
     images, unseen = (pooled(config, data) for data in (train, dev))
     mean, deviation = images.mean(0), images.std(0)
     images, unseen = (images - mean) / deviation, (unseen - mean) / deviation
@@ -80,6 +89,45 @@ def pooled(config: RunConfig, data: Collection) -> Tensor:
     features_IPC = torch.stack([cache.get([n], [0])[0].float() for n in range(len(data.samples))])
     patches = features_IPC[:, vision.prefix :]
     return torch.cat([features_IPC[:, 0], patches.mean(1), patches.amax(1), patches.std(1)], dim=1)
+
+
+def compare_layers(
+    config: RunConfig, train: Collection, dev: Collection, layers: Sequence[int], ridges: Sequence[float]
+) -> None:
+    """CCA's recall for each block; of the ridges the best, since each block has another scale."""
+    (texts, owners), (queries, answers) = (sentences(config, data) for data in (train, dev))
+    texts, queries = (side - texts.mean(0) for side in (texts, queries))
+    known, asked = (by_layer(config, data, layers) for data in (train, dev))
+    for name in known:
+        mean, deviation = known[name].mean(0), known[name].std(0).clamp(min=1e-6)
+        images, unseen = ((side[name] - mean) / deviation for side in (known, asked))
+        best: dict[str, float] = {}
+        for ridge in ridges:
+            left, right = cca(images[owners], texts, ridge)
+            similarity = F.normalize(unseen @ left, dim=1) @ F.normalize(queries @ right, dim=1).T
+            recall = recall_at_k(similarity.numpy(), answers.numpy()) | {"ridge": ridge}
+            best = max(best, recall, key=lambda found: found.get("i2t_r1", -1) + found.get("t2i_r1", 0))
+        print(json.dumps({"layer": name, "images": len(dev.samples), **{k: round(v, 2) for k, v in best.items()}}))
+
+
+@torch.no_grad()
+def by_layer(config: RunConfig, data: Collection, layers: Sequence[int]) -> dict[str, Tensor]:
+    """[I, 4C] of every block, of its patches and of their averages over 2 x 2."""
+    vision = image_encoder(config)
+    spec = ImageSpec(vision.size, vision.mean, vision.std, config.vision.resize)
+    rows: dict[str, list[Tensor]] = {}
+    for start in tqdm(range(0, len(data.samples), 32), desc="images", mininterval=20.0):
+        views = [plain_view(decode_image(sample.read()), spec) for sample in data.samples[start : start + 32]]
+        states = vision.model(pixel_values=torch.stack(views), output_hidden_states=True).hidden_states
+        for layer in layers:
+            whole_BPC = vision.model.layernorm(states[layer])  # type: ignore[operator]
+            first_BC, patches_BPC = whole_BPC[:, 0], whole_BPC[:, vision.prefix :]
+            grid_BCGG = patches_BPC.transpose(1, 2).unflatten(2, (vision.grid, vision.grid))
+            pooled_BPC = F.avg_pool2d(grid_BCGG, 2).flatten(2).transpose(1, 2)
+            for name, kept in ((f"{layer}", patches_BPC), (f"{layer}, 2 x 2", pooled_BPC)):
+                parts = [first_BC, kept.mean(1), kept.amax(1), kept.std(1)]
+                rows.setdefault(name, []).append(torch.cat(parts, dim=1))
+    return {name: torch.cat(found) for name, found in rows.items()}
 
 
 def sentences(config: RunConfig, data: Collection) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,9 @@
 
 `FUNCTION(settings)` builds a `Side`. A command is a JSON object a line: `{"do": "check", "to": FILE}`
 writes the outputs to compare as `.npz`, `{"do": "time"}` runs once and answers with its seconds,
-`{"do": "forget"}` starts the peak of memory anew, `{"do": "peak"}` answers with it in MB. Needs torch
-and numpy only, so that it also runs in the environment of a peer.
+`{"do": "forget"}` starts the peak of memory anew, `{"do": "peak"}` answers with it in MB, `{"do": "profile"}`
+says where time and memory of a run go. Needs torch and numpy only, so that it also runs in the environment
+of a peer.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
+
+from benchmarks.profiling import profiled
 
 Outputs = dict[str, np.ndarray]
 
@@ -53,6 +56,8 @@ def serve(side: Side, device: str, replies: TextIO) -> None:
             answer["seconds"] = seconds(side.run, device) / side.scale
         elif command["do"] == "forget":
             forget_peak(device)
+        elif command["do"] == "profile":
+            answer = profiled(side.run)
         else:
             answer["peak_mb"] = peak_mb(device)
         print(json.dumps(answer), file=replies, flush=True)

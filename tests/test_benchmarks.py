@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import bench_growth, capfilt_rate, capfilt_training, run
+import torch
+from benchmarks import bench_growth, capfilt_rate, capfilt_training, profiling, run
 from benchmarks.common import SIZES, BenchmarkError, Peer, captions, compare, settings_of, text_lengths
 
 from blip2.data.shard_writer import write_shard
@@ -50,7 +51,7 @@ def both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[
     """Compare a side that gives 1.0 and sleeps 20 ms with one of other settings."""
     (tmp_path / "plain_side.py").write_text(SIDE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    options = argparse.Namespace(device="cpu", threads=1)
+    options = argparse.Namespace(device="cpu", threads=1, profile=False)
     settings = settings_of(options, TINY, tmp_path, value=1.0, mb=10)
 
     def run_both(**theirs: Any) -> dict[str, Any]:
@@ -90,6 +91,25 @@ def test_table_shows_misses_and_reasons() -> None:
     assert "| c | 1.5 (missed) | at least 2.0 |" in text
     assert "- b: not run: no peer" in text
     assert "gpu" not in text
+
+
+def test_profile_counts_time_by_kind_and_the_tensors_of_a_run() -> None:
+    held = torch.ones(500, 500)  # 1 MB
+
+    def step() -> None:
+        product = held @ held
+        torch.softmax(product * 2, dim=-1).topk(3)
+
+    found = profiling.profiled(step)
+    assert {"matrix products", "norms, softmax, GELU, losses", "search"} <= set(found["seconds"])
+    assert found["held_mb"] >= 1
+    assert found["added_mb"] == 3  # the product, twice it, and its softmax; top 3 are 12 kB
+    record = {"claim": "c", "profiles": {"ours": {"seconds": {"search": 1.0}}, "peer": {"seconds": {"copies": 2.0}}}}
+    assert run.profile_table(record)[4:] == [
+        "| search | 1.0 | 0 |",
+        "| copies | 0 | 2.0 |",
+        "| seconds in all | 1.0 | 2.0 |",
+    ]
 
 
 def test_every_claim_names_a_script_and_messages_lose_their_paths() -> None:

@@ -85,7 +85,7 @@ def test_every_variant_is_trained_on_its_budget(
     assert "itg" not in json.loads(train)
     table = (out / "ablations.md").read_text().splitlines()
     assert len(table) == 2 + len(rows)
-    assert table[2].startswith("| full | ITC + ITM + ITG, then stage 2 | 32 + 48 | ")
+    assert table[2].startswith("| full | ITC + ITM + ITG, then stage 2 | 64 + 96 | ")
     with Image.open(out / "ablations.png") as plot:
         assert plot.size[0] > 800
     # done is done

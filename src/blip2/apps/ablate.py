@@ -140,7 +140,7 @@ def _table(rows: list[Row], chosen: list[Variant]) -> str:
     ]
     for row, variant in zip(rows, chosen, strict=True):
         runs = [run for run in (variant.stage1, variant.stage2) if run is not None]
-        pairs = " + ".join(f"{run.train.steps * run.train.batch:,}" for run in runs)
+        pairs = " + ".join(f"{run.train.steps * run.train.batch * run.data.texts_per_image:,}" for run in runs)
         recall = "" if row.recall is None else f"{row.recall:.1f}"
         figures = f"{pairs} | {recall} | {row.loss:.3f} | {row.cider:.1f} | {row.seconds / 60:.0f}"
         lines.append(f"| {row.name} | {row.asks} | {figures} |")
@@ -148,21 +148,22 @@ def _table(rows: list[Row], chosen: list[Variant]) -> str:
 
 
 def _plot(rows: list[Row], target: Path) -> None:
-    """Dev loss of stage 2 against its steps, a line per variant."""
+    """Dev loss of stage 2 against its steps, a line per variant; beside it CIDEr in the end, a bar each."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    figure = Figure(figsize=(10.4, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for row in rows:
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for number, row in enumerate(rows):
         steps, losses = zip(*row.curve, strict=True)
-        axes.plot(steps, losses, marker="o", markersize=3, label=row.name)
-    axes.set_xlabel("steps of stage 2")
-    axes.set_ylabel("dev loss (nats per token)")
-    axes.set_yscale("log")
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
+        left.plot(steps, losses, marker="o", markersize=3, label=row.name, color=f"C{number}")
+        right.barh(row.name, row.cider, color=f"C{number}")
+    left.set(xlabel="steps of stage 2", ylabel="dev loss (nats per token)", yscale="log")
+    left.legend(frameon=False)
+    left.grid(alpha=0.3)
+    right.invert_yaxis()
+    right.set(xlabel="CIDEr of dev captions after stage 2 (percent)")
     beside = target.with_name(f".{target.name}.tmp.png")
     figure.savefig(beside, dpi=150)
     beside.replace(target)

@@ -178,10 +178,10 @@ def _add_ablate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--out", default="runs/ablate", metavar="DIR", help="resumed where it is (default: %(default)s)"
     )
     ablate.add_argument(
-        "--steps1", type=int, default=240, help="steps of stage 1, 16 pairs each (default: %(default)s)"
+        "--steps1", type=int, default=128, help="steps of stage 1, 32 pairs each (default: %(default)s)"
     )
     ablate.add_argument(
-        "--steps2", type=int, default=240, help="steps of stage 2, 16 pairs each (default: %(default)s)"
+        "--steps2", type=int, default=128, help="steps of stage 2, 32 pairs each (default: %(default)s)"
     )
     ablate.add_argument("--images", type=int, default=250, help="dev images (default: %(default)s)")
     ablate.add_argument("--only", metavar="NAME,NAME", help="only these variants")

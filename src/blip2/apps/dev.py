@@ -26,6 +26,8 @@ from blip2.ops import distributed
 from blip2.ops.contrastive import query_text_similarity
 
 THUMB = 224
+# Dev images of stage 2 at a time.
+DECODED = 32
 # Candidates per image and per text that ITM re-ranks on dev while training.
 RERANKED = 8
 
@@ -85,7 +87,8 @@ class DevEvaluator:
         return numbers
 
     def _batches(self) -> Iterator[Batch]:
-        size = min(64, self.config.train.batch)
+        # of stage 1 the losses depend on it (negatives); captions come faster when many are decoded at a time
+        size = min(64, self.config.train.batch) if self.config.stage == "stage1" else DECODED
         return dev_batches(
             self.collection,
             batch=size,

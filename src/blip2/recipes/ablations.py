@@ -28,8 +28,13 @@ class Variant:
     stage2: RunConfig
 
 
-def variants(*, steps1: int = 240, steps2: int = 240, images: int = 250) -> list[Variant]:
-    """Every variant, on `steps1` steps of stage 1 and `steps2` of stage 2, 16 pairs each.
+# Texts of a step in either stage: 32 pairs in stage 1, 8 images with 4 captions each in stage 2.
+PAIRS = 32
+CAPTIONS = 4
+
+
+def variants(*, steps1: int = 128, steps2: int = 128, images: int = 250) -> list[Variant]:
+    """Every variant, on `steps1` steps of stage 1 and `steps2` of stage 2, 32 pairs of image and text each.
 
     One without stage 1 is there twice: with the same stage 2, and with stage 1's steps added to it.
     """
@@ -53,12 +58,16 @@ def variants(*, steps1: int = 240, steps2: int = 240, images: int = 250) -> list
 
 
 def _bases(steps1: int, steps2: int, images: int) -> tuple[RunConfig, RunConfig]:
-    """Stage 1 and stage 2 of all variants: the tiny recipes in many small steps."""
+    """Stage 1 and stage 2 of all variants: the tiny recipes, with what learned fastest in docs/results/tiny.md."""
 
-    def short(run: RunConfig, steps: int, optim: OptimConfig) -> RunConfig:
-        train = TrainConfig(steps=steps, batch=16, eval_every=max(steps // 4, 1), save_every=max(steps // 4, 1), keep=1)
-        return replace(run, optim=optim, train=train, eval=replace(run.eval, images=images))
+    def short(run: RunConfig, steps: int, batch: int, optim: OptimConfig) -> RunConfig:
+        often = max(steps // 2, 1)
+        train = TrainConfig(steps=steps, batch=batch, eval_every=often, save_every=often, keep=1)
+        qformer = replace(run.qformer, text_pool="mean")
+        return replace(run, qformer=qformer, optim=optim, train=train, eval=replace(run.eval, images=images))
 
-    first = short(tiny.stage1(), steps1, OptimConfig(lr=3e-4, min_lr=1e-5, warmup=20))
-    second = short(tiny.stage2(), steps2, OptimConfig(lr=4e-4, min_lr=2e-5, warmup=20))
-    return first, replace(second, eval=replace(second.eval, best="cider"))
+    first = short(tiny.stage1(), steps1, PAIRS, OptimConfig(lr=4e-4, min_lr=1e-5, warmup=15))
+    optim = OptimConfig(lr=1e-3, min_lr=2e-5, warmup=15, qformer_scale=0.3)
+    second = short(tiny.stage2(), steps2, PAIRS // CAPTIONS, optim)
+    several = replace(second.data, texts_per_image=CAPTIONS)
+    return first, replace(second, data=several, eval=replace(second.eval, best="cider"))

@@ -59,6 +59,9 @@ def stage2() -> RunConfig:
 def caption() -> RunConfig:
     """Captioning from a stage-2 run: the image encoder trains too; the best of dev by CIDEr is kept.
 
+    Four captions of an image in one step: the image encoder, which costs as much as the language
+    model here, runs once for them.
+
     `blip2 train tiny/caption --init runs/s2 --out runs/caption`
     """
     base = stage2()
@@ -66,9 +69,9 @@ def caption() -> RunConfig:
         base,
         recipe="tiny/caption",
         vision=replace(base.vision, train=True),
-        data=replace(base.data, cache_features=False),
+        data=replace(base.data, cache_features=False, texts_per_image=4),
         optim=OptimConfig(lr=1e-4, min_lr=0.0, warmup=20, layer_decay=0.8, betas=(0.9, 0.999)),
-        train=replace(base.train, steps=380, batch=16, eval_every=95),
+        train=replace(base.train, steps=160, batch=8, eval_every=80, save_every=40),
         eval=replace(base.eval, best="cider"),
     )
 
