@@ -122,15 +122,15 @@ def _features(model: Stage1 | Stage2, config: RunConfig) -> torch.Tensor:
 
 def _objective(model: Stage1 | Stage2, config: RunConfig) -> Stage1Objective | Stage2Objective:
     apply_settings(model, config.train)
+    drop, early = config.vision.token_drop, config.train.early_backward
     tokenizer: Any
     if isinstance(model, Stage1):
         words: Any = model.qformer.embeddings
         tokenizer = QFormerIds(words.word.num_embeddings - 1, config.qformer.max_text)
-        early = config.train.early_backward
-        return Stage1Objective(model, tokenizer, config.loss, token_drop=config.vision.token_drop, early=early).train()
+        return Stage1Objective(model, tokenizer, config.loss, token_drop=drop, early=early).train()
     tokenizer = LanguageIds(2, config.language.max_text)
     language = replace(config.language, prompt=PROMPT)
-    return Stage2Objective(model, tokenizer, language, token_drop=config.vision.token_drop).train()
+    return Stage2Objective(model, tokenizer, language, token_drop=drop, early=early).train()
 
 
 def _batch(model: Stage1 | Stage2, config: RunConfig, features_BPC: torch.Tensor) -> Batch:

@@ -180,7 +180,7 @@ def step_ours(settings: dict[str, Any]) -> Side:
     model, batch = _ours(settings), load_batch(settings)
     device = torch.device(settings["device"])
     tokenizer: Any = ids.LanguageIds(END, 32)
-    objective = Stage2Objective(model, tokenizer, LanguageConfig(prompt=PROMPT)).train()
+    objective = Stage2Objective(model, tokenizer, LanguageConfig(prompt=PROMPT), early=True).train()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = build_optimizer(trained.items(), OptimConfig())
 

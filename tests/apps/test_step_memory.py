@@ -108,13 +108,11 @@ def real_peak(config: RunConfig, language: str, bf16: bool) -> int:
     assert isinstance(model.vision, VisionEncoder)
     apply_settings(model, config.train)
     objective: nn.Module
-    drop = config.vision.token_drop
+    more: Any = {"token_drop": config.vision.token_drop, "early": config.train.early_backward}
     if isinstance(model, Stage1):
-        objective = Stage1Objective(  # type: ignore[arg-type]
-            model, texts, config.loss, token_drop=drop, early=config.train.early_backward
-        )
+        objective = Stage1Objective(model, texts, config.loss, **more)  # type: ignore[arg-type]
     else:
-        objective = Stage2Objective(model, texts, config.language, token_drop=drop)  # type: ignore[arg-type]
+        objective = Stage2Objective(model, texts, config.language, **more)  # type: ignore[arg-type]
     captions = ["five words make a caption"] * (B * config.data.texts_per_image)
     live = LiveBytes(objective)
     with live:
@@ -145,6 +143,8 @@ SETTINGS = [
     ("stage2", "llama", {}),
     ("stage2", "opt", {}),
     ("stage2", "t5", {}),
+    ("stage2", "llama", {"train": TrainConfig(batch=B, early_backward=False)}),
+    ("stage2", "t5", {"train": TrainConfig(batch=B, early_backward=False)}),
     ("stage2", "llama", {"train": TrainConfig(batch=B, checkpoint=True)}),
     ("stage2", "llama", {"train": TrainConfig(batch=B, head_chunk=20)}),
     ("stage2", "llama", {"data": DataConfig(cache_features=True, texts_per_image=3)}),

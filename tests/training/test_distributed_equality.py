@@ -62,6 +62,7 @@ from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision_encoder import vision_encoder_from_config
 from blip2.ops import distributed
+from blip2.training import objectives
 from blip2.training.incontext import InContextObjective
 from blip2.training.objectives import Stage1Objective, Stage2Objective
 from blip2.training.parallel import process_group
@@ -139,8 +140,10 @@ def language_model(kind: str, out: Path) -> LanguageModel:
     return made
 
 
-def objective_of(kind: str, out: Path):
+def objective_of(kind: str, out: Path, sharded: bool):
     torch.manual_seed(0)
+    objectives.ENOUGH_TOKENS["cpu"] = 1  # the language model in four pieces
+    early = {"early": not sharded}
     sizes = {"width": 16, "depth": 3, "heads": 2, "inner": 32, "image_width": 12, "queries": 4}
     sizes |= {"dropout": 0.0, "attention_dropout": 0.0}
     text = {"vocab": 4 + len(WORDS), "positions": 16}
@@ -155,7 +158,7 @@ def objective_of(kind: str, out: Path):
     language = language_model(kind, out)
     if kind == "questions":
         model = Stage2(QFormer(**sizes, **text, head=False), language)
-        return Stage2Objective(model, Words(), LanguageConfig(prompt="", question="{}"), 0, Words())
+        return Stage2Objective(model, Words(), LanguageConfig(prompt="", question="{}"), 0, Words(), **early)
     model = Stage2(QFormer(**sizes, vocab=None), language)
     if kind == "shots":
         return InContextObjective(model, Words(), LanguageConfig(prompt=""), seed=0, shots=1)
@@ -163,7 +166,7 @@ def objective_of(kind: str, out: Path):
         from blip2.models.lora import add_lora
 
         add_lora(language, LoraConfig(rank=2))
-    return Stage2Objective(model, Words(), LanguageConfig(prompt=""), seed=0)
+    return Stage2Objective(model, Words(), LanguageConfig(prompt=""), seed=0, **early)
 
 
 def run(kind: str, parallel: str, out: Path) -> None:
@@ -175,7 +178,8 @@ def run(kind: str, parallel: str, out: Path) -> None:
         optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup=1, layer_decay=0.5),
         train=TrainConfig(steps=4, batch=BATCH, save_every=2, eval_every=4, parallel=parallel, precision="fp32"),
     )
-    objective = objective_of(kind, out)
+    sharded = parallel == "fsdp2" and distributed.world_size() > 1
+    objective = objective_of(kind, out, sharded)
     model = objective.model
 
     def evaluate(step: int) -> dict[str, object]:
@@ -193,7 +197,6 @@ def run(kind: str, parallel: str, out: Path) -> None:
     frozen = [model.language_model] if kind in ("stage2", "t5", "questions", "shots") else []
     source = partial(batches, kind=kind)
     trainer = Trainer(objective, source, config, out, device=torch.device("cpu"), frozen=frozen, evaluate=evaluate)
-    sharded = parallel == "fsdp2" and distributed.world_size() > 1
     # FSDP2's processes must run a block equally often, whatever the lengths of their texts
     assert kind.startswith("stage1") or model.language_model.split_lengths != sharded
     trainer.resume()

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blip2.configs import LossConfig
+from blip2.configs import LanguageConfig, LossConfig
+from blip2.training import objectives
 from blip2.training.early import early_backward
-from blip2.training.objectives import Stage1Objective
+from blip2.training.objectives import Stage1Objective, Stage2Objective
 
 
 def gradients(model: nn.Module, losses: dict[str, Tensor], *others: Tensor, factor: float = 1.0) -> list[Tensor | None]:
@@ -103,3 +104,52 @@ def test_without_gradients_nothing_runs_backward(tiny: Any) -> None:
         dev = objective(batch, 0)
     torch.testing.assert_close(dev, {name: value.detach() for name, value in objective(batch, 0).items()})
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("texts_per_image", [1, 3])
+def test_stage_2(tiny: Any, monkeypatch: pytest.MonkeyPatch, kind: str, texts_per_image: int) -> None:
+    """The language model in four uneven pieces: loss and gradients of the bridge, and of features that train."""
+    monkeypatch.setitem(objectives.ENOUGH_TOKENS, "cpu", 1)
+    model, batch = tiny.stage2(kind), tiny.batch(6, seed=2)
+    words = ["a", "a dog", "a dog runs through a dog", "a runs", "a dog a dog a dog a dog", "through"]
+    batch.captions = [words[(n + k) % 6] for k in range(texts_per_image) for n in range(6)]
+    features = batch.features.clone().requires_grad_()
+    batch.features = features
+    read: list[int] = []
+    name = "encoder_decoder_loss" if kind == "t5" else "decoder_loss"
+    whole = getattr(model.language_model, name)
+    monkeypatch.setattr(model.language_model, name, lambda p, *rest: (read.append(len(p)), whole(p, *rest))[1])
+
+    def step(early: bool) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+        config = LanguageConfig(prompt="a dog")
+        losses = Stage2Objective(model, tiny.tokenizer, config, seed=7, early=early).train()(batch, 3)
+        kept = {name: value.detach().clone() for name, value in losses.items()}
+        return kept, gradients(model, losses, features, factor=0.5)
+
+    (plain, wanted), (early, got) = step(False), step(True)
+    times = texts_per_image if kind == "t5" else 1
+    assert read == [6 * times, 2 * times, 2 * times, times, times]
+    torch.testing.assert_close(early, plain)
+    assert [g is None for g in got] == [g is None for g in wanted]
+    assert sum(g is not None and bool(g.any()) for g in wanted) > 10
+    for a, b in zip(got, wanted, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_pieces_have_images_with_their_texts_and_no_empty_columns() -> None:
+    mask = torch.arange(6) < torch.tensor([5, 2, 3, 1, 2, 6, 1, 2])[:, None]  # two texts of four images
+    ids = torch.arange(8)[:, None] * mask
+    found = objectives.in_pieces((ids, mask, mask), images=4, pieces=2)
+    assert [images.tolist() for images, _ in found] == [[3, 2], [0, 1]]
+    assert [rows[0][:, 0].tolist() for _, rows in found] == [[3, 2, 7, 6], [0, 1, 4, 5]]
+    assert [rows[0].shape[1] for _, rows in found] == [3, 6]
+    even = objectives.in_pieces((ids, mask, mask), images=4, pieces=2, even=True)
+    assert [images.tolist() for images, _ in even] == [[0, 1], [2, 3]]
+    assert {rows[0].shape[1] for _, rows in even} == {6}
+
+
+def test_small_batches_stay_whole() -> None:
+    counts = [objectives.piece_count(n, 46 * n, cpu=cpu) for cpu in (True, False) for n in (1, 2, 8, 30, 60, 200)]
+    assert counts == [1, 1, 4, 4, 4, 4, 1, 1, 1, 1, 2, 4]

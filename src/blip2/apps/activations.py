@@ -25,6 +25,7 @@ from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.ops import contrastive, losses
 from blip2.training.early import add_up, early_backward
+from blip2.training.objectives import in_pieces, language_loss
 from blip2.training.parallel import fast_bf16
 
 # A caption with its special tokens: the mean of natural ones, and the longest of a batch.
@@ -110,16 +111,24 @@ def _stage1_parts(
         yield {"itm": losses.itm_loss(pairs_N2, ids_BT[:, 0])}
 
 
-def _stage2_loss(model: Stage2, features_BPC: Tensor, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
-    """What `Stage2Objective` computes; an encoder-decoder gets the whole text on both sides."""
+def _stage2_loss(
+    model: Stage2, features_BPC: Tensor, ids_NT: Tensor, mask_NT: Tensor, pieces: int | None = None
+) -> Tensor:
+    """What `Stage2Objective` computes, in pieces or whole; an encoder-decoder gets the whole text on both sides."""
     question = (ids_NT, mask_NT) if model.reads_questions else ()
-    prompts_BQH = model.soft_prompts(features_BPC, *question)
-    if model.language_model.encoder_decoder:
-        prompts_NQH = prompts_BQH.repeat(len(ids_NT) // len(prompts_BQH), 1, 1)
-        return model.language_model.encoder_decoder_loss(prompts_NQH, ids_NT, mask_NT, ids_NT, mask_NT)
+    prompts_BQH, language = model.soft_prompts(features_BPC, *question), model.language_model
     labels_NT = mask_NT.clone()
     labels_NT[:, :PROMPT_TOKENS] = False
-    return model.language_model.decoder_loss(prompts_BQH, ids_NT, mask_NT, labels_NT)
+    texts = (ids_NT, mask_NT, *((ids_NT, mask_NT) if language.encoder_decoder else (labels_NT,)))
+    if pieces is None:
+        return language_loss(language, prompts_BQH, texts)
+    found = in_pieces(texts, len(prompts_BQH), pieces)
+
+    def parts(given: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
+        for images, rows in found:
+            yield {"lm": language_loss(language, given[0][images.to(given[0].device)], rows)}
+
+    return early_backward(language, [prompts_BQH], parts)["lm"]
 
 
 class DeviceKernels(TorchFunctionMode):

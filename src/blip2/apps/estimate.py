@@ -126,7 +126,7 @@ def _assumptions(config: RunConfig, machine: Machine, state: float) -> dict[str,
         "workspace": 0.0 if machine.accelerator else CPU_WORKSPACE,
         "features": "cached" if config.data.cache_features else "encoded",
         "checkpoint": config.train.checkpoint,
-        "early_backward": config.train.early_backward if config.stage == "stage1" else None,
+        "early_backward": config.train.early_backward,
         "head_chunk": config.train.head_chunk,
         "processes": 1,
         "recipe_batch": config.train.batch,
@@ -281,7 +281,7 @@ def _settings(given: dict[str, Any]) -> str:
     if given["lora_rank"]:
         said.append(f"LoRA of rank {given['lora_rank']}")
     if given["early_backward"]:
-        said.append("each loss's backward pass by itself")
+        said.append("the loss run backward in parts")
     if given["checkpoint"]:
         said.append("layers computed again in the backward pass")
     if given["head_chunk"]:

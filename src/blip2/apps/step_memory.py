@@ -35,7 +35,7 @@ from blip2.models.qformer import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision_encoder import VisionEncoder
-from blip2.training.objectives import drop_tokens
+from blip2.training.objectives import drop_tokens, piece_count
 
 # Sizes of the micro-batch that are counted: enough for long texts to stand apart from short ones on a CPU.
 COUNTED = (16, 17, 18)
@@ -89,6 +89,7 @@ def step_timeline(
     *,
     text_tokens: int | None = None,
     longest: int | None = None,
+    pieces: int | None = None,
 ) -> list[int]:
     """Bytes beside the weights and the optimizer's state, after each operation of a micro-batch's step.
 
@@ -97,6 +98,7 @@ def step_timeline(
         text_tokens: real tokens of all texts but one; None takes natural captions (`TEXT_TOKENS`), in
             stage 2 behind the prompt and with one mark, not two.
         longest: of that one.
+        pieces: that the language model reads one after the other in stage 2; None as a run of this batch.
     """
     _prepare(model, config, machine)
     live = LiveBytes(model)
@@ -110,7 +112,8 @@ def step_timeline(
                 p.grad = torch.empty_like(p)
         seen_BPC = _features(model, config, batch, machine)
         if isinstance(model, Stage2):
-            loss = _stage2_loss(model, seen_BPC, ids_NT, mask_NT)
+            pieces = pieces or language_pieces(config, batch, machine, int(mask_NT.sum()))
+            loss = _stage2_loss(model, seen_BPC, ids_NT, mask_NT, pieces if _in_pieces(config) else None)
         else:
             ids_BT, early = ids_NT.to("meta"), config.train.early_backward
             loss = torch.stack(_stage1_losses(model, config.loss, seen_BPC, ids_BT, mask_NT, early)).sum()
@@ -121,8 +124,40 @@ def step_timeline(
     return live.timeline
 
 
+def _in_pieces(config: RunConfig) -> bool:
+    """Whether the language model reads a batch in pieces; a sequence of several pairs stays whole."""
+    return config.train.early_backward and not config.data.shots
+
+
+def language_pieces(config: RunConfig, batch: int, machine: Machine, text_tokens: int) -> int:
+    """How many pieces of a stage-2 batch are run backward by themselves, as `Stage2Objective` decides it."""
+    images = batch * (config.data.texts_per_image if config.qformer.question else 1)
+    return piece_count(images, images * config.qformer.queries + text_tokens, cpu=not machine.accelerator)
+
+
 def step_curve(model: Stage1 | Stage2, config: RunConfig, machine: Machine) -> Callable[[int], int]:
     """Most bytes beside the weights and the optimizer's state, as a function of the micro-batch.
+
+    In stage 2 a batch that is run in another number of pieces is another line.
+    """
+    if config.stage == "stage1" or not _in_pieces(config):
+        return _curve(model, config, machine, 1)
+    curves: dict[int, Callable[[int], int]] = {}
+    more = TEXT_TOKENS + PROMPT_TOKENS - 1
+
+    def peak(batch: int) -> int:
+        pieces = language_pieces(config, batch, machine, batch * config.data.texts_per_image * more)
+        if batch % pieces and batch < pieces * COUNTED[0]:  # one image more in a piece is much of it
+            return max(step_timeline(model, config, batch, machine, pieces=pieces))
+        if pieces not in curves:
+            curves[pieces] = _curve(model, config, machine, pieces)
+        return curves[pieces](batch)
+
+    return peak
+
+
+def _curve(model: Stage1 | Stage2, config: RunConfig, machine: Machine, pieces: int) -> Callable[[int], int]:
+    """`step_curve` of batches that are run in `pieces`, counted where each piece is as large.
 
     Three counts give it: at every moment of a step bytes grow linearly with the batch, but for ITC's
     similarities in stage 1, which grow with its square (two counts do for stage 2). With
@@ -130,17 +165,17 @@ def step_curve(model: Stage1 | Stage2, config: RunConfig, machine: Machine) -> C
     several chunks give a line.
     """
     if config.train.head_chunk is not None:
-        low = max(2 * COUNTED[0], -(-2 * config.train.head_chunk // TEXT_TOKENS))
-        at_low, at_high = (max(step_timeline(model, config, batch, machine)) for batch in (low, 2 * low))
+        low = pieces * max(2 * COUNTED[0], -(-2 * config.train.head_chunk // TEXT_TOKENS))
+        at_low, at_high = (max(step_timeline(model, config, n, machine, pieces=pieces)) for n in (low, 2 * low))
         return lambda batch: max(0, at_low + (at_high - at_low) * (batch - low) // low)
-    first, counted = COUNTED[0], COUNTED if config.stage == "stage1" else COUNTED[:2]
-    found = [np.array(step_timeline(model, config, batch, machine), dtype=np.int64) for batch in counted]
+    counted = [pieces * n for n in (COUNTED if config.stage == "stage1" else COUNTED[:2])]
+    found = [np.array(step_timeline(model, config, n, machine, pieces=pieces), dtype=np.int64) for n in counted]
     start, slope = found[0], found[1] - found[0]
     bend = found[2] - 2 * found[1] + found[0] if len(found) > 2 else np.zeros_like(start)
 
     def peak(batch: int) -> int:
-        more = batch - first
-        return int((start + more * slope + more * (more - 1) // 2 * bend).max())
+        more = (batch - counted[0]) / pieces
+        return int((start + more * slope + more * (more - 1) / 2 * bend).max())
 
     return peak
 

@@ -141,7 +141,9 @@ def _assemble(
             config.vision.token_drop,
         )
         shots = config.data.shots
-        objective = InContextObjective(*parts, shots=shots) if shots else Stage2Objective(*parts)
+        # shards of the language model would be gathered anew for every piece
+        early = config.train.early_backward and not (config.train.parallel == "fsdp2" and distributed.world_size() > 1)
+        objective = InContextObjective(*parts, shots=shots) if shots else Stage2Objective(*parts, early)
         frozen.append(model.language_model)
     batches = TrainingBatches(
         data,

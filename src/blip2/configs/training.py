@@ -111,10 +111,12 @@ class TrainConfig:
             backward pass instead of keeping them.
         head_chunk: rows of logits of the output head (ITG, language model) held at a time, each chunk
             computed again in the backward pass; None holds all.
-        early_backward: stage 1: run the backward pass of ITC and ITG, and of each third of ITM, as soon as its
-            loss is known, so that a step holds the activations of one of them at a time. The gradients
-            are the same, and nothing is computed twice. DDP then exchanges them at the end of a step,
-            not during it: with memory to spare, False may be faster on several GPUs (not measured).
+        early_backward: run the backward pass of a part of the loss as soon as the part is known, so that a step
+            holds the activations of one part at a time: in stage 1 ITC with ITG, and each third of ITM; in
+            stage 2 the language model's, on up to four pieces of the batch. The gradients are the same, and
+            nothing is computed twice. DDP then exchanges them at the end of a step, not during it: with
+            memory to spare, False may be faster on several GPUs (not measured). Not with `fsdp2` in stage 2,
+            where every piece would gather the language model anew.
         compile: run Q-Former layers, language-model blocks and the blocks of a frozen image encoder
             compiled; needs a C++ compiler. Texts are padded to one of a few lengths.
     """

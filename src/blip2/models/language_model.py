@@ -109,6 +109,11 @@ class LanguageModel(nn.Module):
         out: Tensor = self.model.get_input_embeddings()(ids_BT)
         return out
 
+    @property
+    def compiled(self) -> bool:
+        """Whether its blocks run compiled while training."""
+        return bool(self._compiled)
+
     def decoder_loss(
         self, prompt_BQH: Tensor, ids_NT: Tensor, mask_NT: Tensor, labels_NT: Tensor, *, reduction: Reduction = "mean"
     ) -> Tensor:

@@ -6,7 +6,7 @@ Shape letters: B pairs of this process, G pairs of all processes, Q queries, E c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from blip2.configs import LanguageConfig, LossConfig
 from blip2.data.batch import Batch
 from blip2.data.text import LanguageTokenizer, QFormerTokenizer
+from blip2.models.language_model import LanguageModel
 from blip2.models.qformer import ImageKV
 from blip2.models.qformer_layers import KeyValue
 from blip2.models.stage1 import Stage1
@@ -24,6 +25,15 @@ from blip2.ops import contrastive, distributed, losses
 from blip2.training.early import add_up, early_backward
 
 Losses = dict[str, Tensor]
+# Ids and masks of texts [N, T] as the language model's tokenizer makes them; the last says what is predicted.
+Texts = tuple[Tensor, ...]
+# Some images of a batch and their texts.
+Piece = tuple[Tensor, Texts]
+
+# Pieces of a batch that the language model reads one after the other, and the fewest tokens of one: a processor
+# core is busy with few, an accelerator would wait for its next kernel.
+PIECES = 4
+ENOUGH_TOKENS = {"cpu": 64, "accelerator": 1024}
 
 
 class Objective(Protocol):
@@ -201,7 +211,8 @@ class Stage2Objective(nn.Module):
 
     Decoder-only: prompt + caption, loss on the caption and its end token. Encoder-decoder: the
     caption is split at a random word into a prefix for the encoder and a suffix for the decoder;
-    the split of a pair is a pure function of (seed, step, key). `token_drop`: see `VisionConfig`.
+    the split of a pair is a pure function of (seed, step, key). `token_drop`: see `VisionConfig`;
+    `early`: see `TrainConfig.early_backward`.
     """
 
     def __init__(
@@ -212,21 +223,37 @@ class Stage2Objective(nn.Module):
         seed: int = 0,
         questions: QFormerTokenizer | None = None,
         token_drop: float = 0.0,
+        early: bool = False,
     ) -> None:
         super().__init__()
-        self.token_drop = token_drop
+        self.token_drop, self.early = token_drop, early
         self.model, self.tokenizer, self.config, self.seed = model, tokenizer, config, seed
         self.questions = questions
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """The loss `lm`."""
-        prompts_BQH = self._soft_prompts(batch)
-        if self.model.language_model.encoder_decoder:
-            return {"lm": self._encoder_decoder(prompts_BQH, batch, step)}
-        ids, mask, labels = self.tokenizer.targets(self._prompts(batch), batch.captions)
-        ids, mask, labels = (x.to(prompts_BQH.device) for x in (ids, mask, labels))
-        loss = self.model.language_model.decoder_loss(prompts_BQH, ids, mask, labels)
-        return {"lm": _mean_of_all(loss, int(labels.sum()))}
+        prompts_BQH, language = self._soft_prompts(batch), self.model.language_model
+        if language.encoder_decoder:
+            texts = self._split_captions(batch, step)
+        else:
+            texts = self.tokenizer.targets(self._prompts(batch), batch.captions)
+        count = int(texts[-1].sum())
+        weight = _mean_of_all(torch.tensor(1 / count, device=prompts_BQH.device), count)
+
+        def parts(given: Sequence[Tensor], pieces: Iterable[Piece]) -> Iterator[Losses]:
+            for images, rows in pieces:
+                share, moved = weight * int(rows[-1].sum()), [x.to(given[0].device) for x in rows]
+                yield {"lm": language_loss(language, given[0][images.to(given[0].device)], moved) * share}
+
+        if not (self.early and torch.is_grad_enabled()):
+            return add_up(parts([prompts_BQH], [(torch.arange(len(prompts_BQH)), texts)]))
+        tokens = prompts_BQH.shape[0] * prompts_BQH.shape[1] + int(lengths(texts).sum())
+        pieces = piece_count(len(prompts_BQH), tokens, cpu=prompts_BQH.device.type == "cpu")
+        return early_backward(
+            language,
+            [prompts_BQH],
+            lambda given: parts(given, in_pieces(texts, len(given[0]), pieces, language.compiled)),
+        )
 
     def _soft_prompts(self, batch: Batch) -> Tensor:
         features_BPC = _features(self.model, batch, self.token_drop)
@@ -241,17 +268,57 @@ class Stage2Objective(nn.Module):
             return [self.config.prompt] * len(batch.captions)
         return [self.config.question.format(q) if q else self.config.prompt for q in batch.questions]
 
-    def _encoder_decoder(self, prompts_BQH: Tensor, batch: Batch, step: int) -> Tensor:
+    def _split_captions(self, batch: Batch, step: int) -> Texts:
         prefixes, suffixes = self._prompts(batch), list(batch.captions)
         for n, caption in enumerate(batch.captions):
             if not batch.questions or not batch.questions[n]:
                 prefix, suffixes[n] = split_caption(caption, batch.keys[n % len(batch)], self.seed, step)
                 prefixes[n] = f"{self.config.prompt} {prefix}".strip()
-        parts = self.tokenizer.pairs(prefixes, suffixes)
-        enc_ids, enc_mask, dec_ids, dec_mask = (x.to(prompts_BQH.device) for x in parts)
-        prompts_NQH = prompts_BQH.repeat(len(enc_ids) // len(prompts_BQH), 1, 1)
-        loss = self.model.language_model.encoder_decoder_loss(prompts_NQH, enc_ids, enc_mask, dec_ids, dec_mask)
-        return _mean_of_all(loss, int(dec_mask.sum()))
+        return self.tokenizer.pairs(prefixes, suffixes)
+
+
+def language_loss(language: LanguageModel, prompts_BQH: Tensor, texts: Sequence[Tensor]) -> Tensor:
+    """Mean cross-entropy of texts given soft prompts: text n is about image n mod B."""
+    if not language.encoder_decoder:
+        ids_NT, mask_NT, labels_NT = texts
+        return language.decoder_loss(prompts_BQH, ids_NT, mask_NT, labels_NT)
+    enc_ids_NT, enc_mask_NT, dec_ids_NT, dec_mask_NT = texts
+    prompts_NQH = prompts_BQH.repeat(len(enc_ids_NT) // len(prompts_BQH), 1, 1)
+    return language.encoder_decoder_loss(prompts_NQH, enc_ids_NT, enc_mask_NT, dec_ids_NT, dec_mask_NT)
+
+
+def piece_count(images: int, tokens: int, *, cpu: bool) -> int:
+    """How many pieces of a batch the language model reads one after the other: up to `PIECES`, none of them small."""
+    return max(1, min(PIECES, images, tokens // ENOUGH_TOKENS["cpu" if cpu else "accelerator"]))
+
+
+def lengths(texts: Texts) -> Tensor:
+    """Real tokens [N] of each text, on both sides of an encoder-decoder."""
+    return torch.stack([mask.sum(1) for mask in (texts[1], *texts[3:])]).sum(0)
+
+
+def in_pieces(texts: Texts, images: int, pieces: int, even: bool = False) -> list[Piece]:
+    """A batch in pieces of as many images, give or take one, each with all texts about its images.
+
+    Args:
+        texts: ids and masks as the tokenizer makes them; text n is about image n mod `images`.
+        even: leave texts padded as they are and images in their order, for compiled blocks. Else images with
+            long texts are together, and no piece is padded beyond its longest text.
+    """
+    lengths_N = lengths(texts)
+    order = torch.arange(images) if even else torch.argsort(lengths_N.view(-1, images).amax(0), stable=True)
+    found = []
+    for chosen in order.tensor_split(pieces):
+        rows = (torch.arange(0, len(lengths_N), images)[:, None] + chosen).flatten()
+        own = tuple(x[rows] for x in texts)
+        found.append((chosen, own if even else _trimmed(own)))
+    return found
+
+
+def _trimmed(texts: Texts) -> Texts:
+    """Right-padded texts without the columns that all of them leave empty."""
+    masks = (texts[1], texts[1], texts[1]) if len(texts) == 3 else (texts[1], texts[1], texts[3], texts[3])
+    return tuple(x[:, : int(mask.sum(1).max())] for x, mask in zip(texts, masks, strict=True))
 
 
 def split_caption(caption: str, key: str, seed: int, step: int) -> tuple[str, str]:
