@@ -25,8 +25,8 @@ HF = Callable[[str], tuple[Path, Any]]
 def data(tmp_path: Path) -> Path:
     for split in ("train", "dev"):
         (tmp_path / "data" / split).mkdir(parents=True)
-        for number in range(16 if split == "train" else 3):
-            Image.new("RGB", (40, 40), (number * 15, 0, 0)).save(tmp_path / "data" / split / f"{number}.png")
+        for number in range(32 if split == "train" else 3):
+            Image.new("RGB", (40, 40), (number * 7, 0, 0)).save(tmp_path / "data" / split / f"{number}.png")
             (tmp_path / "data" / split / f"{number}.txt").write_text("two cats on the grass")
     return tmp_path / "data"
 

@@ -151,6 +151,7 @@ def _plot(rows: list[Row], target: Path) -> None:
     """Dev loss of stage 2 against its steps, a line per variant; beside it CIDEr in the end, a bar each."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(10.4, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -160,6 +161,8 @@ def _plot(rows: list[Row], target: Path) -> None:
         left.plot(steps, losses, marker="o", markersize=3, label=row.name, color=f"C{number}")
         right.barh(row.name, row.cider, color=f"C{number}")
     left.set(xlabel="steps of stage 2", ylabel="dev loss (nats per token)", yscale="log")
+    for axis in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+        axis(ScalarFormatter())
     left.legend(frameon=False)
     left.grid(alpha=0.3)
     right.invert_yaxis()
