@@ -9,6 +9,7 @@ import gc
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -55,9 +56,12 @@ def _kind(name: str) -> str:
 
 def _storages() -> dict[int, int]:
     """Bytes of every storage that a tensor holds, by its address."""
-    with torch.no_grad():
-        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
+    found = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and not thing.is_meta:
+            with suppress(RuntimeError):  # sparse ones and stand-ins of a compiler have no storage
+                found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return found
 
 
 class _Live(TorchDispatchMode):

@@ -94,7 +94,7 @@ def test_table_shows_misses_and_reasons() -> None:
 
 
 def test_profile_counts_time_by_kind_and_the_tensors_of_a_run() -> None:
-    held = torch.ones(500, 500)  # 1 MB
+    held, sparse = torch.ones(500, 500), torch.ones(3, 3).to_sparse()  # 1 MB, and what has no storage
 
     def step() -> None:
         product = held @ held
@@ -103,6 +103,7 @@ def test_profile_counts_time_by_kind_and_the_tensors_of_a_run() -> None:
     found = profiling.profiled(step)
     assert {"matrix products", "norms, softmax, GELU, losses", "search"} <= set(found["seconds"])
     assert found["held_mb"] >= 1
+    assert sparse.is_sparse
     assert found["added_mb"] == 3  # the product, twice it, and its softmax; top 3 are 12 kB
     record = {"claim": "c", "profiles": {"ours": {"seconds": {"search": 1.0}}, "peer": {"seconds": {"copies": 2.0}}}}
     assert run.profile_table(record)[4:] == [
