@@ -43,7 +43,7 @@ TARGET = 0.15
 RUNS = {"tiny/stage1": 16, "tiny/stage2": 8, "paper": 4}
 STEPS = 3  # the first makes gradients and the optimizer's state
 PROMPT = "11 12 13"
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
 
 
 def config_of(run: str, batch: int, settings: list[str], device: str) -> RunConfig:
