@@ -216,17 +216,18 @@ def test_full_packing_is_a_view() -> None:
     assert torch.equal(packing.first(packing.pack(x)), x[:, 0])
 
 
-def every_pass(qformer: QFormer, features: Tensor, lengths: list[int]) -> list[Tensor]:
+def every_pass(qformer: QFormer, features: Tensor, lengths: list[int], looked_up: bool = False) -> list[Tensor]:
     """Outputs of all passes over text, and gradients of all parameters."""
     torch.manual_seed(3)
     ids, mask = texts(lengths)
     kv = qformer.project_image(features)
     _, cache = qformer.encode_queries(kv)
     at, _ = next_token_positions(mask)
+    read = qformer.look_up(ids) if looked_up else ids
     found = [
-        qformer.encode_text(ids, mask),
-        qformer.encode_pair(ids, mask, kv),
-        qformer.decode_text(ids, mask, cache, at),
+        qformer.encode_text(read, mask),
+        qformer.encode_pair(read, mask, kv),
+        qformer.decode_text(read, mask, cache, at),
     ]
     weight = torch.Generator().manual_seed(1)
     sum((x * torch.randn(x.shape, generator=weight, dtype=x.dtype)).sum() for x in found).backward()  # type: ignore[union-attr]
@@ -245,6 +246,21 @@ def test_padding_to_a_few_lengths_changes_nothing(
     monkeypatch.setattr(QFormer, "_packing", lambda self, mask: Packing(mask, bucketed=True))
     for ours, theirs in zip(every_pass(qformer, features, lengths), plain, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("bucketed", [False, True])
+def test_words_looked_up_once_for_all_passes(
+    lengths: list[int], bucketed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qformer, features = make(dropout=0.3), images(len(lengths))
+    monkeypatch.setattr(QFormer, "_packing", lambda self, mask: Packing(mask, bucketed))
+    plain = every_pass(qformer, features, lengths)
+    lookups = []
+    qformer.embeddings.word.register_forward_hook(lambda *_: lookups.append(1))  # type: ignore[union-attr]
+    for once, apart in zip(every_pass(qformer, features, lengths, looked_up=True), plain, strict=True):
+        torch.testing.assert_close(once, apart)
+    assert len(lookups) == 1
 
 
 def test_bucketed_packing_is_padded_and_never_full() -> None:

@@ -142,11 +142,11 @@ def test_pieces_have_images_with_their_texts_and_no_empty_columns() -> None:
     mask = torch.arange(6) < torch.tensor([5, 2, 3, 1, 2, 6, 1, 2])[:, None]  # two texts of four images
     ids = torch.arange(8)[:, None] * mask
     found = objectives.in_pieces((ids, mask, mask), images=4, pieces=2)
-    assert [images.tolist() for images, _ in found] == [[3, 2], [0, 1]]
-    assert [rows[0][:, 0].tolist() for _, rows in found] == [[3, 2, 7, 6], [0, 1, 4, 5]]
-    assert [rows[0].shape[1] for _, rows in found] == [3, 6]
+    assert [images.tolist() for images, _ in found] == [[0, 1], [3, 2]]
+    assert [rows[0][:, 0].tolist() for _, rows in found] == [[0, 1, 4, 5], [3, 2, 7, 6]]
+    assert [rows[0].shape[1] for _, rows in found] == [6, 3]
     even = objectives.in_pieces((ids, mask, mask), images=4, pieces=2, even=True)
-    assert [images.tolist() for images, _ in even] == [[0, 1], [2, 3]]
+    assert [images.tolist() for images, _ in even] == [[2, 3], [0, 1]]
     assert {rows[0].shape[1] for _, rows in even} == {6}
 
 

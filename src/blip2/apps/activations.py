@@ -25,7 +25,7 @@ from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.ops import contrastive, losses
 from blip2.training.early import add_up, early_backward
-from blip2.training.objectives import in_pieces, language_loss
+from blip2.training.objectives import CaptionIds, in_pieces, language_loss
 from blip2.training.parallel import fast_bf16
 
 # A caption with its special tokens: the mean of natural ones, and the longest of a batch.
@@ -70,23 +70,22 @@ def _stage1_losses(
     model: Stage1, loss: LossConfig, features_BPC: Tensor, ids_BT: Tensor, mask_BT: Tensor, early: bool = False
 ) -> list[Tensor]:
     """What `Stage1Objective` keeps in one process, without reading a value of a meta tensor."""
-    inputs = model.project_image(features_BPC).tensors()
+    words_BTD = model.qformer.look_up(F.pad(ids_BT, (1, 0)))
+    inputs = [words_BTD, *model.project_image(features_BPC).tensors()]
 
     def parts(given: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
-        return _stage1_parts(model, loss, ImageKV.of(given), ids_BT, mask_BT)
+        return _stage1_parts(model, loss, ImageKV.of(given[1:]), CaptionIds(ids_BT, mask_BT, given[0]))
 
     found = early_backward(model, inputs, parts) if early else add_up(parts(inputs))
     return list(found.values())
 
 
-def _stage1_parts(
-    model: Stage1, loss: LossConfig, image_kv: ImageKV, ids_BT: Tensor, mask_BT: Tensor
-) -> Iterator[dict[str, Tensor]]:
+def _stage1_parts(model: Stage1, loss: LossConfig, image_kv: ImageKV, texts: CaptionIds) -> Iterator[dict[str, Tensor]]:
     """The parts that run backward by themselves, as in `Stage1Objective`."""
-    out = {}
+    out, ids_BT, mask_BT = {}, texts.ids, texts.mask
     images_BQE, cache = model.embed_images(image_kv)
     if loss.itc or loss.itm:
-        texts_BE = model.embed_texts(ids_BT, mask_BT)
+        texts_BE = model.embed_texts(texts.words, mask_BT)
         i2t_BB = contrastive.query_text_similarity(images_BQE, texts_BE) / model.temp
         t2i_BB = contrastive.text_query_similarity(texts_BE, images_BQE) / model.temp
         if loss.itc:
@@ -95,7 +94,7 @@ def _stage1_parts(
         del texts_BE, i2t_BB, t2i_BB
     if loss.itg:
         at_BT, predicted_BT = losses.next_token_positions(mask_BT)
-        states_MD = model.qformer.decode_states(ids_BT, mask_BT, cache, at_BT)
+        states_MD = model.qformer.decode_states(texts.causal, mask_BT, cache, at_BT)
         targets_M, rows = ids_BT[predicted_BT], model.qformer.head_chunk
         smoothing = loss.itg_smoothing
         each_M = losses.head_loss(states_MD, model.qformer.predict, targets_M, rows=rows, label_smoothing=smoothing)
@@ -105,9 +104,9 @@ def _stage1_parts(
     if out:
         yield out
     if loss.itm:
-        for _ in ("own texts", "negative texts"):
-            yield {"itm": losses.itm_loss(model.match_logits(ids_BT, mask_BT, image_kv), ids_BT[:, 0])}
-        pairs_N2 = model.match_logits(ids_BT, mask_BT, image_kv.take(ids_BT[:, 0]))
+        for words_BTD in (texts.words, texts.words[ids_BT[:, 0]]):  # own texts, negative texts
+            yield {"itm": losses.itm_loss(model.match_logits(words_BTD, mask_BT, image_kv), ids_BT[:, 0])}
+        pairs_N2 = model.match_logits(texts.words, mask_BT, image_kv.take(ids_BT[:, 0]))
         yield {"itm": losses.itm_loss(pairs_N2, ids_BT[:, 0])}
 
 

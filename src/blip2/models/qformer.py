@@ -11,8 +11,11 @@ values once (`project_image`); every pass over it takes that `ImageKV`:
     hidden = qformer.decode_text(ids, mask, cache)            # ITG: causal, on the cached queries
 
 Text is held packed: the linear layers run on real tokens only, attention alone sees the padded
-shape. Shape letters: B images, N rows (pairs), Q queries, T text tokens, M real text tokens,
-P patches, C image-encoder channels, D Q-Former width, V vocabulary.
+shape. Where several passes read the same text, `look_up` it once and give them word vectors in place
+of `ids`: the gradient of a lookup is as large as the vocabulary.
+
+Shape letters: B images, N rows (pairs), Q queries, T text tokens, M real text tokens, P patches, C
+image-encoder channels, D Q-Former width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -62,11 +65,12 @@ class TextEmbeddings(nn.Module):
         self.position = nn.Embedding(positions, width)
 
     def forward(self, ids_NT: Tensor, packing: Packing) -> Tensor:
-        """[N, T] ids -> [M, D], not yet normalised; positions start at 0 beside queries too."""
+        """[N, T] ids or [N, T, D] word vectors -> [M, D], not normalised; positions start at 0 beside queries too."""
         if packing.longest > self.position.num_embeddings:
             raise ValueError(f"text of {packing.longest} tokens, but only {self.position.num_embeddings} positions")
         places = torch.arange(packing.length, device=ids_NT.device).expand(packing.rows, -1)
-        embedded: Tensor = self.word(packing.pack(ids_NT)) + self.position(packing.pack(places))
+        words = packing.pack(ids_NT)
+        embedded: Tensor = (words if ids_NT.ndim == 3 else self.word(words)) + self.position(packing.pack(places))
         return embedded
 
 
@@ -206,6 +210,13 @@ class QFormer(nn.Module):
 
         crosses = [layer.cross_attention for layer in self._layers() if layer.cross_attention is not None]
         return ImageKV([(c.split(project(c.key)), c.split(project(c.value))) for c in crosses])
+
+    def look_up(self, ids_NT: Tensor) -> Tensor:
+        """Word vectors [N, T, D] of ids [N, T], which every pass over text takes in their place."""
+        if self.embeddings is None:
+            raise ValueError("this Q-Former was built without its text branch (vocab=None)")
+        words: Tensor = self.embeddings.word(ids_NT)
+        return words
 
     def encode_queries(self, image_kv: ImageKV) -> tuple[Tensor, list[KeyValue]]:
         """Queries alone look at B images.

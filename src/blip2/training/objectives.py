@@ -7,10 +7,12 @@ Shape letters: B pairs of this process, G pairs of all processes, Q queries, E c
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.configs import LanguageConfig, LossConfig
@@ -77,6 +79,30 @@ def _mean_of_all(loss: Tensor, count: int) -> Tensor:
     return loss * (count / counts)
 
 
+@dataclass(frozen=True)
+class CaptionIds:
+    """Texts of a batch as the Q-Former reads them.
+
+    Args:
+        ids, mask: [N, T], right-padded.
+        looked_up: word vectors [N, 1 + T, D] of [DEC] and the ids.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    looked_up: Tensor
+
+    @property
+    def words(self) -> Tensor:
+        """Word vectors [N, T, D] of the ids, [CLS] first."""
+        return self.looked_up[:, 1:]
+
+    @property
+    def causal(self) -> Tensor:
+        """The same for ITG: [DEC] in place of [CLS]."""
+        return torch.cat([self.looked_up[:, :1], self.looked_up[:, 2:]], dim=1)
+
+
 class Stage1Objective(nn.Module):
     """ITC + ITM + ITG over pairs (arXiv 2301.12597, section 3.2).
 
@@ -109,23 +135,26 @@ class Stage1Objective(nn.Module):
         ids, mask = (x.to(self.model.temp.device) for x in self.tokenizer(batch.captions))
         features = _features(self.model, batch, self.token_drop)
         image_kv = self.model.project_image(features)
-        inputs = [features, *image_kv.tensors()]
+        # looked up once for all passes, [DEC] in front of all
+        words = self.model.qformer.look_up(F.pad(ids, (1, 0), value=self.tokenizer.dec_id))
+        inputs = [features, words, *image_kv.tensors()]
 
         def parts(given: Sequence[Tensor]) -> Iterator[Losses]:
-            return self._parts(batch, step, ids, mask, given[0], ImageKV.of(given[1:]))
+            texts = CaptionIds(ids, mask, given[1])
+            return self._parts(batch, step, texts, given[0], ImageKV.of(given[2:]))
 
         early = self.early and torch.is_grad_enabled()
         return early_backward(self.model, inputs, parts) if early else add_up(parts(inputs))
 
     def _parts(
-        self, batch: Batch, step: int, ids: Tensor, mask: Tensor, features: Tensor, image_kv: ImageKV
+        self, batch: Batch, step: int, texts: CaptionIds, features: Tensor, image_kv: ImageKV
     ) -> Iterator[Losses]:
-        """The losses in parts that share nothing but `features`, `image_kv` and parameters; names come back."""
+        """The losses in parts that share nothing but word vectors, `features`, `image_kv` and parameters."""
         config, out, negatives = self.config, Losses(), None
         images_BQE, cache = self.model.embed_images(image_kv)
         if config.itc or config.itm:
             image_ids_G = distributed.gather(batch.image_ids)
-            i2t_BG, t2i_BG = self._similarities(images_BQE, self.model.embed_texts(ids, mask))
+            i2t_BG, t2i_BG = self._similarities(images_BQE, self.model.embed_texts(texts.words, texts.mask))
             if config.itm:
                 negatives = self._negatives(i2t_BG, t2i_BG, batch.image_ids, image_ids_G, step)
             if config.itc:
@@ -134,12 +163,12 @@ class Stage1Objective(nn.Module):
                 out["itc"] = config.itc * itc
             del i2t_BG, t2i_BG
         if config.itg:
-            out["itg"] = config.itg * self._itg(ids, mask, cache)
+            out["itg"] = config.itg * self._itg(texts, cache)
         del images_BQE, cache
         if out:
             yield out
         if negatives is not None:
-            for part in self._itm(ids, mask, features, image_kv, *negatives):
+            for part in self._itm(texts, features, image_kv, *negatives):
                 yield {"itm": config.itm * part}
 
     def _similarities(self, images_BQE: Tensor, texts_BE: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,35 +195,37 @@ class Stage1Objective(nn.Module):
         return texts, images
 
     def _itm(
-        self, ids: Tensor, mask: Tensor, features: Tensor, image_kv: ImageKV, texts_B: Tensor, images_B: Tensor
+        self, texts: CaptionIds, features: Tensor, image_kv: ImageKV, texts_B: Tensor, images_B: Tensor
     ) -> Iterator[Tensor]:
         """One positive and two hard negatives per pair, in three passes; their mean is the sum of what is yielded.
 
         The images with their own texts, with negative texts, and the texts with negative images. Only
         the chosen images travel between processes.
         """
-        B, alone = len(ids), int(texts_B.min()) < 0
-        scale = _mean_of_all(torch.tensor(1.0, device=ids.device), B if alone else 3 * B) / (1 if alone else 3)
-        match = torch.ones(B, dtype=torch.bool, device=ids.device)
-        yield scale * losses.itm_loss(self.model.match_logits(ids, mask, image_kv), match)
+        words, mask = texts.words, texts.mask
+        B, alone = len(mask), int(texts_B.min()) < 0
+        scale = _mean_of_all(torch.tensor(1.0, device=mask.device), B if alone else 3 * B) / (1 if alone else 3)
+        match = torch.ones(B, dtype=torch.bool, device=mask.device)
+        yield scale * losses.itm_loss(self.model.match_logits(words, mask, image_kv), match)
         if alone:
             return
-        all_ids, all_masks = distributed.gather_texts(ids, mask, self.tokenizer.pad_id)
-        negative = self.model.match_logits(all_ids[texts_B], all_masks[texts_B], image_kv)
-        yield scale * losses.itm_loss(negative, ~match)
+        if distributed.world_size() == 1:
+            negatives = words[texts_B], mask[texts_B]
+        else:
+            all_ids, all_masks = distributed.gather_texts(texts.ids, mask, self.tokenizer.pad_id)
+            negatives = all_ids[texts_B], all_masks[texts_B]
+        yield scale * losses.itm_loss(self.model.match_logits(*negatives, image_kv), ~match)
         if distributed.world_size() == 1:
             negative_kv = image_kv.take(images_B)
         else:
             negative_kv = self.model.project_image(distributed.fetch_rows(features, images_B))
-        yield scale * losses.itm_loss(self.model.match_logits(ids, mask, negative_kv), ~match)
+        yield scale * losses.itm_loss(self.model.match_logits(words, mask, negative_kv), ~match)
 
-    def _itg(self, ids: Tensor, mask: Tensor, cache: list[KeyValue]) -> Tensor:
+    def _itg(self, texts: CaptionIds, cache: list[KeyValue]) -> Tensor:
         """Next-token loss of the text on the query cache; [CLS] is replaced by [DEC]."""
-        inputs = ids.clone()
-        inputs[:, 0] = self.tokenizer.dec_id
-        at, predicted = losses.next_token_positions(mask)
-        qformer, targets = self.model.qformer, ids[predicted]
-        states = qformer.decode_states(inputs, mask, cache, at)
+        at, predicted = losses.next_token_positions(texts.mask)
+        qformer, targets = self.model.qformer, texts.ids[predicted]
+        states = qformer.decode_states(texts.causal, texts.mask, cache, at)
         each = losses.head_loss(
             states, qformer.predict, targets, rows=qformer.head_chunk, label_smoothing=self.config.itg_smoothing
         )
@@ -303,12 +334,13 @@ def in_pieces(texts: Texts, images: int, pieces: int, even: bool = False) -> lis
     Args:
         texts: ids and masks as the tokenizer makes them; text n is about image n mod `images`.
         even: leave texts padded as they are and images in their order, for compiled blocks. Else images with
-            long texts are together, and no piece is padded beyond its longest text.
+            long texts are together and come first, and no piece is padded beyond its longest text.
     """
     lengths_N = lengths(texts)
     order = torch.arange(images) if even else torch.argsort(lengths_N.view(-1, images).amax(0), stable=True)
     found = []
-    for chosen in order.tensor_split(pieces):
+    # the largest piece first: what it leaves behind has room for the others
+    for chosen in reversed(order.tensor_split(pieces)):
         rows = (torch.arange(0, len(lengths_N), images)[:, None] + chosen).flatten()
         own = tuple(x[rows] for x in texts)
         found.append((chosen, own if even else _trimmed(own)))
