@@ -15,6 +15,7 @@ from PIL import Image
 
 import blip2
 from blip2.apps.cli import main
+from blip2.apps.evaluate import tasks
 from blip2.apps.evaluate.published import published
 from blip2.apps.evaluate.tasks import lemmatised
 from blip2.configs import DecodingConfig
@@ -125,7 +126,11 @@ def test_ranking_follows_the_likelihood(hf: HF, data: Path, kind: str) -> None:
     assert model.rank_answers(picture, "what is it?", candidates) == [candidates[int(np.argmax(scores))]]
 
 
-def test_retrieval(hf: HF, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("room", [tasks.KEPT_FEATURES, 0])
+def test_retrieval(
+    hf: HF, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "KEPT_FEATURES", room)
     source = str(hf("itm")[0])
     command = ["evaluate", "retrieval", "--model", source, "--data", str(data), "--dtype", "fp32", "--json", "-k", "3"]
     assert main([*command, "--out", str(tmp_path / "e")]) == 0

@@ -5,7 +5,7 @@ Shape letters: I images, T texts, Q queries, E contrastive width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,6 +30,9 @@ from blip2.ops import distributed
 from blip2.ops.contrastive import query_text_similarity
 
 Entries = list[dict[str, Any]]
+
+# Bytes of image features that retrieval keeps from ITC for ITM.
+KEPT_FEATURES = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -216,20 +219,20 @@ def _percent(scores: Sequence[float]) -> float:
 def retrieve(model: Blip2, data: Collection, folder: Folder, k: int, itc_weight: float) -> Outcome:
     """Rank by ITC, then re-rank the best `k` of both directions by `itc_weight` x ITC + ITM.
 
-    Both directions' candidate pairs are joined and grouped by image: an image is encoded and
-    projected once and meets all its texts.
+    Both directions' candidate pairs are joined and grouped by image: an image is encoded (again where
+    features of all are more than `KEPT_FEATURES`) and projected once, and meets all its texts.
     """
     texts = [text for sample in data.samples for text in sample.captions]
     owners = np.array([n for n, sample in enumerate(data.samples) for _ in sample.captions])
-    queries_IQE = torch.cat(
-        [model.embed_images([s.read() for s in chunk]) for chunk in _embedding(data.samples, model)]
-    )
+    queries_IQE, kept = _embed(data.samples, model)
     similarity_IT = query_text_similarity(queries_IQE, model.embed_texts(texts)).numpy()
     pairs = candidate_pairs(similarity_IT, k)
 
     def predict(chunk: list[int]) -> Entries:
-        features = model.features([data.samples[i].read() for i in chunk])
-        return [_matches(model, features[n : n + 1], texts, pairs[i]) for n, i in enumerate(chunk)]
+        found = {i: kept[i] for i in chunk if i in kept}
+        if missing := [i for i in chunk if i not in kept]:
+            found |= zip(missing, model.features([data.samples[i].read() for i in missing]), strict=True)
+        return [_matches(model, found[i][None].to(model.device), texts, pairs[i]) for i in chunk]
 
     entries = work_through(_ids(data.samples), folder, predict, batch=model.batch, what="image")
     matches = [(np.array(entry["texts"], np.int64), np.array(entry["itm"], np.float32)) for entry in entries]
@@ -254,13 +257,22 @@ def _matches(model: Blip2, features_1PC: Tensor, texts: list[str], chosen: npt.N
     return {"texts": chosen.tolist(), "itm": [round(v, 6) for v in torch.cat(logits)[:, 1].tolist()]}
 
 
-def _embedding(samples: list[Sample], model: Blip2) -> Iterator[list[Sample]]:
-    """Chunks for the model, with a progress bar: ITC wants every image before the first pair is matched."""
+def _embed(samples: list[Sample], model: Blip2) -> tuple[Tensor, dict[int, Tensor]]:
+    """Query embeddings [I, Q, E], with a progress bar, and the features [P, C] of the images that there is room for.
+
+    ITC wants every image before the first pair is matched.
+    """
+    embedded, kept, used = [], dict[int, Tensor](), 0
     with tqdm(total=len(samples), unit="image", desc="embedding", disable=distributed.rank() > 0) as bar:
         for start in range(0, len(samples), model.batch):
             chunk = samples[start : start + model.batch]
-            yield chunk
+            features_BPC = model.features([sample.read() for sample in chunk])
+            embedded.append(model.embed_features(features_BPC))
+            used += features_BPC.nbytes
+            if used <= KEPT_FEATURES:
+                kept |= dict(enumerate(features_BPC.cpu(), start))
             bar.update(len(chunk))
+    return torch.cat(embedded), kept
 
 
 def _ids(samples: list[Sample]) -> list[str]:
