@@ -6,8 +6,8 @@ the total of `blip2 estimate` without the image encoder, which a run on cached f
 
     python -m benchmarks.estimate_memory [--run tiny/stage1] [--batch 16] [--set train.checkpoint=true] [--threads 1]
 
-`--run paper` is the Q-Former of `vitg-opt2.7b/stage1`; without `--run` all of `RUNS` are measured. On a CPU glibc is
-told to give back what is freed (`MALLOC`), as otherwise what it keeps depends on what ran before.
+`--run paper` is the Q-Former of `vitg-opt2.7b/stage1`; without `--run` all of `RUNS` are measured. On a CPU what glibc
+keeps of what is freed is part of it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ TARGET = 0.15
 RUNS = {"tiny/stage1": 16, "tiny/stage2": 8, "paper": 4}
 STEPS = 3  # the first makes gradients and the optimizer's state
 PROMPT = "11 12 13"
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
 
 
 def config_of(run: str, batch: int, settings: list[str], device: str) -> RunConfig:
@@ -142,8 +141,8 @@ def _batch(model: Stage1 | Stage2, config: RunConfig, features_BPC: torch.Tensor
     return Batch([str(n) for n in range(count)], torch.arange(count), texts, features=features_BPC)
 
 
-def _child(arguments: list[str], threads: int, device: str) -> float:
-    env = os.environ | {"OMP_NUM_THREADS": str(threads)} | (MALLOC if device == "cpu" else {})
+def _child(arguments: list[str], threads: int) -> float:
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "benchmarks.estimate_memory", "--child", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1])["measured_mb"])
@@ -167,7 +166,7 @@ def main() -> None:
             print(json.dumps({"measured_mb": measured_mb(config)}), flush=True)
             continue
         shared = ["--run", run, "--batch", str(batch), "--threads", str(options.threads), "--device", options.device]
-        measured = _child([*shared, *(f"--set={s}" for s in options.settings)], options.threads, options.device)
+        measured = _child([*shared, *(f"--set={s}" for s in options.settings)], options.threads)
         predicted = predicted_mb(config)
         off = predicted / measured - 1
         record = {

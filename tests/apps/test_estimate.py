@@ -76,8 +76,8 @@ def test_numbers_add_up(tmp_path: Path, stage: str) -> None:
         assert row["total_gb"] == pytest.approx(row["weights_gb"] + row["activations_gb"], abs=2e-3)
     assert gpu["assumptions"]["workspace"] == 0
     for row in cpu["memory"]:
-        held = row["activations_gb"] + 16e-9 * cpu["trained"]
-        assert row["workspace_gb"] == pytest.approx(app.CPU_WORKSPACE * held, abs=2e-3)
+        held = row["activations_gb"] + 4e-9 * cpu["trained"]
+        assert row["workspace_gb"] == pytest.approx(app.CPU_KEPT * held + app.CPU_BUFFERS / 1e9, abs=2e-3)
         parts = row["weights_gb"] + row["activations_gb"] + row["workspace_gb"]
         assert row["total_gb"] == pytest.approx(parts, abs=2e-3)
     activations = [row["activations_gb"] for row in cpu["memory"]]

@@ -34,9 +34,9 @@ from blip2.models.vision_encoder import vision_encoder_from_config
 BATCHES = (1, 8, 16, 32, 64, 128)
 # In float32.
 WEIGHT_BYTES = GRADIENT_BYTES = 4
-# What glibc keeps of freed memory, as a share of all that a step allocates: measured 13 to 14% where it gives
-# back what is larger than 1 MB, 23% as it comes (`benchmarks.estimate_memory`, docs/performance.md).
-CPU_WORKSPACE = 0.15
+# What a process on a CPU takes beside its tensors: a share of gradients and activations, which glibc keeps of what
+# is freed, and kernels' own buffers in bytes: fitted to what is measured (docs/performance.md).
+CPU_KEPT, CPU_BUFFERS = 0.3, 50_000_000
 # Cards to fit, in GB of 1e9 bytes, and the share of one that is left to workspace and fragmentation.
 CARDS = (16, 24, 40, 80)
 LEFT_FREE = 0.1
@@ -90,7 +90,8 @@ def measure(config: RunConfig, *, accelerator: bool | None = None) -> dict[str, 
     by_kind = {kind: weights(kind, card) for kind in ((None, *QUANTIZE) if layers else (None,))}
     for batch in sorted({*BATCHES, config.train.batch // config.train.accumulate}):
         sizes = {"weights_gb": weights(quantize, machine), "activations_gb": activations(batch)}
-        sizes["workspace_gb"] = 0 if accelerator else int(CPU_WORKSPACE * (own + sizes["activations_gb"]))
+        used = trained * GRADIENT_BYTES + sizes["activations_gb"]
+        sizes["workspace_gb"] = 0 if accelerator else int(CPU_KEPT * used) + CPU_BUFFERS
         sizes["total_gb"] = sum(sizes.values())
         memory.append({"batch": batch, **{name: round(size / 1e9, 3) for name, size in sizes.items()}})
     return {
@@ -123,7 +124,7 @@ def _assumptions(config: RunConfig, machine: Machine, state: float) -> dict[str,
         "longest_text": LONGEST_TEXT,
         "texts_per_image": config.data.texts_per_image,
         "token_drop": config.vision.token_drop,
-        "workspace": 0.0 if machine.accelerator else CPU_WORKSPACE,
+        "workspace": 0.0 if machine.accelerator else CPU_KEPT,
         "features": "cached" if config.data.cache_features else "encoded",
         "checkpoint": config.train.checkpoint,
         "early_backward": config.train.early_backward,
@@ -267,7 +268,10 @@ def _assumed(given: dict[str, Any]) -> list[str]:
 def _workspace(share: float) -> str:
     if not share:
         return "Kernels' workspace and fragmentation come on top."
-    return f"Workspace: {share:.0%} of all but frozen weights, which the C library's allocator keeps of what is freed."
+    return (
+        f"Workspace: {share:.0%} of gradients and activations, which the C library's allocator keeps of what is freed, "
+        f"and {CPU_BUFFERS // 1_000_000} MB of kernels' buffers."
+    )
 
 
 def _settings(given: dict[str, Any]) -> str:
