@@ -74,7 +74,8 @@ def test_numbers_add_up(tmp_path: Path, stage: str) -> None:
     for row in gpu["memory"]:
         assert row["weights_gb"] == pytest.approx(weights / 1e9, abs=6e-4)
         assert row["total_gb"] == pytest.approx(row["weights_gb"] + row["activations_gb"], abs=2e-3)
-    assert gpu["assumptions"]["workspace"] == 0
+    assert gpu["assumptions"]["workspace"] == gpu["assumptions"]["buffers_gb"] == 0
+    assert cpu["assumptions"]["buffers_gb"] == app.CPU_BUFFERS / 1e9
     for row in cpu["memory"]:
         held = row["activations_gb"] + 4e-9 * cpu["trained"]
         assert row["workspace_gb"] == pytest.approx(app.CPU_KEPT * held + app.CPU_BUFFERS / 1e9, abs=2e-3)

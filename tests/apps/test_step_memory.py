@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from blip2.apps.activations import PROMPT_TOKENS, Machine
 from blip2.apps.optimizer_memory import state_bytes, step_bytes
-from blip2.apps.step_memory import LiveBytes, step_curve, step_timeline
+from blip2.apps.step_memory import LONGER_BY, LiveBytes, step_curve, step_timeline
 from blip2.configs import (
     DataConfig,
     LoraConfig,
@@ -31,7 +31,7 @@ from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision_encoder import VisionEncoder, vision_encoder_from_config
 from blip2.training.memory import apply_settings
-from blip2.training.objectives import Stage1Objective, Stage2Objective
+from blip2.training.objectives import PIECES, Stage1Objective, Stage2Objective
 from blip2.training.optim import build_optimizer
 
 TOKENS, LONGEST, B = 12, 14, 16
@@ -245,3 +245,7 @@ def test_optimizer_holds_what_is_said(name: str) -> None:
 def test_state_in_eight_bits() -> None:
     large, small = nn.Parameter(torch.empty(64, 128)), nn.Parameter(torch.empty(100))
     assert state_bytes([large, small], OptimConfig(name="adamw8bit")) == 2 * (8192 + 4 * 32) + 8 * 100
+
+
+def test_longer_texts_are_known_for_every_number_of_pieces() -> None:
+    assert sorted(LONGER_BY) == list(range(1, PIECES + 1))

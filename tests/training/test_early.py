@@ -146,7 +146,7 @@ def test_pieces_have_images_with_their_texts_and_no_empty_columns() -> None:
     assert [rows[0][:, 0].tolist() for _, rows in found] == [[0, 1, 4, 5], [3, 2, 7, 6]]
     assert [rows[0].shape[1] for _, rows in found] == [6, 3]
     even = objectives.in_pieces((ids, mask, mask), images=4, pieces=2, even=True)
-    assert [images.tolist() for images, _ in even] == [[2, 3], [0, 1]]
+    assert [images.tolist() for images, _ in even] == [[0, 1], [2, 3]]
     assert {rows[0].shape[1] for _, rows in even} == {6}
 
 

@@ -125,6 +125,7 @@ def _assumptions(config: RunConfig, machine: Machine, state: float) -> dict[str,
         "texts_per_image": config.data.texts_per_image,
         "token_drop": config.vision.token_drop,
         "workspace": 0.0 if machine.accelerator else CPU_KEPT,
+        "buffers_gb": 0.0 if machine.accelerator else CPU_BUFFERS / 1e9,
         "features": "cached" if config.data.cache_features else "encoded",
         "checkpoint": config.train.checkpoint,
         "early_backward": config.train.early_backward,
@@ -260,17 +261,17 @@ def _assumed(given: dict[str, Any]) -> list[str]:
     text = (
         f"Assumed: {given['device']}, {precision}; {sum(each.values()):g} bytes per trained parameter (fp32 weight, "
         f"gradient, {each['optimizer']:g} of {given['optimizer']}), {frozen}; {_settings(given)}; one process (DDP "
-        f"adds 4 bytes per trained parameter). {_workspace(given['workspace'])}"
+        f"adds 4 bytes per trained parameter). {_workspace(given)}"
     )
     return textwrap.wrap(text, 90)
 
 
-def _workspace(share: float) -> str:
-    if not share:
+def _workspace(given: dict[str, Any]) -> str:
+    if not given["workspace"]:
         return "Kernels' workspace and fragmentation come on top."
     return (
-        f"Workspace: {share:.0%} of gradients and activations, which the C library's allocator keeps of what is freed, "
-        f"and {CPU_BUFFERS // 1_000_000} MB of kernels' buffers."
+        f"Workspace: {given['workspace']:.0%} of gradients and activations, which the C library's allocator keeps of "
+        f"what is freed, and {1e3 * given['buffers_gb']:.0f} MB of kernels' buffers."
     )
 
 

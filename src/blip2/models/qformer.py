@@ -213,9 +213,7 @@ class QFormer(nn.Module):
 
     def look_up(self, ids_NT: Tensor) -> Tensor:
         """Word vectors [N, T, D] of ids [N, T], which every pass over text takes in their place."""
-        if self.embeddings is None:
-            raise ValueError("this Q-Former was built without its text branch (vocab=None)")
-        words: Tensor = self.embeddings.word(ids_NT)
+        words: Tensor = self._text_branch().word(ids_NT)
         return words
 
     def encode_queries(self, image_kv: ImageKV) -> tuple[Tensor, list[KeyValue]]:
@@ -320,10 +318,13 @@ class QFormer(nn.Module):
         return out
 
     def _text_embeddings(self, ids_NT: Tensor, packing: Packing) -> Tensor:
+        out: Tensor = self.embedding_dropout(self.embedding_norm(self._text_branch()(ids_NT, packing)))
+        return out
+
+    def _text_branch(self) -> TextEmbeddings:
         if self.embeddings is None:
             raise ValueError("this Q-Former was built without its text branch (vocab=None)")
-        out: Tensor = self.embedding_dropout(self.embedding_norm(self.embeddings(ids_NT, packing)))
-        return out
+        return self.embeddings
 
 
 def _normalised(x: Tensor, norm: nn.LayerNorm) -> Tensor:

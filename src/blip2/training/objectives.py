@@ -338,9 +338,9 @@ def in_pieces(texts: Texts, images: int, pieces: int, even: bool = False) -> lis
     """
     lengths_N = lengths(texts)
     order = torch.arange(images) if even else torch.argsort(lengths_N.view(-1, images).amax(0), stable=True)
-    found = []
+    split, found = order.tensor_split(pieces), []
     # the largest piece first: what it leaves behind has room for the others
-    for chosen in reversed(order.tensor_split(pieces)):
+    for chosen in split if even else reversed(split):
         rows = (torch.arange(0, len(lengths_N), images)[:, None] + chosen).flatten()
         own = tuple(x[rows] for x in texts)
         found.append((chosen, own if even else _trimmed(own)))
