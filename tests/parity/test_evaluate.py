@@ -149,7 +149,8 @@ def test_retrieval(
         for t, found in zip(line["texts"], line["itm"], strict=True):
             assert found == pytest.approx(float(model.match_logits(kv, [texts[t]])[0, 1]), rel=1e-4, abs=1e-5)
             match[i, t] = found  # random weights score alike: rounding must not decide a rank here
-    by_image, by_text = np.full_like(similarity, -np.inf), np.full_like(similarity, -np.inf)
+    # what is not matched stands below all that is, as ITC has it
+    by_image, by_text = similarity - 100, similarity - 100
     for i in range(len(pictures)):
         best = np.argsort(-similarity[i])[:3]
         by_image[i, best] = similarity[i, best] + match[i, best]
@@ -176,10 +177,14 @@ def test_pairs_are_joined_and_each_direction_keeps_its_own() -> None:
     assert [p.tolist() for p in pairs] == [[0], [1, 2]]
     matches = [(pairs[0], np.array([1.0])), (pairs[1], np.array([2.0, 3.0]))]
     by_image, by_text = reranked_scores(similarity, matches, 1)
-    assert np.isneginf(by_image).tolist() == [[False, True, True], [True, False, True]]
-    assert np.isneginf(by_text).tolist() == [[False, True, True], [True, False, False]]
-    assert by_text[1, 2] == pytest.approx(3.7)
+    # the lowest sum is 1.9, so what is beyond the best stands at similarity - (0.9 + 1 - 1.9) = similarity
+    assert by_image == pytest.approx(np.array([[1.9, 0.1, 0.2], [0.3, 2.8, 0.7]]))
+    assert by_text == pytest.approx(np.array([[1.9, 0.1, 0.2], [0.3, 2.8, 3.7]]))
     assert reranked_scores(similarity, matches, 1, itc_weight=10.0)[1][1, 2] == pytest.approx(10.0)
+    low = [(pairs[0], np.array([-9.0])), (pairs[1], np.array([-5.0, -7.0]))]
+    by_image, _ = reranked_scores(similarity, low, 1)
+    assert by_image[0].argsort()[::-1].tolist() == [0, 2, 1]  # text 0 is matched; the others as ITC ranks them
+    assert by_image[1].argsort()[::-1].tolist() == [1, 2, 0]
 
 
 def test_two_processes_give_the_same(hf: HF, data: Path, tmp_path: Path) -> None:
