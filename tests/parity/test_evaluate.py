@@ -224,6 +224,41 @@ def test_refused_before_a_model_is_loaded(
     assert "\n" not in error
 
 
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("caption", ["--limit", "0"], "--limit is 0: it must be 1 or more"),
+        ("caption", ["--beams", "0"], "beams is 0: it must be 1 or more"),
+        ("vqa", ["--questions", "0"], "--questions is 0: it must be 1 or more"),
+        ("vqa", ["--candidates", "nowhere.txt"], "nowhere.txt: cannot be read"),
+        ("retrieval", ["-k", "0"], "-k is 0: it must be 1 or more"),
+        ("retrieval", ["--itc-weight", "much"], "--itc-weight is 'much': it must be a number or auto"),
+    ],
+)
+def test_options_refused_before_a_model_is_loaded(
+    task: str, options: list[str], message: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = data.parent / "asked.jsonl"
+    line = {"captions": ["a"], "question": "q", "answers": ["a"]}
+    path.write_text("\n".join(json.dumps({"image": name, **line}) for name in ("0.png", "1.png")))
+    assert main(["evaluate", task, "--model", "no/model/here", "--data", str(path), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_samples_are_left_out_only_when_asked(
+    hf: HF, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = data.parent / "part.jsonl"
+    path.write_text("\n".join(json.dumps({"image": n, "captions": c}) for n, c in (("0.png", ["a"]), ("1.png", []))))
+    command = ["evaluate", "caption", "--model", str(hf("opt")[0]), "--data", str(path), *SHORT, "--dtype", "fp32"]
+    assert main([*command, "--out", str(tmp_path / "e")]) == 2
+    assert "1 of 2 samples cannot be used, the first: 2-1: " in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()
+    assert main([*command, "--out", str(tmp_path / "e"), "--skip-bad", "--json"]) == 0
+    result = last(capsys)
+    assert (result["n"], result["settings"]["left_out"]) == (1, 1)
+
+
 def test_the_papers_values() -> None:
     assert published("vqa", "Salesforce/blip2-flan-t5-xl", "gqa/testdev.tar") == {"accuracy": 44.2}
     assert published("caption", "blip2-opt-2.7b-coco", "coco:test")["cider"] == 145.8
@@ -268,7 +303,7 @@ def test_domains_are_counted_apart(hf: HF, data: Path, tmp_path: Path, capsys: A
     metrics = json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"]
     entries = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert list(metrics["per_domain"]) == ["in", "out"]
-    if not metrics["meteor"]:  # no Java: our own scorers
+    if not metrics["meteor"]:  # our own scorers
         inside = [e for n, e in enumerate(entries) if n % 2]
         want = cider([e["caption"] for e in inside], [e["references"] for e in inside])
         assert metrics["per_domain"]["in"]["cider"] == pytest.approx(want, abs=0.01)

@@ -315,3 +315,10 @@ def test_adapters_may_be_new_where_a_run_starts(first: tuple[Stage1, Path], tmp_
     report = native.hand_over(adapted(), first[1])
     assert report.line().endswith("; 6 start fresh (language_proj, LoRA adapters)")
     assert go_on_from(stage2(), plain).fresh == ()
+
+
+def test_an_encoder_that_is_about_to_train_is_not_called_fresh() -> None:
+    report = LoadReport("run", 3, fresh=("vision.model.a", "vision.model.b"))
+    assert report.line() == "3 tensors from run; image encoder as it was pretrained"
+    report = LoadReport("run", 3, fresh=("vision.model.a", "language_proj.weight"))
+    assert report.line() == "3 tensors from run; 1 start fresh (language_proj); image encoder as it was pretrained"

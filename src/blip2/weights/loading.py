@@ -52,8 +52,11 @@ class LoadReport:
         parts = [f"{self.loaded} tensors from {self.source}"]
         if self.left_out:
             parts.append(f"{len(self.left_out)} left out ({_prefixes(self.left_out)})")
-        if self.fresh:
-            parts.append(f"{len(self.fresh)} start fresh ({_prefixes(self.fresh)})")
+        fresh = tuple(name for name in self.fresh if not name.startswith(VISION))
+        if fresh:
+            parts.append(f"{len(fresh)} start fresh ({_prefixes(fresh)})")
+        if len(fresh) < len(self.fresh):  # an encoder that is about to train was loaded from its own checkpoint
+            parts.append("image encoder as it was pretrained")
         return "; ".join([*parts, *self.reshaped])
 
 

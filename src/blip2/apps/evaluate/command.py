@@ -75,16 +75,34 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace, data: Collection) -> None:
     """What can be known to fail is refused before a model is loaded."""
-    if options.limit is not None and options.limit < 1:
-        raise ConfigError(f"--limit is {options.limit}: it must be 1 or more")
+    for name in ("limit", "questions", "k"):
+        value = getattr(options, name, None)
+        if value is not None and value < 1:
+            raise ConfigError(f"{'-' if name == 'k' else '--'}{name} is {value}: it must be 1 or more")
+    _refuse_bad(data, skip=options.skip_bad)
+    if options.task == "retrieval":
+        _weight(options.itc_weight)
+    else:
+        _decoding(options)
     if options.task == "vqa":
         questions_of(data)
+        _candidates(options.candidates, data)
         if _lemmas(options, data):
             lemmatised(["a"])
     else:
         require_captions(data)
     if options.task == "retrieval" and len(data.samples) < 2:
         raise DataError(f"{data.name}: {len(data.samples)} image: retrieval needs two or more")
+
+
+def _refuse_bad(data: Collection, *, skip: bool) -> None:
+    """A number over fewer samples than the data set has is another number: not without being asked for."""
+    if data.bad and not skip:
+        first, whole = data.bad[0], len(data.bad) + len(data.samples)
+        raise DataError(
+            f"{data.name}: {len(data.bad)} of {whole} samples cannot be used, the first: {first.key}: {first.reason}; "
+            "--skip-bad leaves them out, `blip2 data check` lists them"
+        )
 
 
 def _run(options: argparse.Namespace, model: Blip2, data: Collection, folder: Folder, shots: list[Shot]) -> Outcome:
@@ -107,12 +125,16 @@ def _lemmas(options: argparse.Namespace, data: Collection) -> bool:
 
 def _itc_weight(options: argparse.Namespace, model: Blip2) -> float:
     """The number given, or 1 / temperature of the model for `auto`."""
-    if options.itc_weight == "auto":
-        return model.stage1.itc_scale
+    weight = _weight(options.itc_weight)
+    return model.stage1.itc_scale if weight is None else weight
+
+
+def _weight(given: str) -> float | None:
+    """`--itc-weight` as a number; None for `auto`."""
     try:
-        return float(options.itc_weight)
+        return None if given == "auto" else float(given)
     except ValueError:
-        raise ConfigError(f"--itc-weight is {options.itc_weight!r}: it must be a number or auto") from None
+        raise ConfigError(f"--itc-weight is {given!r}: it must be a number or auto") from None
 
 
 def _candidates(source: str | None, data: Collection) -> list[str]:
@@ -155,6 +177,8 @@ def _settings(options: argparse.Namespace, model: Blip2, name: str, data: Collec
         "batch": model.batch,
         "towers_dtype": str(next(model.vision.parameters()).dtype).removeprefix("torch."),
     }
+    if data.bad:
+        out["left_out"] = len(data.bad)
     if options.task == "retrieval":
         return {
             **out,

@@ -28,6 +28,8 @@ def add_command(commands: Parsers[argparse.ArgumentParser], add_model: Callable[
         task.add_argument("--json", action="store_true", help="one JSON object last on stdout")
         add_model(task, named=task is not prompts)
         task.set_defaults(run=_run)
+    for task in (caption, vqa, retrieval):
+        task.add_argument("--skip-bad", action="store_true", help="evaluate without the samples that cannot be used")
     for task in (caption, vqa, prompts):
         for option, kind in (
             ("beams", int),

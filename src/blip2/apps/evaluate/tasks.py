@@ -96,7 +96,7 @@ def caption(
         notes.append(f"official scorers for {', '.join(official)}; the rest, if any, by blip2's own")
         notes.append(f"blip2's own CIDEr {own['cider']:.2f}, BLEU-4 {own['bleu4']:.2f} (another tokeniser)")
     else:
-        notes.append("BLEU, ROUGE-L and CIDEr by blip2's own scorers (no Java: its tokeniser differs in rare cases)")
+        notes.append("BLEU, ROUGE-L and CIDEr by blip2's own scorers, whose tokeniser differs in rare cases")
     metrics = {name: official.get(name, own.get(name)) for name in names}
     missing = {name: reason for name, reason in missing.items() if metrics[name] is None}
     domains = [sample.domain for sample in data.samples]
