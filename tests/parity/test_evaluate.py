@@ -22,7 +22,7 @@ from blip2.configs import DecodingConfig
 from blip2.data.sources import open_collection
 from blip2.errors import ConfigError
 from blip2.evaluation.captioning import bleu, cider
-from blip2.evaluation.retrieval import candidate_pairs, recall_at_k, reranked_scores
+from blip2.evaluation.retrieval import candidate_pairs, recall_at_k, reranked_scores, then_by_similarity
 
 HF = Callable[[str], tuple[Path, Any]]
 SHORT = ["--beams", "2", "--min-tokens", "1", "--max-tokens", "5"]
@@ -177,14 +177,18 @@ def test_pairs_are_joined_and_each_direction_keeps_its_own() -> None:
     assert [p.tolist() for p in pairs] == [[0], [1, 2]]
     matches = [(pairs[0], np.array([1.0])), (pairs[1], np.array([2.0, 3.0]))]
     by_image, by_text = reranked_scores(similarity, matches, 1)
-    # the lowest sum is 1.9, so what is beyond the best stands at similarity - (0.9 + 1 - 1.9) = similarity
-    assert by_image == pytest.approx(np.array([[1.9, 0.1, 0.2], [0.3, 2.8, 0.7]]))
-    assert by_text == pytest.approx(np.array([[1.9, 0.1, 0.2], [0.3, 2.8, 3.7]]))
+    assert np.isneginf(by_image).tolist() == [[False, True, True], [True, False, True]]
+    assert np.isneginf(by_text).tolist() == [[False, True, True], [True, False, False]]
+    assert by_text[1, 2] == pytest.approx(3.7)
     assert reranked_scores(similarity, matches, 1, itc_weight=10.0)[1][1, 2] == pytest.approx(10.0)
-    low = [(pairs[0], np.array([-9.0])), (pairs[1], np.array([-5.0, -7.0]))]
-    by_image, _ = reranked_scores(similarity, low, 1)
-    assert by_image[0].argsort()[::-1].tolist() == [0, 2, 1]  # text 0 is matched; the others as ITC ranks them
-    assert by_image[1].argsort()[::-1].tolist() == [1, 2, 0]
+
+
+def test_what_is_not_matched_stands_behind_as_itc_ranks_it() -> None:
+    similarity = np.array([[0.9, 0.1, 0.2], [0.3, 0.8, 0.7]])
+    scores = np.array([[-8.1, -np.inf, -np.inf], [-np.inf, -4.2, -np.inf]])
+    # the lowest score is -8.1: the rest stands at similarity - (0.9 + 1 + 8.1)
+    assert then_by_similarity(scores, similarity) == pytest.approx(np.array([[-8.1, -9.9, -9.8], [-9.7, -4.2, -9.3]]))
+    assert then_by_similarity(np.full((2, 3), -np.inf), similarity).argmax(1).tolist() == [0, 1]
 
 
 def test_two_processes_give_the_same(hf: HF, data: Path, tmp_path: Path) -> None:

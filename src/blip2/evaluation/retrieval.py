@@ -82,28 +82,28 @@ def reranked_scores(
     k: int,
     itc_weight: float = 1.0,
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Scores of both directions [I, T]: ITC + ITM within the `k` best, and below them the rest as ITC ranks it.
+    """Scores of both directions [I, T]: ITC + ITM within the `k` best, minus infinity beyond.
 
     Args:
-        matches: per image, the texts of `candidate_pairs` and their ITM logits; images may be left out.
+        matches: per image, the texts of `candidate_pairs` and their ITM logits.
         itc_weight: of the ITC similarity; 1 is what LAVIS adds, 1 / temperature puts it on the
             scale of the logits that it was trained as.
 
     Returns:
-        scores for finding texts by image, and images by text; of the rest only their order means anything.
+        scores for finding texts by image, and images by text.
     """
-    totals = [
-        (row, texts, itc_weight * similarity_IT[row, texts] + logits)
-        for row, (texts, logits) in enumerate(matches)
-        if len(texts)
-    ]
-    lowest = min((float(total.min()) for _, _, total in totals), default=0.0)
-    rest_IT = similarity_IT.astype(np.float32) - (float(similarity_IT.max()) + 1 - lowest)
-    total_IT = rest_IT.copy()
-    for row, texts, total in totals:
-        total_IT[row, texts] = total
+    total_IT = np.full(similarity_IT.shape, -np.inf, dtype=np.float32)
+    for row, (texts, logits) in enumerate(matches):
+        total_IT[row, texts] = itc_weight * similarity_IT[row, texts] + logits
     by_image_IT, by_text_IT = _best(similarity_IT, k)
-    return np.where(by_image_IT, total_IT, rest_IT), np.where(by_text_IT, total_IT, rest_IT)
+    return np.where(by_image_IT, total_IT, -np.inf), np.where(by_text_IT, total_IT, -np.inf)
+
+
+def then_by_similarity(scores_IT: npt.NDArray[Any], similarity_IT: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Scores in which the pairs that have none (minus infinity) stand below all others, as ITC ranks them."""
+    scored_IT = np.isfinite(scores_IT)
+    lowest = float(scores_IT[scored_IT].min()) if scored_IT.any() else 0.0
+    return np.where(scored_IT, scores_IT, similarity_IT - (float(similarity_IT.max()) + 1 - lowest))
 
 
 def both_ways(

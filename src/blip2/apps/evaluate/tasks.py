@@ -23,7 +23,14 @@ from blip2.errors import ConfigError, DataError
 from blip2.evaluation import vqa
 from blip2.evaluation.captioning import bleu, cider, cider_per_image, rouge_l
 from blip2.evaluation.official import official_scores
-from blip2.evaluation.retrieval import both_ways, candidate_pairs, recall_at_k, reranked_scores, retrieval_ranks
+from blip2.evaluation.retrieval import (
+    both_ways,
+    candidate_pairs,
+    recall_at_k,
+    reranked_scores,
+    retrieval_ranks,
+    then_by_similarity,
+)
 from blip2.fewshot import Examples
 from blip2.inference import Blip2
 from blip2.ops import distributed
@@ -236,10 +243,11 @@ def retrieve(model: Blip2, data: Collection, folder: Folder, k: int, itc_weight:
 
     entries = work_through(_ids(data.samples), folder, predict, batch=model.batch, what="image")
     matches = [(np.array(entry["texts"], np.int64), np.array(entry["itm"], np.float32)) for entry in entries]
-    reranked = reranked_scores(similarity_IT, matches, k, itc_weight)
-    metrics = {"itc": recall_at_k(similarity_IT, owners), "reranked": both_ways(*reranked, owners)}
-    ranks, _ = retrieval_ranks(reranked[0], owners)
-    for entry, sample, rank, scores in zip(entries, data.samples, ranks, reranked[0], strict=True):
+    scored = reranked_scores(similarity_IT, matches, k, itc_weight)
+    by_image_IT, by_text_IT = (then_by_similarity(scores_IT, similarity_IT) for scores_IT in scored)
+    metrics = {"itc": recall_at_k(similarity_IT, owners), "reranked": both_ways(by_image_IT, by_text_IT, owners)}
+    ranks, _ = retrieval_ranks(by_image_IT, owners)
+    for entry, sample, rank, scores in zip(entries, data.samples, ranks, by_image_IT, strict=True):
         entry |= {"found": texts[int(scores.argmax())], "references": list(sample.captions), "rank": int(rank)}
         entry["score"] = -float(rank)
     notes = [f"{len(data.samples)} images, {len(texts)} texts, {sum(map(len, pairs))} pairs matched"]
