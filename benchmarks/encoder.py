@@ -18,7 +18,7 @@ from blip2.data.images import ImageSpec
 from blip2.data.samples import Collection, Sample
 from blip2.models.freezing import freeze
 from blip2.models.vision_encoder import vision_encoder_from_config
-from blip2.training.parallel import autocast
+from blip2.ops.devices import autocast
 
 # hidden width, blocks, heads, images of a batch; paper: ViT-L/14 up to its second-last block
 SHAPES = {"paper": (1024, 23, 16, 8), "tiny": (64, 3, 4, 4)}

@@ -32,11 +32,11 @@ from blip2.configs import RunConfig, from_dict, to_dict
 from blip2.data.batch import Batch
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
+from blip2.ops.devices import autocast
 from blip2.recipes import recipe
 from blip2.training.memory import apply_settings
 from blip2.training.objectives import Stage1Objective, Stage2Objective
 from blip2.training.optim import build_optimizer
-from blip2.training.parallel import autocast
 
 TARGET = 0.15
 # What is measured without `--run`, and the batch of each.
@@ -68,27 +68,41 @@ def predicted_mb(config: RunConfig) -> float:
     return found
 
 
+class Step:
+    """A training step of a run with random weights on random features: call it to take one.
+
+    Attributes:
+        before_mb: what this process, or its GPU, held before the model was built.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.device = config, torch.device(config.train.device)
+        self.model = build_on_meta(config)
+        features_BPC = _features(self.model, config)
+        self.model.vision = None
+        self.before_mb = _anonymous_mb() if self.device.type == "cpu" else torch.cuda.memory_allocated() / 1e6
+        _fill(self.model, self.device)
+        self.objective, self.batch = _objective(self.model, config), _batch(self.model, config, features_BPC)
+        self.trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.trained, config.optim)
+
+    def __call__(self) -> None:
+        sent = self.batch.to(self.device)
+        with autocast(self.device, self.config.train.precision):
+            losses = self.objective(sent, 0)
+        torch.stack(list(losses.values())).sum().backward()
+        torch.nn.utils.clip_grad_norm_([p for _, p in self.trained], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
 def measured_mb(config: RunConfig) -> float:
     """Peak of `STEPS` steps above what this process held before the model was built."""
-    device = torch.device(config.train.device)
-    model = build_on_meta(config)
-    features_BPC = _features(model, config)
-    model.vision = None
-    before = _anonymous_mb() if device.type == "cpu" else torch.cuda.memory_allocated() / 1e6
-    _fill(model, device)
-    objective, batch = _objective(model, config), _batch(model, config, features_BPC)
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = build_optimizer(trained, config.optim)
-    forget_peak(device.type)
-    for step in range(STEPS):
-        sent = batch.to(device)
-        with autocast(device, config.train.precision):
-            losses = objective(sent, step)
-        torch.stack(list(losses.values())).sum().backward()
-        torch.nn.utils.clip_grad_norm_([p for _, p in trained], 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return peak_mb(device.type) - before
+    step = Step(config)
+    forget_peak(step.device.type)
+    for _ in range(STEPS):
+        step()
+    return peak_mb(step.device.type) - step.before_mb
 
 
 def _anonymous_mb() -> float:

@@ -29,9 +29,9 @@ from blip2.models.freezing import freeze
 from blip2.models.language_model import LanguageModel
 from blip2.models.stage2 import Stage2
 from blip2.models.vision_encoder import VisionEncoder
+from blip2.ops.devices import autocast
 from blip2.training.objectives import Stage2Objective
 from blip2.training.optim import build_optimizer
-from blip2.training.parallel import autocast
 from blip2.weights import names
 
 PROMPT = "11 12 13 14"  # "a photo of" is three or four tokens

@@ -74,7 +74,7 @@ def main() -> int:
             record = measured(name, (*command, *profile), options.size, options.repeats)
         failed |= "error" in record
         found["claims"][name] = record
-        write(path, found)
+        write(path, found, table(path.stem, found))
     print(path)
     return int(failed)
 
@@ -135,13 +135,10 @@ def machine() -> dict[str, Any]:
 # -- the result file ------------------------------------------------------------------------------
 
 
-def write(path: Path, found: dict[str, Any]) -> None:
-    """JSON and the table made from it, each beside and renamed."""
+def write(path: Path, found: dict[str, Any], page: str) -> None:
+    """JSON and the page made from it, each beside and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for target, text in (
-        (path, json.dumps(found, indent=1) + "\n"),
-        (path.with_suffix(".md"), table(path.stem, found)),
-    ):
+    for target, text in ((path, json.dumps(found, indent=1) + "\n"), (path.with_suffix(".md"), page)):
         beside = target.with_name(f".{target.name}.tmp")
         beside.write_text(text, "utf-8")
         beside.replace(target)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Before transformers is imported anywhere: a test that needs a hub is a broken test.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -59,30 +59,40 @@ def flickr8k() -> Path:
     pytest.skip(f"no Flickr8k shards in {' or '.join(map(str, candidates))}")
 
 
-def _tiny(kind: str, folder: Path) -> Path:
-    """A random model of the parity tests, as a folder of transformers."""
-    spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).parent / "parity" / "conftest.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.save(kind, folder / kind)
-    return folder / kind
+@pytest.fixture(scope="session")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
+    """`hf(kind)` is (folder, transformers model) for kind `opt`, `t5`, `itm`, `blip` or `clip`; each is built once."""
+    from tests import tiny_models
+
+    made: dict[str, tuple[Path, Any]] = {}
+
+    def build(kind: str) -> tuple[Path, Any]:
+        if kind not in made:
+            made[kind] = tiny_models.save(kind, tmp_path_factory.mktemp("hf") / kind)
+        return made[kind]
+
+    return build
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(hf: Callable[[str], tuple[Path, Any]]) -> Path:
     """Folder of a random image-text retrieval model: 5 queries, width 16, 56 px, 4 x 4 patches."""
-    return _tiny("itm", tmp_path_factory.mktemp("tiny"))
+    return hf("itm")[0]
 
 
 @pytest.fixture(scope="session")
-def tiny_opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_opt(hf: Callable[[str], tuple[Path, Any]]) -> Path:
     """Folder of a random stage-2 model with a small OPT."""
-    return _tiny("opt", tmp_path_factory.mktemp("tiny"))
+    return hf("opt")[0]
 
 
 @pytest.fixture(scope="session")
-def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_t5(hf: Callable[[str], tuple[Path, Any]]) -> Path:
     """Folder of a random stage-2 model with a small T5."""
-    return _tiny("t5", tmp_path_factory.mktemp("tiny"))
+    return hf("t5")[0]
+
+
+@pytest.fixture
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test whose numbers are float32's: `auto` is fp32 in it on any processor."""
+    monkeypatch.setenv("BLIP2_PRECISION", "fp32")

@@ -22,7 +22,7 @@ TEXT = "a dog on the grass"
 
 @pytest.fixture(scope="module")
 def model(tiny: Path) -> Blip2:
-    return blip2.load(tiny)
+    return blip2.load(tiny, dtype="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_the_live_model_is_left_alone(model: Blip2, picture: Image.Image) -> Non
 @pytest.mark.parametrize("score", ["itc", "itm"])
 def test_gradient_maps_are_finite_differences(tiny: Path, picture: Image.Image, score: str) -> None:
     """Weights are moved one by one, in float64, in an attention written out here."""
-    model = blip2.load(tiny)
+    model = blip2.load(tiny, dtype="fp32")
     model.stage1.double()
     ids, mask = model.text_tokenizer([TEXT])
     features = model.features(picture).double()
@@ -145,12 +145,12 @@ def test_gradient_maps_are_finite_differences(tiny: Path, picture: Image.Image, 
             assert float(gradient.flatten()[n]) == pytest.approx(slope, abs=1e-8, rel=1e-4)
     pairs = [(plain[number], gradient) for number, gradient in enumerate(gradients)]
     wanted = [(weights * gradient.clamp(min=0)).sum(dim=1).mean(dim=0) for weights, gradient in pairs]
-    torch.testing.assert_close(maps, torch.stack(wanted).float(), atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(maps, torch.stack(wanted), atol=1e-6, rtol=1e-3)
     assert float(maps.sum()) > 0
 
 
 def test_words_attend_to_soft_prompts(tiny_opt: Path, picture: Image.Image) -> None:
-    model = blip2.load(tiny_opt)
+    model = blip2.load(tiny_opt, dtype="fp32")
     assert model.stage2 is not None
     before = model.stage2.language_model.model.config._attn_implementation
     found = model.attend(picture)
@@ -169,7 +169,7 @@ def test_words_attend_to_soft_prompts(tiny_opt: Path, picture: Image.Image) -> N
 
 def test_attention_of_words_is_of_the_position_that_writes_them(tiny_opt: Path, picture: Image.Image) -> None:
     """All of a row lies on soft prompts and earlier text: none on what is still to be written."""
-    model = blip2.load(tiny_opt)
+    model = blip2.load(tiny_opt, dtype="fp32")
     assert model.stage2 is not None
     found = model.attend(picture)
     tokenizer = model.language_tokenizer
@@ -189,7 +189,7 @@ def test_attention_of_words_is_of_the_position_that_writes_them(tiny_opt: Path, 
 
 def test_words_of_an_encoder_decoder(tiny_t5: Path, picture: Image.Image) -> None:
     """Cross-attention of the position that writes each word, against transformers' own pass with open attention."""
-    model = blip2.load(tiny_t5)
+    model = blip2.load(tiny_t5, dtype="fp32")
     assert model.stage2 is not None
     language = model.stage2.language_model
     before = language.model.config._attn_implementation
@@ -220,7 +220,7 @@ def test_words_of_an_encoder_decoder(tiny_t5: Path, picture: Image.Image) -> Non
 def test_itm_that_was_never_learned_is_left_out(
     tiny: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = blip2.load(tiny)
+    model = blip2.load(tiny, dtype="fp32")
     never = dataclasses.replace(model.config, loss=dataclasses.replace(model.config.loss, itm=0.0))
     monkeypatch.setattr(model, "_stage1_config", never)
     found = model.attend(picture, TEXT)
@@ -231,4 +231,4 @@ def test_itm_that_was_never_learned_is_left_out(
 
 def test_a_text_needs_stage_1(tiny_opt: Path, picture: Image.Image) -> None:
     with pytest.raises(ConfigError, match="stage-1 checkpoint"):
-        blip2.load(tiny_opt).attend(picture, TEXT)
+        blip2.load(tiny_opt, dtype="fp32").attend(picture, TEXT)

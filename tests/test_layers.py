@@ -95,6 +95,39 @@ def test_ops_need_only_torch(file: str) -> None:
     assert foreign(file) - sys.stdlib_module_names <= {"torch"}
 
 
+@pytest.mark.parametrize("file", [f for f in FILES if f != "ops/host.py"])
+def test_one_way_out_of_torch(file: str) -> None:
+    """bf16 has no numpy type and a card no numpy view: `blip2.ops.host` brings tensors out, and nothing else does."""
+    assert ways_out((PACKAGE / file).read_text(encoding="utf-8"), file) == []
+
+
+def ways_out(source: str, file: str) -> list[str]:
+    """Lines that turn a tensor into something else by themselves, or decide about processors by themselves."""
+    wrong = []
+    for node in ast.walk(ast.parse(source, filename=file)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "item":
+            wrong.append(f"src/blip2/{file}:{node.lineno} uses .item()")
+        if isinstance(node, ast.Attribute) and node.attr in ("numpy", "tolist", "cpu"):
+            module = isinstance(node.value, ast.Name) and node.value.id == "torch"  # torch.cpu
+            if not module:
+                wrong.append(f"src/blip2/{file}:{node.lineno} uses .{node.attr}")
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("x = model(y).numpy()", 1),
+        ("x = y.float().cpu().tolist()", 2),
+        ("x = y.item()", 1),
+        ("import numpy\nx = to_numpy(y)", 0),
+        ("x = torch.cpu._is_amx_tile_supported()", 0),
+    ],
+)
+def test_the_check_sees_ways_out(source: str, found: int) -> None:
+    assert len(ways_out(source, "x.py")) == found
+
+
 @pytest.mark.parametrize("file", [f for f in FILES if layer_of(f) in BASE])
 def test_configs_errors_and_cache_need_only_the_standard_library(file: str) -> None:
     assert foreign(file) <= sys.stdlib_module_names

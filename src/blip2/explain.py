@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from blip2.configs import DecodingConfig
@@ -25,7 +24,7 @@ from blip2.models.attention_maps import cross_prompt_attention, prompt_attention
 from blip2.models.qformer import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
-from blip2.ops.losses import mean_over_queries
+from blip2.ops.host import to_host, to_list
 
 if TYPE_CHECKING:
     from blip2.inference import Blip2
@@ -107,7 +106,7 @@ def _with_text(model: Blip2, features_1PC: Tensor, text: str, grid: tuple[int, i
     with torch.enable_grad():
         shadow, alone = recording(stage1.qformer)
         queries_1QD, _ = shadow.encode_queries(kv)
-        itc_Q = F.normalize(stage1.vision_proj(queries_1QD).float(), dim=-1)[0] @ text_E
+        itc_Q = stage1.image_embeddings(queries_1QD)[0] @ text_E
         itc_maps = alone.relevance(itc_Q.max())
     found = Attention(
         grid,
@@ -115,13 +114,13 @@ def _with_text(model: Blip2, features_1PC: Tensor, text: str, grid: tuple[int, i
         cross_layers(stage1.qformer),
         alone.maps(),
         text,
-        itc_Q.detach().float().cpu(),
+        to_host(itc_Q),
         itc_maps,
     )
     if model.learned_itm:
         with torch.enable_grad():
             shadow, paired = recording(stage1.qformer)
-            logits_12 = mean_over_queries(stage1.itm_head(shadow.encode_pair(ids, mask, kv)))
+            logits_12 = stage1.pair_logits(shadow.encode_pair(ids, mask, kv))
             found.itm_maps = paired.relevance(logits_12[0, 1])
         found.itm = float(logits_12.detach().softmax(dim=-1)[0, 1])
         found.pair_queries = paired.maps()
@@ -146,9 +145,9 @@ def _add_words(model: Blip2, features_1PC: Tensor, found: Attention) -> None:
     else:
         ids, mask, labels = (x.to(model.device) for x in tokenizer.targets([language.prompt], [found.caption]))
         rows = prompt_attention(stage2.language_model, soft_1QH, ids, mask)
-        at_W = labels[0].nonzero()[:, 0].cpu()[:-1]
+        at_W = to_host(labels[0].nonzero()[:, 0])[:-1]
         found.word_prompts = rows[soft_1QH.shape[1] + at_W - 1]
-    found.words = [tokenizer.decode([token]) for token in ids[0].cpu()[at_W].tolist()]
+    found.words = [tokenizer.decode([token]) for token in to_list(to_host(ids[0])[at_W])]
     shares_WQ = found.word_prompts / found.word_prompts.sum(dim=1, keepdim=True).clamp(min=1e-9)
     found.word_maps = shares_WQ @ recorded.maps()[-1]
 

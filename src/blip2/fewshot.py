@@ -20,6 +20,7 @@ from blip2.data.samples import BadSampleError
 from blip2.data.shots import Shot, as_shot
 from blip2.errors import ConfigError, DataError
 from blip2.models.interleave import generate_after, interleave
+from blip2.ops.host import to_list
 
 if TYPE_CHECKING:
     from blip2.inference import Blip2
@@ -100,7 +101,7 @@ class Examples:
                 end_id=tokenizer.end_id,
                 pad_id=tokenizer.pad_id,
             )
-        texts = [tokenizer.decode(row) for row in out.tolist()]
+        texts = [tokenizer.decode(row) for row in to_list(out)]
         return [texts[n : n + config.num] for n in range(0, len(texts), config.num)]
 
     def _require_room(self, length: int) -> None:

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -28,6 +27,7 @@ from blip2.errors import DataError
 from blip2.explain import cross_layers, grid_of, qformer_of
 from blip2.inference import Blip2
 from blip2.models.attention_maps import recording
+from blip2.ops.host import to_host, to_list
 
 WORDS, LEAST_Z, LEAST_IMAGES = 8, 3.0, 3  # of a query's words: how many, how sure, in how many images
 _PRIOR = 100.0  # words of the data set as a whole that stand for what is known of a query before it is seen
@@ -223,7 +223,7 @@ class _Won:
     def __init__(self, samples: list[Sample], scores_NQ: Tensor) -> None:
         self.texts = [(image, caption) for image, sample in enumerate(samples) for caption in sample.captions]
         self.samples, self.scores_NQ = samples, scores_NQ
-        self.queries: list[int] = scores_NQ.argmax(dim=1).tolist()
+        self.queries: list[int] = to_list(scores_NQ.argmax(dim=1))
 
     def shares(self) -> Tensor:
         """[Q] share of the texts."""
@@ -245,7 +245,7 @@ class _Won:
         found: list[list[Example]] = [[] for _ in range(self.scores_NQ.shape[1])]
         best_N = self.scores_NQ.amax(dim=1)
         shown: set[tuple[int, int]] = set()
-        for n in best_N.argsort(descending=True, stable=True).tolist():
+        for n in to_list(best_N.argsort(descending=True, stable=True)):
             query, (image, caption) = self.queries[n], self.texts[n]
             if len(found[query]) < count and (query, image) not in shown:
                 shown.add((query, image))
@@ -298,5 +298,5 @@ def _attended(model: Blip2, features_1PC: Tensor) -> tuple[Tensor, Tensor]:
     stage1 = model.stage1
     shadow, recorded = recording(qformer_of(stage1))
     queries_1QD, _ = shadow.encode_queries(stage1.project_image(features_1PC))
-    queries_QE = F.normalize(stage1.vision_proj(queries_1QD).float(), dim=-1)[0]
-    return recorded.maps(), queries_QE.cpu()
+    queries_QE = stage1.image_embeddings(queries_1QD)[0]
+    return recorded.maps(), to_host(queries_QE)

@@ -10,10 +10,20 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import yaml
 
 from blip2.apps import estimate as app
 from blip2.apps.cli import main
-from blip2.configs import LanguageConfig, LoraConfig, OptimConfig, QFormerConfig, RunConfig, TrainConfig, VisionConfig
+from blip2.configs import (
+    LanguageConfig,
+    LoraConfig,
+    OptimConfig,
+    QFormerConfig,
+    RunConfig,
+    TrainConfig,
+    VisionConfig,
+    to_dict,
+)
 from blip2.errors import ConfigError
 from blip2.models.freezing import parameter_table
 from blip2.recipes import recipe
@@ -29,6 +39,12 @@ CONFIGS: dict[str, Any] = {
         vocab_size=150, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
     ),
 }
+
+
+@pytest.fixture
+def no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what does not depend on the memory of a step, which takes seconds to count."""
+    monkeypatch.setattr(app, "step_curve", lambda *_: lambda batch: batch * 10**6)
 
 
 def run_of_folders(folder: Path, stage: str) -> RunConfig:
@@ -99,6 +115,7 @@ def test_adapters_train(tmp_path: Path) -> None:
     assert wider[-1] > 0
 
 
+@pytest.mark.usefixtures("no_step")
 @pytest.mark.parametrize(("kind", "per_weight"), [("int8", 1.0), ("nf4", 0.5625)])
 @pytest.mark.parametrize("rank", [0, 4])
 def test_quantized_weights_count_what_they_take(tmp_path: Path, kind: str, per_weight: float, rank: int) -> None:
@@ -153,6 +170,7 @@ def test_what_does_not_fit_gets_advice_that_helps(
     assert fit == {"micro_batch": 0, "advice": advice}
 
 
+@pytest.mark.slow
 def test_larger_cards_fit_more_and_advice_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", "vitg-flant5xl/stage2", "--language.name", "flan-t5-xxl", "--json"]) == 0
     fits = json.loads(capsys.readouterr().out)["fits"]
@@ -173,7 +191,7 @@ def test_settings_that_change_memory_are_counted_and_said(tmp_path: Path) -> Non
     plain, saving = (app.measure(c, accelerator=True) for c in (base, config))
     assert plain["assumptions"]["bytes_per_trained_parameter"] == {"weight": 4, "gradient": 4, "optimizer": 8}
     assert saving["assumptions"]["bytes_per_trained_parameter"]["optimizer"] == 4
-    text = " ".join(app.estimate(config, accelerator=True).split())
+    text = " ".join(app._text(saving).split())
     for said in (
         "12 bytes per trained parameter",
         "4 of sgd",
@@ -185,6 +203,7 @@ def test_settings_that_change_memory_are_counted_and_said(tmp_path: Path) -> Non
         assert said in text
 
 
+@pytest.mark.usefixtures("no_step")
 def test_device_follows_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def device(wanted: str) -> str:
         numbers = app.measure(replace(config, train=TrainConfig(device=wanted)))
@@ -197,12 +216,16 @@ def test_device_follows_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (device("cpu"), device("auto")) == ("cpu", "accelerator")
 
 
-def test_command_prints_the_same_numbers_twice(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["estimate", "tiny/stage2", "--json"]) == 0
+@pytest.mark.parametrize("given", ["a run's file", pytest.param("tiny/stage2", marks=pytest.mark.slow)])
+def test_command_prints_the_same_numbers_twice(given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if given == "a run's file":
+        given = str(tmp_path / "config.yaml")
+        Path(given).write_text(yaml.safe_dump(to_dict(run_of_folders(tmp_path, "stage2"))))
+    assert main(["estimate", given, "--json"]) == 0
     numbers = json.loads(capsys.readouterr().out)
     parts = {"recipe", "stage", "parameters", "trained", "frozen", "memory", "fits", "assumptions"}
     assert set(numbers) == parts
-    assert main(["estimate", "tiny/stage2"]) == 0
+    assert main(["estimate", given]) == 0
     text = capsys.readouterr().out
     assert f"{numbers['trained']:,}" in text
     assert f"{numbers['frozen']:,}" in text

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from blip2.apps import activations
 from blip2.apps.activations import PROMPT_TOKENS, Machine
 from blip2.apps.optimizer_memory import state_bytes, step_bytes
 from blip2.apps.step_memory import LONGER_BY, LiveBytes, step_curve, step_timeline
@@ -31,7 +32,7 @@ from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision_encoder import VisionEncoder, vision_encoder_from_config
 from blip2.training.memory import apply_settings
-from blip2.training.objectives import PIECES, Stage1Objective, Stage2Objective
+from blip2.training.objectives import PIECES, Stage1Objective, Stage2Objective, in_pieces
 from blip2.training.optim import build_optimizer
 
 TOKENS, LONGEST, B = 12, 14, 16
@@ -176,6 +177,23 @@ def test_meta_counts_the_peak_under_autocast(stage: str) -> None:
 def test_what_saves_memory_is_seen_to(stage: str, changes: dict[str, Any], share: float) -> None:
     plain, saving = (counted_peak(c, "llama", GPU) for c in (small_run(stage), small_run(stage, **changes)))
     assert saving < share * plain
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("language", ["llama", "t5"])
+def test_two_pieces_hold_what_four_do(language: str, lora: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first two pieces of a batch are counted: the largest, and one that meets its gradients."""
+    config = small_run("stage2", lora=LoraConfig(rank=lora))
+    peaks = [max(step_timeline(on_meta(config, language), config, 32, FP32, pieces=4))]
+
+    class All(list[Any]):
+        def __getitem__(self, at: Any) -> Any:
+            return self if isinstance(at, slice) else super().__getitem__(at)
+
+    monkeypatch.setattr(activations, "in_pieces", lambda *given: All(in_pieces(*given)))
+    timeline = step_timeline(on_meta(config, language), config, 32, FP32, pieces=4)
+    assert max(timeline) == pytest.approx(peaks[0], rel=0.005)  # ids and masks of the others
+    assert len(timeline) > 0
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])

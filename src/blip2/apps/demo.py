@@ -20,6 +20,7 @@ from blip2.data.samples import BadSampleError, Sample
 from blip2.errors import RunError
 from blip2.explain import Attention
 from blip2.inference import Blip2, load
+from blip2.ops.host import to_numpy
 from blip2.pictures import jpeg, overlay, png, seen
 from blip2.reading import open_image
 from blip2.training.metrics import format_seconds
@@ -136,9 +137,9 @@ def _entry(model: Blip2, one: Seen, picture: str) -> dict[str, Any]:
     assert found.words is not None
     assert found.word_maps is not None
     view = seen(one.picture, model.image_spec.resize, _LARGE)
-    whole = png(overlay(view, found.heat(found.queries.mean(dim=(0, 1))).numpy()))
+    whole = png(overlay(view, to_numpy(found.heat(found.queries.mean(dim=(0, 1))))))
     words = [
-        (word.strip(), png(overlay(view.resize((_SMALL, _SMALL)), found.heat(map_P).numpy())))
+        (word.strip(), png(overlay(view.resize((_SMALL, _SMALL)), to_numpy(found.heat(map_P)))))
         for word, map_P in zip(found.words, found.word_maps, strict=True)
         if len(word.strip()) > 2 and word.strip() not in _SMALL_WORDS
     ]

@@ -24,6 +24,7 @@ from blip2.evaluation.retrieval import both_ways, candidate_pairs, recall_at_k, 
 from blip2.inference import Blip2
 from blip2.ops import distributed
 from blip2.ops.contrastive import query_text_similarity
+from blip2.ops.host import to_numpy
 
 THUMB = 224
 # Dev images of stage 2 at a time.
@@ -171,7 +172,7 @@ class _Pool:
     def add(self, model: Blip2, features_BPC: Tensor, captions: list[tuple[str, ...]], best: str | None) -> None:
         self.images.append(model.embed_features(features_BPC))
         if best == "recall":
-            self.features += features_BPC.cpu().split(1)
+            self.features += features_BPC.to("cpu").split(1)
         for found in captions:
             self.owners += [self.count] * len(found)
             self.texts += found
@@ -180,7 +181,7 @@ class _Pool:
     def recall(self, model: Blip2) -> dict[str, float]:
         """Recall by ITC; where features were kept, `recall` too: mean R@1 of both directions, re-ranked by ITM."""
         owners = np.array(self.owners)
-        similarity_IT = query_text_similarity(torch.cat(self.images), model.embed_texts(self.texts)).numpy()
+        similarity_IT = to_numpy(query_text_similarity(torch.cat(self.images), model.embed_texts(self.texts)))
         numbers = recall_at_k(similarity_IT, owners)
         if self.features:
             matches = [
@@ -195,7 +196,7 @@ class _Pool:
     def _itm(self, model: Blip2, image: int, texts: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """ITM's class-1 logits of an image with these texts."""
         kv = model.image_kv(self.features[image].to(model.device))
-        found: npt.NDArray[Any] = model.match_logits(kv, [self.texts[t] for t in texts])[:, 1].numpy()
+        found: npt.NDArray[Any] = to_numpy(model.match_logits(kv, [self.texts[t] for t in texts])[:, 1])
         return found
 
 

@@ -86,7 +86,7 @@ def devices() -> dict[str, Any]:
     """CPU cores and threads, accelerators with their memory, and the dtype that towers load in."""
     import torch
 
-    from blip2.models.language_loading import fast_dtype
+    from blip2.ops.devices import fast_dtype, pick_device
 
     cards = []
     for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -97,7 +97,7 @@ def devices() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cuda": cards,
-        "dtype": str(fast_dtype()).removeprefix("torch."),
+        "dtype": str(fast_dtype(pick_device("auto"))).removeprefix("torch."),
     }
 
 

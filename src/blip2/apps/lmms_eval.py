@@ -18,6 +18,7 @@ from tqdm import tqdm
 from blip2.configs import DecodingConfig
 from blip2.errors import ConfigError
 from blip2.inference import Blip2, load
+from blip2.ops.host import to_list
 
 # lmms-eval's names of generation settings; those that are not here (`until`, `do_sample`) are read apart.
 _SETTINGS = {"max_new_tokens": "max_tokens", "num_beams": "beams", "top_p": "top_p", "temperature": "temperature"}
@@ -86,7 +87,7 @@ class Blip2Lmms(lmms):  # type: ignore[misc]
             wanted = [self._continuation(requests[n].args) for n in chunk]
             images, prompts, questions = (list(part) for part in zip(*parts, strict=True))
             features = self.model.features(images)
-            likely = self.model.log_likelihood(features, prompts, wanted, questions=questions).tolist()
+            likely = to_list(self.model.log_likelihood(features, prompts, wanted, questions=questions))
             greedy = self.model.generate(features, prompts, DecodingConfig(beams=1, min_tokens=0), questions=questions)
             out += [(v, texts[0] == text) for v, texts, text in zip(likely, greedy, wanted, strict=True)]
         return out

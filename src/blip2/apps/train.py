@@ -26,10 +26,11 @@ from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision_encoder import VisionEncoder
 from blip2.ops import distributed
+from blip2.ops.devices import autocast, pick_device
 from blip2.training.incontext import InContextObjective
 from blip2.training.memory import apply_settings
 from blip2.training.objectives import Stage1Objective, Stage2Objective
-from blip2.training.parallel import autocast, pick_device, process_group
+from blip2.training.parallel import process_group, shards
 from blip2.training.trainer import Trainer
 from blip2.weights import runs
 
@@ -40,7 +41,7 @@ def train(config: RunConfig) -> int:
     Returns:
         Exit code: 0 done, 130 after Ctrl-C, 143 after SIGTERM; both saved.
     """
-    device = pick_device(config.train.device)
+    device = pick_device(config.train.device, "train.device")
     with process_group(device):
         return _train(config, device)
 
@@ -142,7 +143,7 @@ def _assemble(
         )
         shots = config.data.shots
         # shards of the language model would be gathered anew for every piece
-        early = config.train.early_backward and not (config.train.parallel == "fsdp2" and distributed.world_size() > 1)
+        early = config.train.early_backward and not shards(config.train.parallel)
         objective = InContextObjective(*parts, shots=shots) if shots else Stage2Objective(*parts, early)
         frozen.append(model.language_model)
     batches = TrainingBatches(

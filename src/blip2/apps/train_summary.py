@@ -25,8 +25,8 @@ from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision_encoder import VisionEncoder
 from blip2.ops import distributed
+from blip2.ops.devices import uses_bf16
 from blip2.training.metrics import format_seconds
-from blip2.training.parallel import fast_bf16
 from blip2.training.trainer import Outcome
 
 
@@ -45,10 +45,9 @@ def describe(
     device: torch.device,
 ) -> None:
     """Say what is about to run: device and precision, what trains, what was loaded, what is learned from."""
-    fast = config.train.precision == "bf16" or (config.train.precision == "auto" and fast_bf16(device))
     say(
         f"{config.recipe} ({config.stage}) on {device.type}, {distributed.world_size()} process(es), "
-        f"{'bf16 autocast' if fast else 'fp32'}"
+        f"{'bf16 autocast' if uses_bf16(device, config.train.precision) else 'fp32'}"
     )
     assert isinstance(model.vision, VisionEncoder)
     for row in parameter_table(model):

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from blip2.data.images import ImageSpec, decode_augmented, decode_image, plain_view
 from blip2.data.samples import BadSample, BadSampleError, Collection
 from blip2.errors import DataError
+from blip2.ops.host import to_numpy
 
 try:
     import fcntl
@@ -213,7 +214,7 @@ class _Builder:
 
     def _encoded(self, views: list[Tensor]) -> np.ndarray:
         features = self.encode(torch.stack(views)).detach().to("cpu", torch.bfloat16)
-        rows: np.ndarray = features.contiguous().view(torch.uint16).numpy()
+        rows: np.ndarray = to_numpy(features.contiguous().view(torch.uint16))
         return rows
 
     def _view(self, place: int) -> Tensor | str:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
+from blip2.ops.host import to_list
+
 BITS = 64
 # Bits in which copies may differ. Of 250 photographs of Flickr8k re-encoded, scaled, made brighter or cropped by 2%,
 # 95 to 100% stay within 6; two different ones of them differ in 14 or more.
@@ -73,7 +75,7 @@ def keep_first(pairs_K3: np.ndarray) -> dict[int, tuple[int, int]]:
     does not make its two ends one image.
     """
     dropped: dict[int, tuple[int, int]] = {}
-    for earlier, later, distance in pairs_K3.tolist():
+    for earlier, later, distance in to_list(pairs_K3):
         if later in dropped:
             continue
         if earlier not in dropped:
@@ -88,11 +90,11 @@ def nearest(hashes_N: np.ndarray, against_M: np.ndarray, threshold: int = THRESH
     own, back = np.unique(hashes_N, return_inverse=True)
     other, first = np.unique(against_M, return_index=True)
     best: dict[int, tuple[int, int]] = {}
-    for earlier, later, distance in near_pairs(np.concatenate([other, own]), threshold).tolist():
+    for earlier, later, distance in to_list(near_pairs(np.concatenate([other, own]), threshold)):
         if earlier < len(other) <= later and distance < best.get(later, (0, BITS + 1))[1]:
             best[later] = (int(first[earlier]), distance)
     hit = {at - len(other): match for at, match in best.items()}
-    return {n: hit[at] for n, at in enumerate(back.ravel().tolist()) if at in hit}
+    return {n: hit[at] for n, at in enumerate(to_list(back.ravel())) if at in hit}
 
 
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -106,7 +108,7 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _masks(count: int) -> list[np.uint64]:
     """`count` bands of bits of nearly equal width."""
-    edges = np.linspace(0, BITS, count + 1).round().astype(int).tolist()
+    edges = to_list(np.linspace(0, BITS, count + 1).round().astype(int))
     return [np.uint64((1 << high) - (1 << low)) for low, high in itertools.pairwise(edges)]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from blip2.errors import ConfigError
+from blip2.ops.host import to_list
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def epoch_order(part_U: np.ndarray, weights: tuple[float, ...], seed: int, epoch
         if not takes:
             continue
         at = np.arange(epoch * takes, (epoch + 1) * takes)
-        for turn in np.unique(at // len(own)).tolist():
+        for turn in to_list(np.unique(at // len(own))):
             order = np.random.default_rng([seed, number, turn, 0, 1]).permutation(own)
             stretch = at[at // len(own) == turn] % len(own)
             places.append(order[stretch])

@@ -11,6 +11,7 @@ import torch
 from blip2.errors import ConfigError
 from blip2.inference.model import Blip2
 from blip2.models.stage1 import Stage1
+from blip2.ops.devices import pick_device
 from blip2.weights.assemble import assemble
 from blip2.weights.checkpoints import located, open_checkpoint
 
@@ -49,8 +50,7 @@ def load(
     if quantize is not None:
         settings = replace(found.config.language, quantize=None if quantize == "none" else quantize)
         found = replace(found, config=replace(found.config, language=settings))
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    model, report = assemble(found, device=name, dtype=torch_dtype(dtype), device_map=device_map)
+    model, report = assemble(found, device=pick_device(device), dtype=torch_dtype(dtype), device_map=device_map)
     if isinstance(model, Stage1):
         return Blip2(found.config, stage1=model, home=home, report=report)
     return Blip2(found.config, stage2=model, home=home, report=report)

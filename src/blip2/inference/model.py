@@ -24,6 +24,7 @@ from blip2.loaded import Loaded
 from blip2.models.decoding import generate, generate_with_qformer
 from blip2.models.qformer import ImageKV
 from blip2.ops.contrastive import query_text_similarity
+from blip2.ops.host import to_host, to_list
 from blip2.reading import ImageLike, distinct, listed
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ class Blip2(Loaded):
                     pad_id=tokenizer.pad_id,
                     images_B=torch.tensor([used.index(places[n] - start) for n in rows], device=self.device),
                 )
-                for n, ids in zip(rows, out[:: config.num].tolist(), strict=True):
+                for n, ids in zip(rows, to_list(out[:: config.num]), strict=True):
                     answers[n] = tokenizer.decode(ids)
         return answers
 
@@ -184,7 +185,7 @@ class Blip2(Loaded):
             with torch.no_grad():
                 soft = self.soft_prompts(features, asked[start : start + self.batch])
                 likely = torch.stack([self._likelihood(soft, prompts, [c] * len(prompts)) for c in candidates])
-            best += [candidates[n] for n in likely.argmax(dim=0).tolist()]
+            best += [candidates[n] for n in to_list(likely.argmax(dim=0))]
         return best
 
     def log_likelihood(
@@ -230,7 +231,7 @@ class Blip2(Loaded):
             query_text_similarity(image_QE[None], text_NE)[0]
             for image_QE, text_NE in zip(images_BQE, texts_NE, strict=True)
         )
-        return [scores_N.tolist() for scores_N in own]
+        return [to_list(scores_N) for scores_N in own]
 
     def _by_similarity(self, features_BPC: Tensor, found: list[list[str]]) -> list[list[str]]:
         """Each image's texts, the most similar to it by ITC first."""
@@ -269,7 +270,7 @@ class Blip2(Loaded):
             out = generate(
                 self.stage2.language_model, soft, ids, mask, config, end_id=tokenizer.end_id, pad_id=tokenizer.pad_id
             )
-        texts = [tokenizer.decode(row) for row in out.tolist()]
+        texts = [tokenizer.decode(row) for row in to_list(out)]
         return [texts[n : n + config.num] for n in range(0, len(texts), config.num)]
 
     def _caption_with_qformer(self, features_BPC: Tensor, config: DecodingConfig) -> list[str]:
@@ -298,13 +299,13 @@ class Blip2(Loaded):
         size = 8 * self.batch
         with torch.no_grad():
             parts = [self.stage1.embed_texts(*self.text_ids(given[n : n + size])) for n in range(0, len(given), size)]
-        return torch.cat(parts).float().cpu()
+        return to_host(torch.cat(parts))
 
     def embed_features(self, features_BPC: Tensor) -> Tensor:
         """Query embeddings [B, Q, E] from image features."""
         with torch.no_grad():
             embedded, _ = self.stage1.embed_images(self.stage1.project_image(features_BPC))
-        return embedded.float().cpu()
+        return to_host(embedded)
 
     def similarity(self, images: ImageLike | Sequence[ImageLike], texts: str | Sequence[str]) -> Tensor:
         """ITC similarity [B, N] in [-1, 1]: the largest dot product over an image's queries."""
@@ -329,7 +330,7 @@ class Blip2(Loaded):
     def match_logits(self, image_kv: ImageKV, texts: list[str]) -> Tensor:
         """ITM logits [N, 2], class 1 a match; text n is paired with image n mod B."""
         with torch.no_grad():
-            return self.stage1.match_logits(*self.text_ids(texts), image_kv).float().cpu()
+            return to_host(self.stage1.match_logits(*self.text_ids(texts), image_kv))
 
     def match_features(self, image_kv: ImageKV, texts: list[str]) -> Tensor:
         """ITM probabilities [N]; text n is paired with image n mod B."""

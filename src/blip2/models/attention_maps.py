@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from blip2.models.language_model import LanguageModel
 from blip2.models.qformer import QFormer
 from blip2.models.qformer_layers import QFormerLayer
+from blip2.ops.host import to_host
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Recorded:
 
     def maps(self) -> Tensor:
         """[L, Q, P], mean over the heads; sums to one over P."""
-        return torch.stack([weights.detach().mean(dim=0) for weights in self.weights]).float().cpu()
+        return to_host(torch.stack([weights.mean(dim=0) for weights in self.weights]))
 
     def relevance(self, score: Tensor) -> Tensor:
         """[L, P]: attention x its positive gradient, summed over queries, mean over heads.
@@ -51,7 +52,7 @@ class Recorded:
         for weights, gradient in zip(self.weights, found, strict=True):
             gain = torch.zeros_like(weights) if gradient is None else weights * gradient[0].clamp(min=0)
             rows.append(gain.mean(dim=0).sum(dim=0))
-        return torch.stack(rows).float().cpu()
+        return to_host(torch.stack(rows))
 
 
 def recording(qformer: QFormer) -> tuple[QFormer, Recorded]:
@@ -151,4 +152,4 @@ def _open_mean(model: LanguageModel, kind: str, **inputs: Tensor) -> Tensor:
     found = getattr(out, kind, None)
     if not found:
         raise ValueError(f"{model.model.config.model_type} does not give its attention")
-    return torch.stack([weights[0].float().mean(dim=0) for weights in found]).mean(dim=0).cpu()
+    return to_host(torch.stack([weights[0].float().mean(dim=0) for weights in found]).mean(dim=0))

@@ -11,6 +11,7 @@ from torch import Tensor
 from blip2.configs import DecodingConfig
 from blip2.models.language_model import LanguageModel
 from blip2.models.qformer import ImageKV, QFormer
+from blip2.ops.host import to_list
 
 
 @torch.no_grad()
@@ -74,4 +75,4 @@ def generate_with_qformer(
         ids = torch.cat([ids, token[:, None]], dim=1)
         if bool(ended.all()):
             break
-    return [row[: row.index(end_id)] if end_id in row else row for row in ids[:, 1:].tolist()]
+    return [row[: row.index(end_id)] if end_id in row else row for row in to_list(ids[:, 1:])]

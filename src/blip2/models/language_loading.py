@@ -12,6 +12,7 @@ from blip2.errors import ConfigError
 from blip2.models import hub, quantize, towers
 from blip2.models.freezing import freeze
 from blip2.models.language_model import LanguageModel
+from blip2.ops.devices import fast_dtype
 
 
 def load_language_model(
@@ -47,7 +48,7 @@ def load_language_model(
     if dtype == torch.float16 and "t5" in part.model_type:
         raise ConfigError(f"language.name is {config.name!r}: T5 overflows in float16, use bf16 or fp32")
     kind = AutoModelForSeq2SeqLM if part.is_encoder_decoder else AutoModelForCausalLM
-    dtype = dtype or fast_dtype()
+    dtype = dtype or fast_dtype(device)
     if config.quantize:
         options = quantize.loading_options(config.quantize, torch.device(device), dtype) | options
     loaded = hub.load_model(kind, source, part, dtype, **options)
@@ -71,11 +72,3 @@ def language_model_from_config(config: Any, dtype: torch.dtype = torch.float32) 
     model = LanguageModel(built)
     freeze(model)
     return model
-
-
-def fast_dtype() -> torch.dtype:
-    """bfloat16 on a GPU or CPU that multiplies it in hardware, else float32."""
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from blip2.errors import ConfigError
 from blip2.models import shared_prefix
 from blip2.models.freezing import is_adapter
+from blip2.ops.host import to_list
 from blip2.ops.lengths import bucket, length_groups
 from blip2.ops.losses import head_loss
 
@@ -339,7 +340,7 @@ class LanguageModel(nn.Module):
         """Rows to run together: on a CPU, groups of similar length, for padding costs as much as text there."""
         if not self.split_lengths or self._compiled or mask_BT.device.type != "cpu":
             return [torch.arange(len(mask_BT), device=mask_BT.device)]
-        lengths = (prompts + mask_BT.sum(1)).tolist()
+        lengths = to_list(prompts + mask_BT.sum(1))
         return [torch.tensor(group) for group in length_groups(lengths, overhead=_GROUP_OVERHEAD)]
 
     def _bucketed(self, *texts_NT: Tensor) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from blip2.models.qformer import ImageKV, QFormer
 from blip2.models.qformer_layers import KeyValue
+from blip2.ops.devices import widened, without_autocast
 from blip2.ops.losses import mean_over_queries
 
 
@@ -66,12 +67,26 @@ class Stage1(nn.Module):
     def embed_images(self, image_kv: ImageKV) -> tuple[Tensor, list[KeyValue]]:
         """Unit-norm query embeddings [B, Q, E], and the query cache that ITG decodes on."""
         queries_BQD, cache = self.qformer.encode_queries(image_kv)
-        return F.normalize(self.vision_proj(queries_BQD).float(), dim=-1), cache
+        return self.image_embeddings(queries_BQD), cache
+
+    def image_embeddings(self, queries_BQD: Tensor) -> Tensor:
+        """Unit-norm embeddings [B, Q, E] of query outputs, float32."""
+        return F.normalize(_in_float32(self.vision_proj, queries_BQD), dim=-1)
 
     def embed_texts(self, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
-        """Unit-norm text embeddings [N, E]."""
-        return F.normalize(self.text_proj(self.qformer.encode_text(ids_NT, mask_NT)).float(), dim=-1)
+        """Unit-norm text embeddings [N, E], float32."""
+        return F.normalize(_in_float32(self.text_proj, self.qformer.encode_text(ids_NT, mask_NT)), dim=-1)
 
     def match_logits(self, ids_NT: Tensor, mask_NT: Tensor, image_kv: ImageKV) -> Tensor:
-        """ITM logits [N, 2], class 1 a match; text n is paired with image n mod B."""
-        return mean_over_queries(self.itm_head(self.qformer.encode_pair(ids_NT, mask_NT, image_kv)))
+        """ITM logits [N, 2], class 1 a match, float32; text n is paired with image n mod B."""
+        return self.pair_logits(self.qformer.encode_pair(ids_NT, mask_NT, image_kv))
+
+    def pair_logits(self, queries_NQD: Tensor) -> Tensor:
+        """ITM logits [N, 2] of query outputs that have seen a text, float32."""
+        return mean_over_queries(_in_float32(self.itm_head, queries_NQD))
+
+
+def _in_float32(head: nn.Linear, x: Tensor) -> Tensor:
+    """What a small head makes of `x`, inside autocast too: its products are compared with each other."""
+    with without_autocast(x.device):
+        return F.linear(*map(widened, (x, head.weight, head.bias)))

@@ -6,15 +6,19 @@ Shape letters: B rows of this process, G rows of all processes, Q queries, E con
 import torch
 from torch import Tensor
 
+from blip2.ops.devices import widened, without_autocast
+
 
 def query_text_similarity(queries_BQE: Tensor, texts_GE: Tensor) -> Tensor:
     """Similarity [B, G] of images and texts: the largest dot product over the queries.
 
     Both sides are expected L2-normalised; the result is not yet divided by the temperature
-    (arXiv 2301.12597, section 3.2: "the highest one as the image-text similarity").
+    (arXiv 2301.12597, section 3.2: "the highest one as the image-text similarity"). It decides recall, what is
+    re-ranked and which negatives are drawn, so the products are float32 inside autocast too.
     """
     B, Q, E = queries_BQE.shape
-    sim_BQG = (queries_BQE.reshape(B * Q, E) @ texts_GE.t()).view(B, Q, -1)
+    with without_autocast(queries_BQE.device):
+        sim_BQG = (widened(queries_BQE).reshape(B * Q, E) @ widened(texts_GE).t()).view(B, Q, -1)
     return sim_BQG.amax(dim=1)
 
 

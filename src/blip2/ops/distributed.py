@@ -12,6 +12,8 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_fn
 from torch import Tensor
 
+from blip2.ops.host import to_list
+
 _ALONE = False
 
 
@@ -103,7 +105,7 @@ def fetch_rows(x_B: Tensor, wanted_N: Tensor) -> Tensor:
     asked = torch.bincount(owner_N, minlength=world)
     asked_of_me = torch.empty_like(asked)
     dist.all_to_all_single(asked_of_me, asked)
-    ask, give = asked.tolist(), asked_of_me.tolist()
+    ask, give = to_list(asked), to_list(asked_of_me)
     indices = torch.empty(sum(give), dtype=torch.int64, device=wanted_N.device)
     dist.all_to_all_single(indices, wanted_N[order].contiguous(), give, ask)
     got: Tensor = _Exchange.apply(x_B[indices - here * rows], give, ask)

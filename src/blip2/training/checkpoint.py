@@ -169,7 +169,7 @@ def _gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state.items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         if distributed.rank() == 0:
-            found[name] = whole.detach().cpu()
+            found[name] = whole.detach().to("cpu")
     return found
 
 

@@ -10,12 +10,13 @@ the parameters themselves in the backward pass that the trainer runs.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from blip2.ops.devices import without_autocast
 
 # Parts of a loss from the tensors they start from; each is done with once the next one is asked for.
 Parts = Callable[[Sequence[Tensor]], Iterator[dict[str, Tensor]]]
@@ -49,7 +50,8 @@ def early_backward(model: nn.Module, inputs: Sequence[Tensor], parts: Parts) -> 
     def done() -> Iterator[dict[str, Tensor]]:
         for part in parts(leaves):
             loss = torch.stack(list(part.values())).sum()
-            with _without_autocast(loss.device.type):
+            # autocast is for forward passes: a backward pass within it would be cast a second time
+            with without_autocast(loss.device):
                 torch.autograd.backward(loss)
             yield {name: value.detach() for name, value in part.items()}
 
@@ -64,12 +66,6 @@ def early_backward(model: nn.Module, inputs: Sequence[Tensor], parts: Parts) -> 
 def _leaf(x: Tensor) -> Tensor:
     """The same numbers without their graph."""
     return x.detach().requires_grad_(x.requires_grad)
-
-
-def _without_autocast(device: str) -> contextlib.AbstractContextManager[None]:
-    """Autocast is for forward passes: a backward pass within it would be cast a second time."""
-    known = torch.amp.autocast_mode.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
 
 
 class _Calling(nn.Module):

@@ -1,4 +1,4 @@
-"""Devices, precision and processes: plain torch, no launcher needed for one process."""
+"""Processes: plain torch, no launcher needed for one of them."""
 
 from __future__ import annotations
 
@@ -12,46 +12,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from blip2.configs import RunConfig
-from blip2.errors import ConfigError
 from blip2.models.language_model import LanguageModel
 from blip2.ops import distributed
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is this process's CUDA device where there is one, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"train.device is {name!r}, but torch sees no CUDA device here: use cpu or auto")
-    if name == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device(name)
-
-
-def fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 multiplies faster than fp32: CUDA, or a CPU with AVX512-BF16 or AMX.
-
-    Elsewhere bf16 is emulated: on an AVX2-only CPU a bf16 matrix product took 6 times as long.
-    """
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    if device.type != "cpu":
-        return False
-    checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return any(check() for check in checks if check is not None)
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[None]:
-    """bf16 autocast for `bf16`, and for `auto` where it is fast; else fp32."""
-    if precision == "bf16" or (precision == "auto" and fast_bf16(device)):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Join torchrun's processes (gloo on CPU, NCCL on CUDA); nothing in a plain `python` run."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not dist.is_torchelastic_launched() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     if device.type == "cuda":
@@ -71,14 +39,19 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def shards(parallel: str) -> bool:
+    """Whether FSDP2 is at work; under `torchrun` in a single process too."""
+    return parallel == "fsdp2" and dist.is_initialized()
+
+
 def wrap(objective: nn.Module, parallel: str, device: torch.device, unused: bool) -> nn.Module:
-    """Wrap an objective for the processes there are; itself in one process.
+    """Wrap an objective for the processes there are; itself in a plain run.
 
     FSDP2 shards every block of the frozen towers by itself, and all that trains as one group.
     """
-    if distributed.world_size() == 1:
+    if distributed.world_size() == 1 and not shards(parallel):
         return objective
-    if parallel == "ddp":
+    if not shards(parallel):
         ids = [device.index] if device.type == "cuda" else None
         # DDP sends the first process's weights to all. torchao's it cannot send, and all have read the same.
         quantized = [name for name, p in objective.named_parameters() if hasattr(p, "__tensor_flatten__")]

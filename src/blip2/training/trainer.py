@@ -27,10 +27,12 @@ from blip2.errors import RunError
 from blip2.models.freezing import assert_frozen, weights_digest
 from blip2.models.vision_encoder import VisionEncoder
 from blip2.ops import distributed
+from blip2.ops.devices import autocast
+from blip2.ops.host import to_list
 from blip2.training import checkpoint
 from blip2.training.metrics import RunLog
 from blip2.training.optim import build_optimizer, learning_rate, set_learning_rate
-from blip2.training.parallel import autocast, unsharded, unused_parameters, wrap
+from blip2.training.parallel import unsharded, unused_parameters, wrap
 from blip2.weights import runs
 
 Evaluate = Callable[[int], dict[str, Any]]
@@ -179,7 +181,7 @@ class Trainer:
                 total[name] = total.get(name, torch.zeros((), device=self.device)) + value.detach() / parts
         names = list(total)
         told = torch.tensor(0.0 if self._signal is None else 1.0, device=self.device)
-        means = distributed.mean_over_processes(torch.stack([*total.values(), told]).float()).tolist()
+        means = to_list(distributed.mean_over_processes(torch.stack([*total.values(), told]).float()))
         values = dict(zip(names, means, strict=False))
         self._stopping = means[-1] > 0  # decided together: any process that was told stops all
         if not all(math.isfinite(v) for v in values.values()):

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from blip2.errors import CheckpointError
+from blip2.ops.host import to_numpy
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLED_INDEX, PICKLED = "pytorch_model.bin.index.json", "pytorch_model.bin"
@@ -155,7 +156,7 @@ def write_safetensors(
         with temporary.open("wb") as handle:
             handle.write(len(encoded).to_bytes(8, "little") + encoded)
             for name in order:
-                as_bytes(tensors[name].read()).numpy().tofile(handle)
+                to_numpy(as_bytes(tensors[name].read())).tofile(handle)
                 if progress is not None:
                     progress(tensors[name].nbytes)
             handle.flush()
@@ -200,7 +201,7 @@ def write_folder(
 
 def as_bytes(tensor: Tensor) -> Tensor:
     """The raw bytes of a tensor, [nbytes] uint8; equal bytes are equal values, NaN included."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
 
 

@@ -21,6 +21,8 @@ from blip2.inference import Blip2, load, torch_dtype
 from blip2.models import hub
 from blip2.models.vision_encoder import normalisation
 from blip2.ops.contrastive import query_text_similarity
+from blip2.ops.devices import pick_device
+from blip2.ops.host import to_list
 from blip2.weights.checkpoints import located
 
 
@@ -74,7 +76,7 @@ class Bridge:
         kv = self.model.image_kv(self._features(pictures))
         device = kv.layers[0][0].device
         return [
-            self.model.match_features(kv.take(torch.tensor([n], device=device)), list(own)).tolist() if own else []
+            to_list(self.model.match_features(kv.take(torch.tensor([n], device=device)), list(own))) if own else []
             for n, own in enumerate(texts)
         ]
 
@@ -143,7 +145,7 @@ class HuggingFaceClip:
         pixels = _pixels(pictures, self.spec, self.model, self.device)
         image_BE = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output).float()
         cosine_N = torch.nn.functional.cosine_similarity(image_BE[owners.to(self.device)], text_NE)
-        return _split(cosine_N.cpu(), texts)
+        return _split(cosine_N, texts)
 
     def matches(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
         """CLIP has no ITM head."""
@@ -157,7 +159,7 @@ def open_models(settings: CapFiltSettings, device: str = "auto") -> tuple[Captio
         CheckpointError: nothing there, damaged, or of another kind.
         ConfigError: a captioner that cannot sample, a ranker that is missing or without ITM.
     """
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    place = str(pick_device(device))
     captioner: Captioner | None = None
     if settings.samples or settings.ranker is None:
         captioner = _captioner(settings, place)
@@ -215,5 +217,5 @@ def _flat(texts: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:
 
 
 def _split(values_N: Tensor, texts: Sequence[Sequence[str]]) -> list[list[float]]:
-    rest = iter(values_N.tolist())
+    rest = iter(to_list(values_N))
     return [[next(rest) for _ in own] for own in texts]

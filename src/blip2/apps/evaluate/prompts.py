@@ -21,7 +21,8 @@ from blip2.data.sources import open_collection
 from blip2.errors import ConfigError, DataError
 from blip2.inference import Blip2
 from blip2.ops import distributed
-from blip2.training.parallel import pick_device, process_group
+from blip2.ops.devices import pick_device
+from blip2.training.parallel import process_group
 
 ANSWERS = "answers.jsonl"
 

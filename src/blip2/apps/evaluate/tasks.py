@@ -35,6 +35,7 @@ from blip2.fewshot import Examples
 from blip2.inference import Blip2
 from blip2.ops import distributed
 from blip2.ops.contrastive import query_text_similarity
+from blip2.ops.host import to_list, to_numpy
 
 Entries = list[dict[str, Any]]
 
@@ -232,7 +233,7 @@ def retrieve(model: Blip2, data: Collection, folder: Folder, k: int, itc_weight:
     texts = [text for sample in data.samples for text in sample.captions]
     owners = np.array([n for n, sample in enumerate(data.samples) for _ in sample.captions])
     queries_IQE, kept = _embed(data.samples, model)
-    similarity_IT = query_text_similarity(queries_IQE, model.embed_texts(texts)).numpy()
+    similarity_IT = to_numpy(query_text_similarity(queries_IQE, model.embed_texts(texts)))
     pairs = candidate_pairs(similarity_IT, k)
 
     def predict(chunk: list[int]) -> Entries:
@@ -262,7 +263,7 @@ def _matches(model: Blip2, features_1PC: Tensor, texts: list[str], chosen: npt.N
     size = 8 * model.batch  # texts are many and short
     meant = [texts[t] for t in chosen]
     logits = [model.match_logits(kv, meant[start : start + size]) for start in range(0, len(meant), size)]
-    return {"texts": chosen.tolist(), "itm": [round(v, 6) for v in torch.cat(logits)[:, 1].tolist()]}
+    return {"texts": to_list(chosen), "itm": [round(v, 6) for v in to_list(torch.cat(logits)[:, 1])]}
 
 
 def _embed(samples: list[Sample], model: Blip2) -> tuple[Tensor, dict[int, Tensor]]:
@@ -278,7 +279,7 @@ def _embed(samples: list[Sample], model: Blip2) -> tuple[Tensor, dict[int, Tenso
             embedded.append(model.embed_features(features_BPC))
             used += features_BPC.nbytes
             if used <= KEPT_FEATURES:
-                kept |= dict(enumerate(features_BPC.cpu(), start))
+                kept |= dict(enumerate(features_BPC.to("cpu"), start))
             bar.update(len(chunk))
     return torch.cat(embedded), kept
 

@@ -17,6 +17,7 @@ from blip2.apps.pages import environment, write
 from blip2.data.samples import printable
 from blip2.errors import ConfigError
 from blip2.explain import Attention
+from blip2.ops.host import to_list, to_numpy
 from blip2.pictures import overlay, png, seen
 from blip2.reading import open_image
 
@@ -45,7 +46,7 @@ def as_dict(found: Attention, image: str, model: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    return np.round(value.double().numpy(), 6).tolist() if isinstance(value, Tensor) else value
+    return to_list(np.round(to_numpy(value).astype(np.float64), 6)) if isinstance(value, Tensor) else value
 
 
 def _lines(found: Attention, out: str | None) -> list[str]:
@@ -54,13 +55,13 @@ def _lines(found: Attention, out: str | None) -> list[str]:
     lines = [f"{Q} queries, cross-attention in {L} layers {found.layers}, {P} image tokens"]
     lines.append(f"{on_prefix:.0%} of the attention is on the {found.prefix} token(s) before the patches")
     if found.itc is not None:
-        order = found.itc.argsort(descending=True)[:5].tolist()
+        order = to_list(found.itc.argsort(descending=True)[:5])
         lines.append("ITC " + ", ".join(f"query {q} {float(found.itc[q]):.3f}" for q in order))
         lines.append("ITM: this model never learned it" if found.itm is None else f"ITM {found.itm:.3f}")
     if found.caption is not None:
         lines.append(f"caption: {found.caption}")
     if found.words is not None and found.word_prompts is not None:
-        shares = found.word_prompts.sum(dim=1).tolist()
+        shares = to_list(found.word_prompts.sum(dim=1))
         words = [f"{word.strip() or '_'} {share:.0%}" for word, share in zip(found.words, shares, strict=True)]
         lines.append("attention to the soft prompts: " + ", ".join(words))
     return [*lines, *([f"maps: {out}"] if out else [])]
@@ -91,7 +92,7 @@ def write_page(path: Path, picture: Image.Image, found: Attention, image: str, m
 
 
 def _map(view: Image.Image, found: Attention, map_P: Tensor, side: int) -> str:
-    return png(overlay(view.resize((side, side)), found.heat(map_P).numpy()))
+    return png(overlay(view.resize((side, side)), to_numpy(found.heat(map_P))))
 
 
 def _scores(view: Image.Image, found: Attention) -> list[dict[str, Any]]:
@@ -109,7 +110,7 @@ def _scores(view: Image.Image, found: Attention) -> list[dict[str, Any]]:
 def _queries(view: Image.Image, found: Attention) -> list[dict[str, Any]]:
     """One row per query, best for the text first; one map per layer."""
     Q = found.queries.shape[1]
-    order = range(Q) if found.itc is None else found.itc.argsort(descending=True).tolist()
+    order = range(Q) if found.itc is None else to_list(found.itc.argsort(descending=True))
     return [
         {
             "number": q,

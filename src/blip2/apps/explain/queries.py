@@ -18,6 +18,7 @@ from blip2.data.samples import printable
 from blip2.data.sources import open_collection
 from blip2.errors import ConfigError
 from blip2.inference import Blip2
+from blip2.ops.host import to_list, to_numpy
 from blip2.pictures import colours, overlay, png, seen
 from blip2.specialisation import Example, Specialisation, Word, specialisation
 
@@ -78,7 +79,7 @@ def _words(words: list[Word]) -> list[dict[str, Any]]:
 
 
 def _rounded(values: Tensor) -> Any:
-    return np.round(values.double().numpy(), 6).tolist()
+    return to_list(np.round(to_numpy(values).astype(np.float64), 6))
 
 
 def order(found: Specialisation) -> list[int]:
@@ -139,7 +140,7 @@ def _plain(found: Specialisation, map_P: Tensor) -> Image.Image:
 
 def _heat(found: Specialisation, map_P: Tensor) -> Any:
     """[h, w]: the patches of a map."""
-    return map_P[found.prefix :].unflatten(0, found.grid).numpy()
+    return to_numpy(map_P[found.prefix :].unflatten(0, found.grid))
 
 
 def _example(found: Specialisation, example: Example, resize: str) -> dict[str, Any]:

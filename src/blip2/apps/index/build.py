@@ -35,6 +35,7 @@ from blip2.data.samples import BadSample, BadSampleError, Sample, printable
 from blip2.data.shards import decode_text, lines_of
 from blip2.errors import DataError
 from blip2.inference import Blip2
+from blip2.ops.host import to_numpy
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -234,9 +235,9 @@ class Builder:
                 for n, found in zip(bare, texts, strict=True):
                     rows[n] = replace(rows[n], captions=tuple(found))
             listed = [caption for row in rows for caption in row.captions]
-            self._caption_vectors.append(model.embed_texts(listed).half().numpy())
+            self._caption_vectors.append(to_numpy(model.embed_texts(listed)).astype(np.float16))
         self._rows += rows
-        self._vectors.append(model.embed_features(features_BPC).half().numpy())
+        self._vectors.append(to_numpy(model.embed_features(features_BPC)).astype(np.float16))
         self.report.added += len(rows)
 
     def _flush(self) -> None:

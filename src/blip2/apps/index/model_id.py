@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 
-import torch
-
 from blip2.apps.index.store import ModelId, Store
 from blip2.errors import ConfigError
 from blip2.inference import Blip2
+from blip2.ops.host import to_host, to_numpy
 
 # The image encoder, and what no embedding depends on (a checkpoint may lack it, to be filled at random).
 _APART = ("vision.", "temp", "itm_head.", "qformer.head.")
@@ -25,7 +24,7 @@ def identify(model: Blip2, name: str) -> ModelId:
     for key, tensor in sorted(stage1.state_dict().items()):
         if not key.startswith(_APART):
             digest.update(key.encode())
-            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+            digest.update(to_numpy(to_host(tensor).float()).tobytes())
     return ModelId(name, digest.hexdigest()[:16], stage1.qformer.num_queries, stage1.vision_proj.out_features)
 
 

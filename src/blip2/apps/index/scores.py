@@ -16,6 +16,7 @@ from torch import Tensor
 
 from blip2.apps.index.segments import Half, Ids, Segment
 from blip2.apps.index.store import Store
+from blip2.ops.host import to_numpy
 
 Scores = npt.NDArray[np.float32]
 _CHUNK = 512  # images scored together: 16 MiB in float32 at 32 x 256, which stays near the processor
@@ -48,7 +49,7 @@ def segment_scores(vectors: Half, query_ME: Tensor) -> Scores:
     out = np.empty(len(vectors), dtype=np.float32)
     for start in range(0, len(vectors), _CHUNK):
         part = torch.from_numpy(np.asarray(vectors[start : start + _CHUNK]))
-        out[start : start + _CHUNK] = max_similarity(part, query_ME).numpy()
+        out[start : start + _CHUNK] = to_numpy(max_similarity(part, query_ME))
     return out
 
 
@@ -76,7 +77,7 @@ def caption_scores(segment: Segment, query_E: Tensor) -> Scores:
     out = np.full(segment.count, -np.inf, dtype=np.float32)
     if len(segment.owners):
         cosines = torch.from_numpy(np.asarray(segment.caption_vectors)).float() @ query_E
-        np.maximum.at(out, segment.owners, cosines.numpy())
+        np.maximum.at(out, segment.owners, to_numpy(cosines))
     return out
 
 

@@ -28,6 +28,7 @@ from blip2.apps.index.store import Store
 from blip2.data.samples import BadSampleError, Sample
 from blip2.errors import ConfigError, DataError
 from blip2.inference import Blip2, load
+from blip2.ops.host import to_list, to_numpy
 from blip2.reading import ImageLike, open_image
 
 FIELDS = ("images", "captions", "both")
@@ -162,7 +163,7 @@ class Index:
         places = {int(image): n for n, image in enumerate(ids)}
         ids, ranked = top(ids, combined(list(scores.values())), wanted)
         hits = []
-        for number, score in zip(ids.tolist(), ranked.tolist(), strict=True):
+        for number, score in zip(to_list(ids), to_list(ranked), strict=True):
             here = {name: float(s[places[number]]) for name, s in scores.items()}
             hits.append(self._hit(number, score, {name: s for name, s in here.items() if np.isfinite(s)}))
         if text and rerank:
@@ -180,7 +181,7 @@ class Index:
         bare = [segment for segment in self.store.segments if segment.serial not in covered]
         ids, scores = exact_top(self.store, bare, query_ME, count)
         if covered:
-            named = self.engine.candidates(query_ME.numpy(), _POOL * max(count, 64))
+            named = self.engine.candidates(to_numpy(query_ME), _POOL * max(count, 64))
             named = self.store.living(np.unique(named))
             named = named[np.isin(named >> 32, list(covered))]
             ids = np.concatenate([ids, named])
@@ -260,7 +261,7 @@ def combined(scores: list[Scores]) -> Scores:
 def caption_scores_of(store: Store, ids: Ids, query_E: Tensor) -> Scores:
     """Largest cosine over each image's captions; minus infinity where it has none."""
     out = np.full(len(ids), -np.inf, dtype=np.float32)
-    for serial in np.unique(ids >> 32).tolist():
+    for serial in to_list(np.unique(ids >> 32)):
         here = ids >> 32 == serial
         out[here] = caption_scores(store.by_serial[serial], query_E)[ids[here] & 0xFFFFFFFF]
     return out

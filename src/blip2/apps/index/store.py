@@ -33,6 +33,7 @@ import numpy.typing as npt
 
 from blip2.apps.index.segments import Batch, Half, Ids, Row, Seal, Segment, image_id, sealed
 from blip2.errors import DataError, RunError
+from blip2.ops.host import to_list
 
 try:
     import fcntl
@@ -142,7 +143,7 @@ class Store:
     def living(self, ids: Ids) -> Ids:
         """Those of the ids that still count, in the same order."""
         keep = np.zeros(len(ids), dtype=bool)
-        for serial in np.unique(ids >> 32).tolist():
+        for serial in to_list(np.unique(ids >> 32)):
             if (segment := self.by_serial.get(serial)) is not None:
                 here = ids >> 32 == serial
                 keep[here] = self.live(segment)[ids[here] & 0xFFFFFFFF]
@@ -155,7 +156,7 @@ class Store:
         """Query embeddings [len(ids), Q, E]."""
         model = self.manifest.model
         out = np.empty((len(ids), model.queries, model.width), dtype=np.float16)
-        for serial in np.unique(ids >> 32).tolist():
+        for serial in to_list(np.unique(ids >> 32)):
             here = ids >> 32 == serial
             out[here] = self.by_serial[serial].vectors[ids[here] & 0xFFFFFFFF]
         return out

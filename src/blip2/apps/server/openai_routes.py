@@ -20,6 +20,7 @@ from blip2.apps.server.problems import bad
 from blip2.apps.server.schemas import ChatRequest, EmbeddingRequest
 from blip2.apps.server.worker import Kind, Prompt, Write
 from blip2.configs import DecodingConfig
+from blip2.ops.host import to_list, to_numpy
 
 if TYPE_CHECKING:
     from blip2.apps.server.app import Server
@@ -117,9 +118,9 @@ def _is_image(given: str) -> bool:
 
 def _entry(number: int, vector: Tensor, encoding: str | None) -> dict[str, Any]:
     flat = vector.flatten().contiguous()
-    value: Any = flat.tolist()
+    value: Any = to_list(flat)
     if encoding == "base64":
-        value = base64.b64encode(flat.numpy().astype("<f4").tobytes()).decode()
+        value = base64.b64encode(to_numpy(flat).astype("<f4").tobytes()).decode()
     shape = {"shape": list(vector.shape)} if vector.dim() > 1 else {}
     return {"object": "embedding", "index": number, "embedding": value, **shape}
 

@@ -20,6 +20,7 @@ from blip2.configs import DecodingConfig
 from blip2.errors import Blip2Error, ConfigError, DataError, RunError
 from blip2.inference import Blip2
 from blip2.models.qformer import QFormer
+from blip2.ops.host import to_host, to_list
 
 _log = logging.getLogger("blip2.serve")
 
@@ -198,7 +199,7 @@ class Worker:
     def _scores(self, features_BPC: Tensor, found: list[list[str]]) -> list[list[float]]:
         """ITM probabilities [B][num] that each text describes its image."""
         kv = self.model.image_kv(features_BPC)
-        columns = [self.model.match_features(kv, list(texts)).tolist() for texts in zip(*found, strict=True)]
+        columns = [to_list(self.model.match_features(kv, list(texts))) for texts in zip(*found, strict=True)]
         return [list(row) for row in zip(*columns, strict=True)]
 
     def _length(self, text: str) -> int:
@@ -305,7 +306,7 @@ class Worker:
 
 
 def _rows(values: Tensor) -> Any:
-    return values.double().mul(1e6).round().div(1e6).tolist()
+    return to_list(to_host(values).double().mul(1e6).round().div(1e6))
 
 
 def _sentence(answer: str) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 SENTENCES = ["a photo of a dog on the grass", "two cats sleep on a red sofa", "Question: what is it? Answer: a bird\n"]
@@ -125,19 +123,6 @@ def t5_config(words: int) -> Any:
         pad_token_id=1,
         eos_token_id=2,
     )
-
-
-@pytest.fixture(scope="session")
-def hf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
-    """`hf(kind)` is (folder, transformers model) for kind `opt`, `t5`, `itm`, `blip` or `clip`; each is built once."""
-    made: dict[str, tuple[Path, Any]] = {}
-
-    def build(kind: str) -> tuple[Path, Any]:
-        if kind not in made:
-            made[kind] = save(kind, tmp_path_factory.mktemp("hf") / kind)
-        return made[kind]
-
-    return build
 
 
 def blip_or_clip(kind: str, words: int) -> Any:

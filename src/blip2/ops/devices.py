@@ -1,0 +1,89 @@
+"""Which device work runs on, and in which precision: what `auto` means, decided in one place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import torch
+from torch import Tensor
+
+from blip2.configs import PRECISIONS
+from blip2.errors import ConfigError
+
+# Decides what `auto` takes, whatever the processor: to reproduce a run, and to test both.
+PRECISION_VARIABLE = "BLIP2_PRECISION"
+
+
+def pick_device(name: str | torch.device, setting: str = "device") -> torch.device:
+    """A device by its name; `auto` is CUDA where there is one, this process's own under `torchrun`, else the CPU.
+
+    Args:
+        setting: what the error calls the name.
+
+    Raises:
+        ConfigError: torch knows no such device, or sees none here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"{setting} is {name!r}: torch knows no such device: use auto, cpu or cuda") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"{setting} is {str(name)!r}, but torch sees no CUDA device here: use cpu or auto")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if device.index >= torch.cuda.device_count():
+            raise ConfigError(f"{setting} is {str(name)!r}, but torch sees {torch.cuda.device_count()} CUDA device(s)")
+    return device
+
+
+def fast_bf16(device: torch.device | str) -> bool:
+    """Whether `auto` means bf16 on a device: where it multiplies faster than fp32, unless BLIP2_PRECISION decides.
+
+    CUDA, and CPUs with AVX512-BF16 or AMX, have such instructions. Elsewhere bf16 is emulated: on an AVX2-only
+    CPU a bf16 matrix product took 6 times as long.
+
+    Raises:
+        ConfigError: BLIP2_PRECISION is neither fp32, bf16 nor auto.
+    """
+    wanted = os.environ.get(PRECISION_VARIABLE) or "auto"
+    if wanted not in PRECISIONS:
+        raise ConfigError(f"{PRECISION_VARIABLE} is {wanted!r}: it must be one of {', '.join(PRECISIONS)}")
+    if wanted != "auto":
+        return wanted == "bf16"
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return kind == "cpu" and any(check() for check in checks if check is not None)
+
+
+def fast_dtype(device: torch.device | str) -> torch.dtype:
+    """What the weights of frozen models are kept in: bfloat16 where `fast_bf16`, else float32."""
+    return torch.bfloat16 if fast_bf16(device) else torch.float32
+
+
+def uses_bf16(device: torch.device | str, precision: str) -> bool:
+    """Whether a setting of `auto`, `fp32` or `bf16` means bf16 on a device."""
+    return precision == "bf16" or (precision == "auto" and fast_bf16(device))
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[None]:
+    """bf16 autocast for `bf16`, and for `auto` where it is fast; else fp32."""
+    return (
+        torch.autocast(device.type, dtype=torch.bfloat16) if uses_bf16(device, precision) else contextlib.nullcontext()
+    )
+
+
+def widened(values: Tensor) -> Tensor:
+    """Half precision in float32; other types as they are."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Every operator in the precision of what it is given, inside autocast too."""
+    known = torch.amp.autocast_mode.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()

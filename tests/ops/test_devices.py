@@ -1,0 +1,67 @@
+"""What `auto` means: devices, precisions, and the variable that decides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from blip2.errors import ConfigError
+from blip2.ops.contrastive import query_text_similarity
+from blip2.ops.devices import autocast, fast_bf16, fast_dtype, pick_device, uses_bf16, without_autocast
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("wanted", ["fp32", "bf16"])
+def test_the_variable_decides_what_auto_means(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLIP2_PRECISION", wanted)
+    half = wanted == "bf16"
+    assert fast_bf16("cpu") is fast_bf16("cuda") is half
+    assert fast_dtype("cpu") == (torch.bfloat16 if half else torch.float32)
+    # what a run asks for itself stays what it asks for
+    assert [uses_bf16("cpu", precision) for precision in ("auto", "fp32", "bf16")] == [half, False, True]
+    with autocast(CPU, "auto"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == fast_dtype("cpu")
+
+
+@pytest.mark.parametrize("unset", ["", "auto"])
+def test_without_it_the_processor_decides(unset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLIP2_PRECISION", unset)
+    flags = (torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported())
+    assert fast_bf16("cpu") == any(flags)
+
+
+def test_another_value_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLIP2_PRECISION", "half")
+    with pytest.raises(ConfigError, match="BLIP2_PRECISION is 'half': it must be one of auto, fp32, bf16"):
+        fast_bf16("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_devices_that_are_not_there() -> None:
+    assert pick_device("auto") == CPU
+    assert pick_device(CPU) == CPU
+    with pytest.raises(ConfigError, match="device is 'cuda:1', but torch sees no CUDA device here: use cpu or auto"):
+        pick_device("cuda:1")
+    with pytest.raises(ConfigError, match="train.device is 'gpu': torch knows no such device"):
+        pick_device("gpu", "train.device")
+
+
+def test_what_decides_is_float32_inside_autocast() -> None:
+    """Cosines that differ by 2e-4, which bf16 cannot tell apart, are ranked right."""
+    queries_BQE = torch.nn.functional.normalize(
+        torch.tensor([[[1.0, 0.02], [1.0, 0.0]], [[1.0, 0.03], [1.0, 0.0]]]), dim=-1
+    )
+    texts_GE = torch.nn.functional.normalize(torch.tensor([[1.0, 0.05]]), dim=-1)
+    with autocast(CPU, "bf16"):
+        found = query_text_similarity(queries_BQE, texts_GE)
+    assert found.dtype == torch.float32
+    assert found[1, 0] > found[0, 0]
+    torch.testing.assert_close(found, query_text_similarity(queries_BQE, texts_GE), rtol=0, atol=0)
+
+
+def test_without_autocast_is_the_plain_product() -> None:
+    x = torch.randn(3, 3)
+    with autocast(CPU, "bf16"), without_autocast(CPU):
+        assert torch.equal(x @ x, torch.mm(x, x))
+        assert (x @ x).dtype == torch.float32
