@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "pretend"
 # Copies between devices are what they are for.
@@ -84,6 +83,8 @@ def _casting(name: str, *, lower: bool) -> Callable[..., Any]:
     operator = getattr(getattr(torch.ops.aten, base), overload or "default")
 
     def cast(value: Any, dtype: torch.dtype) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [cast(x, dtype) for x in value]
         wanted = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
         return value.to(dtype) if wanted else value
 
@@ -91,7 +92,7 @@ def _casting(name: str, *, lower: bool) -> Callable[..., Any]:
         dtype = torch.get_autocast_dtype(NAME) if lower else torch.float32
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return operator(*(tree_map(lambda x: cast(x, dtype), a) for a in args), **kwargs)
+            return operator(*(cast(a, dtype) for a in args), **kwargs)
 
     return call
 
@@ -147,26 +148,43 @@ _KERNELS = {"empty.memory_format": _empty, "empty_strided": _empty_strided, "_co
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An operator on the data, after the check that a card would make."""
-    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    there, name = [x for x in given if isinstance(x, Pretended)], str(func)
-    if there and not name.startswith(_COPIES):
-        here = [x for x in given if not isinstance(x, Pretended) and x.dim() > 0]
-        if here and not (name.startswith(_INDEXED) and isinstance(args[0], Pretended)):
-            raise RuntimeError(f"{name}: tensors on {NAME}:0 and on the CPU")
-    wanted = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
-    plain = {**kwargs, "device": torch.device("cpu")} if wanted is not None else kwargs
-    out = func(*tree_map(_held, args), **tree_map(_held, plain))
+    there: list[Pretended] = []
+    here = False
+
+    def held(x: Any) -> Any:
+        nonlocal here
+        if isinstance(x, Pretended):
+            there.append(x)
+            return x.held
+        if isinstance(x, Tensor):
+            here |= x.dim() > 0
+        elif isinstance(x, (list, tuple)):
+            return type(x)(map(held, x))
+        return x
+
+    name = str(func)
+    plain, options = [held(x) for x in args], {key: held(x) for key, x in kwargs.items()}
+    allowed = name.startswith(_COPIES) or (name.startswith(_INDEXED) and isinstance(args[0], Pretended))
+    if there and here and not allowed:
+        raise RuntimeError(f"{name}: tensors on {NAME}:0 and on the CPU")
+    wanted = options.get("device")
+    if wanted is not None:
+        options["device"] = torch.device("cpu")
+    out = func(*plain, **options)
     if name.startswith("aten.copy_"):
         return args[0]
-    on = wanted.type == NAME if wanted is not None else bool(there)
+    on = torch.device(wanted).type == NAME if wanted is not None else bool(there)
 
     def wrapped(x: Any) -> Any:
-        if not isinstance(x, Tensor):
+        if isinstance(x, (list, tuple)):
+            return type(x)(map(wrapped, x))
+        if not on or not isinstance(x, Tensor):
             return x
-        same = next((t for t in there if t.held is x), None)  # in-place operators give back their own
-        return same if same is not None else Pretended(x) if on else x
+        # in-place operators give back their own
+        same = next((t for t in there if t.held is x), None)
+        return Pretended(x) if same is None else same
 
-    return tree_map(wrapped, out)
+    return wrapped(out)
 
 
 def _held(x: Any) -> Any:

@@ -86,7 +86,7 @@ def devices() -> dict[str, Any]:
     """CPU cores and threads, accelerators with their memory, and the dtype that towers load in."""
     import torch
 
-    from blip2.ops.devices import fast_dtype, pick_device
+    from blip2.ops.devices import PRECISION_VARIABLE, fast_dtype, pick_device
 
     cards = []
     for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -97,6 +97,7 @@ def devices() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cuda": cards,
+        "precision": os.environ.get(PRECISION_VARIABLE),
         "dtype": str(fast_dtype(pick_device("auto"))).removeprefix("torch."),
     }
 
@@ -132,6 +133,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         cards = [f"{c['name']} with {c['free_gib']} of {c['total_gib']} GiB free" for c in here["cuda"]]
         lines.append(
             f"{here['cpus']} CPU cores, {', '.join(cards) or 'no CUDA'}; frozen towers load in {here['dtype']}"
+            + (f" (BLIP2_PRECISION is {here['precision']})" if here["precision"] else "")
         )
     if found["memory_gib"]:
         lines.append(f"memory: {found['memory_gib']['available']} of {found['memory_gib']['total']} GiB available")
