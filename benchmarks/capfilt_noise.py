@@ -22,11 +22,11 @@ import numpy as np
 import torch
 
 import blip2
-from blip2.apps.capfilt.choose import WEB, Judged, choose, pool
-from blip2.apps.capfilt.models import Bridge
-from blip2.apps.capfilt.settings import CapFiltSettings
+from blip2.capfilt.choose import WEB, Judged, choose, pool
+from blip2.capfilt.models import Bridge
+from blip2.capfilt.settings import CapFiltSettings
+from blip2.data.collection import Sample
 from blip2.data.images import decode_image
-from blip2.data.samples import Sample
 from blip2.data.sources import open_collection
 
 BATCH = 16

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from blip2.data.shard_writer import write_shard
+from blip2.data.shards.writer import write_shard
 from blip2.data.sources import open_collection
 
 SHARDS = 4  # of each worker

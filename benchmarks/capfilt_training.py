@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from blip2.data.samples import Sample
-from blip2.data.shard_writer import write_shard
-from blip2.data.shards import Entry, read_entries
+from blip2.data.collection import Sample
+from blip2.data.shards.reader import Entry, read_entries
+from blip2.data.shards.writer import write_shard
 from blip2.data.sources import shard_paths
 
 Captions = dict[str, tuple[str, ...]]  # by key

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.towers_alone import cca, pooled, sentences
 from blip2.data.sources import open_collection
-from blip2.evaluation.captioning import bleu, cider, cider_per_image
+from blip2.metrics.captioning import bleu, cider, cider_per_image
 from blip2.recipes import recipe
 
 

@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.worker import Outputs, Side
-from blip2.data.features import FeatureCache
+from blip2.data.collection import Collection, Sample
+from blip2.data.feature_cache import FeatureCache
 from blip2.data.images import ImageSpec
-from blip2.data.samples import Collection, Sample
 from blip2.models.freezing import freeze
-from blip2.models.vision_encoder import vision_encoder_from_config
+from blip2.models.vision.encoder import vision_encoder_from_config
 from blip2.ops.devices import autocast
 
 # hidden width, blocks, heads, images of a batch; paper: ViT-L/14 up to its second-last block

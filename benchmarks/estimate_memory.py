@@ -27,16 +27,17 @@ import torch
 from benchmarks.common import ROOT, SIZES, captions
 from benchmarks.ids import LanguageIds, QFormerIds
 from benchmarks.worker import forget_peak, peak_mb
-from blip2.apps.estimate import build_on_meta, measure
 from blip2.configs import RunConfig, from_dict, to_dict
 from blip2.data.batch import Batch
+from blip2.estimate.measure import build_on_meta, measure
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.ops.devices import autocast
 from blip2.recipes import recipe
-from blip2.training.memory import apply_settings
-from blip2.training.objectives import Stage1Objective, Stage2Objective
+from blip2.training.objectives.stage1 import Stage1Objective
+from blip2.training.objectives.stage2 import Stage2Objective
 from blip2.training.optim import build_optimizer
+from blip2.training.performance import apply_settings
 
 TARGET = 0.15
 # What is measured without `--run`, and the batch of each.

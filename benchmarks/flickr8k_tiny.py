@@ -21,15 +21,15 @@ import numpy as np
 import torch
 
 import blip2
-from blip2.cache import cache_folder
 from blip2.configs import DecodingConfig
-from blip2.data.dataset import dev_batches
-from blip2.data.features import FeatureCache
-from blip2.data.samples import Collection
+from blip2.data.collection import Collection
+from blip2.data.feature_cache import FeatureCache
+from blip2.data.loader import dev_batches
 from blip2.data.sources import open_collection
-from blip2.evaluation.captioning import bleu, cider, shuffled_image_check
-from blip2.evaluation.retrieval import recall_at_k
 from blip2.inference import Blip2
+from blip2.io.paths import cache_folder
+from blip2.metrics.captioning import bleu, cider, shuffled_image_check
+from blip2.metrics.retrieval import recall_at_k
 from blip2.ops.contrastive import query_text_similarity
 
 

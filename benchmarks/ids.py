@@ -31,7 +31,7 @@ def padded(rows: list[list[int]], length: int | None = None, *, left: bool = Fal
 
 
 class QFormerIds:
-    """What `blip2.data.text.QFormerTokenizer` gives, of texts written as ids."""
+    """What `blip2.data.tokenizers.QFormerTokenizer` gives, of texts written as ids."""
 
     def __init__(self, words: int, max_text: int) -> None:
         self.max_text, self.dec_id, self.pad_id, self.cls_id, self.sep_id = max_text, words, PAD, CLS, SEP
@@ -42,7 +42,7 @@ class QFormerIds:
 
 
 class LanguageIds:
-    """What `blip2.data.text.LanguageTokenizer` gives for a decoder-only model, of texts written as ids."""
+    """What `blip2.data.tokenizers.LanguageTokenizer` gives for a decoder-only model, of texts written as ids."""
 
     def __init__(self, end_id: int, max_text: int) -> None:
         self.end_id, self.pad_id, self.max_text, self.encoder_decoder = end_id, PAD, max_text, False

@@ -26,11 +26,11 @@ from benchmarks.worker import Outputs, Side
 from blip2.configs import DecodingConfig, LanguageConfig, OptimConfig, RunConfig
 from blip2.inference import Blip2
 from blip2.models.freezing import freeze
-from blip2.models.language_model import LanguageModel
+from blip2.models.language.model import LanguageModel
 from blip2.models.stage2 import Stage2
-from blip2.models.vision_encoder import VisionEncoder
+from blip2.models.vision.encoder import VisionEncoder
 from blip2.ops.devices import autocast
-from blip2.training.objectives import Stage2Objective
+from blip2.training.objectives.stage2 import Stage2Objective
 from blip2.training.optim import build_optimizer
 from blip2.weights import names
 

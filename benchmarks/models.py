@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.common import Size
-from blip2.models.qformer import QFormer
+from blip2.models.qformer.model import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.weights import names
 

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.towers_alone import sentences
-from blip2.apps.train import train
-from blip2.cache import cache_folder
 from blip2.configs import RunConfig
-from blip2.data.features import FeatureCache
+from blip2.data.collection import Collection
+from blip2.data.feature_cache import FeatureCache
 from blip2.data.images import ImageSpec
-from blip2.data.samples import Collection
 from blip2.data.sources import open_collection
+from blip2.io.paths import cache_folder
 from blip2.models.build import image_encoder
 from blip2.recipes.ablations import variants
+from blip2.training.run import train
 
 
 def main() -> int:

@@ -16,11 +16,11 @@ from benchmarks import ids, models
 from benchmarks.worker import Side
 from blip2.configs import LossConfig, OptimConfig
 from blip2.data.batch import Batch
-from blip2.evaluation.retrieval import candidate_pairs, reranked_scores
+from blip2.metrics.retrieval import candidate_pairs, reranked_scores
 from blip2.models.stage1 import Stage1
 from blip2.ops.contrastive import query_text_similarity
 from blip2.ops.devices import autocast
-from blip2.training.objectives import Stage1Objective
+from blip2.training.objectives.stage1 import Stage1Objective
 from blip2.training.optim import build_optimizer
 from blip2.weights import names
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.worker import Outputs, Side
 from blip2.data.images import ImageSpec, _random_box, decode_augmented
-from blip2.models.vision_encoder import CLIP_MEAN, CLIP_STD
+from blip2.models.vision.encoder import CLIP_MEAN, CLIP_STD
 
 COUNT, CROP_MIN = 16, 0.5
 

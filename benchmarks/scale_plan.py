@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from blip2.apps.activations import PROMPT_TOKENS, _stage1_losses, _stage2_loss
-from blip2.apps.estimate import build_on_meta
 from blip2.configs import LanguageConfig, RunConfig
-from blip2.data.shards import read_shards
+from blip2.data.shards.reader import read_shards
+from blip2.estimate.activations import PROMPT_TOKENS, _stage1_losses, _stage2_loss
+from blip2.estimate.measure import build_on_meta
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
-from blip2.models.vision_encoder import VisionEncoder
+from blip2.models.vision.encoder import VisionEncoder
 from blip2.recipes import recipe
 
 PRESETS = ("vitl-opt2.7b", "vitg-opt2.7b", "vitg-flant5xl")

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from blip2.apps.index.engines import open_engine
-from blip2.apps.index.search import Index
-from blip2.apps.index.segments import Batch, Row
-from blip2.apps.index.store import FULL, ModelId, Store
+from blip2.search.engines import open_engine
+from blip2.search.query import Index
+from blip2.search.segments import Batch, Row
+from blip2.search.store import FULL, ModelId, Store
 
 QUERIES, WIDTH, CENTRES, DEPTH, ASKED = 32, 256, 4096, 10, 50
 
@@ -173,9 +173,9 @@ def exact_of_many(store: Store, queries_NE: torch.Tensor) -> np.ndarray:
 
 def flickr8k(model: str, path: str | None) -> None:
     """Recall@10 of IVF against exact search: every dev caption as the query, and every eighth image."""
-    from blip2.apps.index.build import Builder, list_samples
-    from blip2.apps.index.model_id import identify
     from blip2.inference import load
+    from blip2.search.build import Builder, list_samples
+    from blip2.search.model_id import identify
 
     folder = Path(path) if path else Path(model).parent / "flickr8k-dev.index"
     if not folder.exists() or not Store(folder).manifest.engine.get("shards"):  # not there, or stopped

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 import webdataset
 
-from blip2.data.dataset import TrainingBatches
+from blip2.data.collection import Collection
 from blip2.data.images import ImageSpec
+from blip2.data.loader import TrainingBatches
 from blip2.data.remote import fetch_all
-from blip2.data.samples import Collection
-from blip2.data.shards import read_shards
+from blip2.data.shards.reader import read_shards
 from blip2.data.sources import shard_paths
 
 SPEC = ImageSpec(224, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))

@@ -23,14 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from blip2.cache import cache_folder
 from blip2.configs import RunConfig
-from blip2.data.features import FeatureCache
+from blip2.data.collection import Collection
+from blip2.data.feature_cache import FeatureCache
 from blip2.data.images import ImageSpec, decode_image, plain_view
-from blip2.data.samples import Collection
 from blip2.data.sources import open_collection
-from blip2.data.text import QFormerTokenizer
-from blip2.evaluation.retrieval import recall_at_k
+from blip2.data.tokenizers import QFormerTokenizer
+from blip2.io.paths import cache_folder
+from blip2.metrics.retrieval import recall_at_k
 from blip2.models import towers
 from blip2.models.build import image_encoder, load_qformer
 from blip2.recipes import recipe

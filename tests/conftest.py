@@ -15,6 +15,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import numpy as np
 import pytest
+from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SEED = 0
@@ -33,7 +34,7 @@ def seed() -> int:
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache folder of the tests' own, in which only the converted towers are the user's."""
-    from blip2.cache import cache_folder
+    from blip2.io.paths import cache_folder
 
     towers = cache_folder() / "towers"
     folder = tmp_path_factory.mktemp("cache")
@@ -96,3 +97,17 @@ def tiny_t5(hf: Callable[[str], tuple[Path, Any]]) -> Path:
 def float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a test whose numbers are float32's: `auto` is fp32 in it on any processor."""
     monkeypatch.setenv("BLIP2_PRECISION", "fp32")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Twelve pictures of noise, half of them with captions beside them."""
+    folder = tmp_path / "photos"
+    (folder / "below").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for n in range(12):
+        place = folder / ("below" if n % 3 == 0 else "") / f"p{n:02d}.png"
+        Image.fromarray(rng.integers(0, 255, (48, 60, 3), dtype=np.uint8)).save(place)
+        if n % 2:
+            place.with_suffix(".txt").write_text("a dog on the grass\n" if n % 4 == 1 else "two cats sleep\n")
+    return folder

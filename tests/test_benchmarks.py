@@ -14,8 +14,8 @@ import torch
 from benchmarks import bench_growth, capfilt_rate, capfilt_training, profiling, run
 from benchmarks.common import SIZES, BenchmarkError, Peer, captions, compare, settings_of, text_lengths
 
-from blip2.data.shard_writer import write_shard
-from blip2.data.shards import read_entries
+from blip2.data.shards.reader import read_entries
+from blip2.data.shards.writer import write_shard
 
 TINY = SIZES["tiny"]
 JPEG = b"\xff\xd8\xff of nothing"

@@ -8,8 +8,8 @@ __version__ = "0.1.0"
 __all__ = ["Blip2", "__version__", "convert", "load"]
 
 if TYPE_CHECKING:
-    from blip2.apps.convert import convert
     from blip2.inference import Blip2, load
+    from blip2.weights.convert.pipeline import convert
 
 
 def __getattr__(name: str) -> Any:
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(inference, name)
     if name == "convert":
-        from blip2.apps.convert import convert
+        from blip2.weights.convert.pipeline import convert
 
         return convert
     raise AttributeError(f"module 'blip2' has no attribute {name!r}")

@@ -2,6 +2,6 @@
 
 import sys
 
-from blip2.apps.cli import main
+from blip2.cli.main import main
 
 sys.exit(main())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from blip2.data.batch import Batch
-from blip2.data.samples import BadSample
+from blip2.data.collection import BadSample
 from blip2.errors import DataError
 
 BAD = [BadSample("k9", "a.tar", "no image")]

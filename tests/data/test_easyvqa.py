@@ -13,7 +13,7 @@ import pytest
 from blip2.data import easyvqa
 from blip2.data.easyvqa import build_easy_vqa, captions_of
 from blip2.data.images import decode_image
-from blip2.data.shards import read_shards
+from blip2.data.shards.reader import read_shards
 from blip2.data.sources import open_collection
 from blip2.errors import DataError
 

@@ -28,9 +28,9 @@ import torch
 
 from blip2.data import remote
 from blip2.data.batch import Batch
-from blip2.data.dataset import TrainingBatches
 from blip2.data.images import ImageSpec
-from blip2.data.shard_writer import write_shard
+from blip2.data.loader import TrainingBatches
+from blip2.data.shards.writer import write_shard
 from blip2.data.sources import open_collection
 
 SHARDS, SAMPLES = 40, 4
@@ -174,7 +174,7 @@ def test_nothing_is_lost_of_shards_that_can_be_had(disk: Path, server: tuple[str
 def test_run_ends_and_its_report_names_every_lost_shard(
     server: tuple[str, Counter[str]], tiny: Path, tmp_path: Path
 ) -> None:
-    from blip2.apps.cli import main
+    from blip2.cli.main import main
 
     address, _ = server
     out = tmp_path / "run"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from blip2.data.collection import BadSampleError, Question
 from blip2.data.folders import read_folder, read_jsonl
-from blip2.data.samples import BadSampleError, Question
 from blip2.errors import DataError
 
 Jpeg = Callable[..., bytes]

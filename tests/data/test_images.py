@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from blip2.data.collection import BadSampleError
 from blip2.data.images import ImageSpec, augmented_view, decode_augmented, decode_image, plain_view
-from blip2.data.samples import BadSampleError
 
 Jpeg = Callable[..., bytes]
 RAW = ImageSpec(size=16, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))

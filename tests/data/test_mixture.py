@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blip2.data.dataset import TrainingBatches
+from blip2.data.collection import Collection
 from blip2.data.images import ImageSpec
+from blip2.data.loader import TrainingBatches
 from blip2.data.mixture import Part, epoch_order, epoch_size, parse_mixture
-from blip2.data.samples import Collection
 from blip2.data.sources import open_collection
 from blip2.errors import ConfigError, DataError
 

@@ -14,7 +14,7 @@ import fsspec
 import pytest
 
 from blip2.data import remote
-from blip2.data.shard_writer import write_shard
+from blip2.data.shards.writer import write_shard
 from blip2.data.sources import open_collection
 from blip2.errors import DataError
 

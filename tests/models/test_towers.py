@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from blip2.models import towers
-from blip2.models.language_loading import language_model_from_config
-from blip2.models.vision_encoder import vision_encoder_from_config
+from blip2.models.language.loading import language_model_from_config
+from blip2.models.vision.encoder import vision_encoder_from_config
 
 MILLIONS = {
     "dinov2-s": 22.1,

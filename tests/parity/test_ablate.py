@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from blip2.apps import ablate
-from blip2.apps.cli import main
+from blip2.cli.main import main
 from blip2.configs import LanguageConfig
 from blip2.recipes.ablations import Variant, variants
+from blip2.training import ablate
 from blip2.weights import native, runs
 
 HF = Callable[[str], tuple[Path, Any]]

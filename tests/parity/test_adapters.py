@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 import blip2
-from blip2.apps.cli import main
+from blip2.cli.main import main
 from blip2.errors import CheckpointError
 from blip2.inference import Blip2
 from blip2.models.freezing import is_adapter
 from blip2.weights import runs
-from blip2.weights.checkpoints import open_checkpoint
+from blip2.weights.formats import open_checkpoint
 
 pytest.importorskip("peft", reason="peft is not installed")
 

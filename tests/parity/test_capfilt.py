@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 
 import blip2
-from blip2.apps.capfilt import engines
-from blip2.apps.capfilt.models import Bridge, HuggingFaceBlip, HuggingFaceClip, model_type, open_models
-from blip2.apps.capfilt.settings import CapFiltSettings
-from blip2.apps.cli import main
-from blip2.data.shard_writer import write_shard
+from blip2.capfilt import engines
+from blip2.capfilt.models import Bridge, HuggingFaceBlip, HuggingFaceClip, model_type, open_models
+from blip2.capfilt.settings import CapFiltSettings
+from blip2.cli.main import main
+from blip2.data.shards.writer import write_shard
 from blip2.errors import ConfigError
 
 HF = Callable[[str], tuple[Path, Any]]

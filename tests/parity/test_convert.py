@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 import blip2
-from blip2.apps.cli import main
+from blip2.cli.main import main
 from blip2.errors import CheckpointError
 from blip2.models.stage1 import Stage1
-from blip2.weights.checkpoints import open_checkpoint
-from blip2.weights.tensors import LazyTensor, Tensors, as_bytes
+from blip2.weights.formats import open_checkpoint
+from blip2.weights.lazy_tensors import LazyTensor, Tensors, as_bytes
 
 HF = Callable[[str], tuple[Path, Any]]
 KINDS = ("opt", "t5", "itm")

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import blip2
-from blip2.apps.cli import main
+from blip2.cli.main import main
 from blip2.errors import CheckpointError, ConfigError
 from blip2.weights import native
-from blip2.weights.checkpoints import open_checkpoint
-from blip2.weights.tensors import INDEX, LazyTensor, open_folder, write_folder
+from blip2.weights.formats import open_checkpoint
+from blip2.weights.lazy_tensors import INDEX, LazyTensor, open_folder, write_folder
 
 HF = Callable[[str], tuple[Path, Any]]
 

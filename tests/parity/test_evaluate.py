@@ -14,15 +14,15 @@ import pytest
 from PIL import Image
 
 import blip2
-from blip2.apps.cli import main
-from blip2.apps.evaluate import tasks
-from blip2.apps.evaluate.published import published
-from blip2.apps.evaluate.tasks import lemmatised
+from blip2.cli.main import main
 from blip2.configs import DecodingConfig
 from blip2.data.sources import open_collection
 from blip2.errors import ConfigError
-from blip2.evaluation.captioning import bleu, cider
-from blip2.evaluation.retrieval import candidate_pairs, recall_at_k, reranked_scores, then_by_similarity
+from blip2.evaluation import tasks
+from blip2.evaluation.published import published
+from blip2.evaluation.tasks import lemmatised
+from blip2.metrics.captioning import bleu, cider
+from blip2.metrics.retrieval import candidate_pairs, recall_at_k, reranked_scores, then_by_similarity
 
 HF = Callable[[str], tuple[Path, Any]]
 SHORT = ["--beams", "2", "--min-tokens", "1", "--max-tokens", "5"]

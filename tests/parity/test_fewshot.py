@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 import blip2
-from blip2.apps.cli import main
+from blip2.cli.main import main
 from blip2.errors import ConfigError, DataError
-from blip2.fewshot import Examples
+from blip2.inference.few_shot import Examples
 
 HF = Callable[[str], tuple[Path, Any]]
 OPTIONS: dict[str, Any] = {"beams": 2, "min_tokens": 3, "max_tokens": 6}

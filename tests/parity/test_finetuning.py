@@ -13,10 +13,10 @@ from PIL import Image
 from transformers import Blip2ForConditionalGeneration
 
 import blip2
-from blip2.apps.cli import main
+from blip2.cli.main import main
 from blip2.errors import CheckpointError
 from blip2.weights import native, runs
-from blip2.weights.checkpoints import open_checkpoint
+from blip2.weights.formats import open_checkpoint
 
 HF = Callable[[str], tuple[Path, Any]]
 COLORS = ("red", "green", "blue", "black", "white", "yellow")

@@ -97,7 +97,7 @@ def test_its_command_line_runs_a_task(hf: HF, pictures: list[Path], tmp_path: Pa
 
 
 def test_likelihoods_and_refusals(hf: HF, pictures: list[Path]) -> None:
-    from blip2.apps.lmms_eval import Blip2Lmms, cut, decoding_of
+    from blip2.evaluation.lmms_eval import Blip2Lmms, cut, decoding_of
 
     model = Blip2Lmms(str(hf("opt")[0]), dtype="fp32", batch_size=2)
     model.task_dict = {"mini": {"test": [[Image.open(p)] for p in pictures]}}

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 import blip2
-from blip2.apps.cli import main
+from blip2.cli.main import main
 from blip2.weights import native, runs
-from blip2.weights.checkpoints import open_checkpoint
+from blip2.weights.formats import open_checkpoint
 
 HF = Callable[[str], tuple[Path, Any]]
 

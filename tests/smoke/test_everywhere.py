@@ -22,8 +22,8 @@ from PIL import Image
 from tests import pretend
 
 import blip2
-from blip2.apps.cli import main
-from blip2.data.shard_writer import write_shard
+from blip2.cli.main import main
+from blip2.data.shards.writer import write_shard
 from blip2.data.sources import open_collection
 from blip2.inference import Blip2
 from blip2.weights import runs
@@ -381,8 +381,8 @@ def test_the_server(reference: dict[str, Path], models: tuple[Blip2, Blip2], dat
     pytest.importorskip("fastapi", reason="blip2 serve needs the extra `serve`")
     from fastapi.testclient import TestClient
 
-    from blip2.apps.server.app import create_app
-    from blip2.apps.server.settings import Settings
+    from blip2.server.app import create_app
+    from blip2.server.settings import Settings
 
     here, there = models
     picture = data.parent / "1.png"

@@ -29,7 +29,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip2.data.shard_writer import write_shard
+from blip2.data.shards.writer import write_shard
 from blip2.weights import runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]

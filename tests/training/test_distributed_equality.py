@@ -44,27 +44,20 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, T5Config, ViTConfig
 
-from blip2.configs import (
-    DataConfig,
-    LanguageConfig,
-    LoraConfig,
-    LossConfig,
-    OptimConfig,
-    QFormerConfig,
-    RunConfig,
-    TrainConfig,
-)
+from blip2.configs import DataConfig, LanguageConfig, LoraConfig, LossConfig, OptimConfig, QFormerConfig
+from blip2.configs import RunConfig, TrainConfig
 from blip2.data.batch import Batch
-from blip2.models.language_loading import language_model_from_config, load_language_model
-from blip2.models.language_model import LanguageModel
-from blip2.models.qformer import QFormer
+from blip2.models.language.loading import language_model_from_config, load_language_model
+from blip2.models.language.model import LanguageModel
+from blip2.models.qformer.model import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
-from blip2.models.vision_encoder import vision_encoder_from_config
+from blip2.models.vision.encoder import vision_encoder_from_config
 from blip2.ops import distributed
-from blip2.training import objectives
-from blip2.training.incontext import InContextObjective
-from blip2.training.objectives import Stage1Objective, Stage2Objective
+from blip2.training.objectives import stage2 as objectives
+from blip2.training.objectives.in_context import InContextObjective
+from blip2.training.objectives.stage1 import Stage1Objective
+from blip2.training.objectives.stage2 import Stage2Objective
 from blip2.training.parallel import process_group
 from blip2.training.trainer import Trainer
 
@@ -163,7 +156,7 @@ def objective_of(kind: str, out: Path, sharded: bool):
     if kind == "shots":
         return InContextObjective(model, Words(), LanguageConfig(prompt=""), seed=0, shots=1)
     if "+" in kind:
-        from blip2.models.lora import add_lora
+        from blip2.models.language.lora import add_lora
 
         add_lora(language, LoraConfig(rank=2))
     return Stage2Objective(model, Words(), LanguageConfig(prompt=""), seed=0, **early)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import ViTConfig
 
 from blip2.configs import OptimConfig
-from blip2.models.vision_encoder import vision_encoder_from_config
+from blip2.models.vision.encoder import vision_encoder_from_config
 from blip2.training.optim import build_optimizer, learning_rate
 
 CONFIG = OptimConfig(lr=1.0, min_lr=0.1, warmup_lr=0.2, warmup=4)

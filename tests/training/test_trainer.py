@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from blip2.configs import LanguageConfig, LoraConfig, LossConfig, OptimConfig, RunConfig, TrainConfig
 from blip2.data.batch import Batch
-from blip2.data.samples import BadSample
+from blip2.data.collection import BadSample
 from blip2.errors import Blip2Error, CheckpointError, RunError
 from blip2.models.freezing import freeze, is_adapter
-from blip2.training import checkpoint, metrics
-from blip2.training.objectives import Stage1Objective, Stage2Objective
+from blip2.training import checkpoint, run_log
+from blip2.training.objectives.stage1 import Stage1Objective
+from blip2.training.objectives.stage2 import Stage2Objective
 from blip2.training.optim import learning_rate
 from blip2.training.trainer import Trainer
 from blip2.weights import native
@@ -32,7 +33,7 @@ Source = Callable[[int], Iterator[Batch]]
 
 @pytest.fixture(autouse=True)
 def no_board(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_tensorboard", lambda folder, step: None)
+    monkeypatch.setattr(run_log, "_tensorboard", lambda folder, step: None)
 
 
 class Regression(nn.Module):
@@ -74,7 +75,7 @@ def stream(tiny: Any, change: Callable[[int, Batch], None] = lambda step, batch:
 
 
 def lines(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl without what a clock decides."""
+    """Lines of run_log.jsonl without what a clock decides."""
     clock = ("pairs_per_s", "data_wait", "time")
     read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in clock} for line in read if line["kind"] == kind]
@@ -129,7 +130,7 @@ def test_adapters_train_are_saved_and_resume(tiny: Any, tmp_path: Path, kind: st
     """Stage 2 with LoRA and its dropout, the language model among the frozen parts: killed and resumed
     as above."""
     pytest.importorskip("peft", reason="peft is not installed")
-    from blip2.models.lora import add_lora
+    from blip2.models.language.lora import add_lora
 
     def trainer(name: str, source: Source) -> Trainer:
         torch.manual_seed(1)

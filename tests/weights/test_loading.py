@@ -8,7 +8,7 @@ from torch import Tensor
 
 from blip2.configs import BERT_WORDS
 from blip2.errors import CheckpointError
-from blip2.models.qformer import QFormer
+from blip2.models.qformer.model import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.weights.loading import STAGE1_ONLY, Allowed, compare, fill, trained_state
 

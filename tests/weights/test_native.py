@@ -15,8 +15,8 @@ from transformers import LlamaConfig
 from blip2.configs import LoraConfig
 from blip2.errors import CheckpointError
 from blip2.models.freezing import freeze, is_adapter
-from blip2.models.language_loading import language_model_from_config
-from blip2.models.qformer import QFormer
+from blip2.models.language.loading import language_model_from_config
+from blip2.models.qformer.model import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.weights import native
@@ -47,7 +47,7 @@ def stage2(queries: int = 3, image_width: int = 6) -> Stage2:
 def adapted(rank: int = 2, **settings: str) -> Stage2:
     """A stage 2 with adapters that are not at their start; skips where peft is absent."""
     pytest.importorskip("peft", reason="peft is not installed")
-    from blip2.models.lora import add_lora
+    from blip2.models.language.lora import add_lora
 
     model = stage2()
     add_lora(model.language_model, LoraConfig(rank=rank, **settings))

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from blip2.apps.estimate import build_on_meta
 from blip2.configs import LanguageConfig, RunConfig
+from blip2.estimate.measure import build_on_meta
 from blip2.models.freezing import parameter_table
 from blip2.models.towers import TOWERS
 from blip2.recipes import recipe

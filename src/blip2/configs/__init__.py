@@ -19,6 +19,7 @@ from blip2.configs.model import (
     VisionConfig,
 )
 from blip2.configs.run import STAGES, RunConfig
+from blip2.configs.serialization import from_dict, to_dict
 from blip2.configs.training import (
     BEST,
     OPTIMIZERS,
@@ -29,7 +30,6 @@ from blip2.configs.training import (
     OptimConfig,
     TrainConfig,
 )
-from blip2.plain import from_dict, to_dict
 
 __all__ = [
     "BERT_WORDS",

@@ -20,7 +20,7 @@ class DataConfig:
         texts: what is learned: `captions`, `questions` with their answers, or `both`, every fifth a
             question (stage 2). One of an image's is drawn at each step, and of a question's answers one,
             as often as people gave it. Of an image without questions `both` asks what its captions
-            agree on (`blip2.data.asking`).
+            agree on (`blip2.data.question_generation`).
         texts_per_image: draw so many of an image's texts at each step instead (stage 2). Encoder,
             Q-Former and soft prompts are computed once for all of them.
         clean: captions as LAVIS cleans them, here and in use: lower case, without marks but the comma.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from blip2.data.samples import BadSample
+from blip2.data.collection import BadSample
 from blip2.errors import DataError
 
 

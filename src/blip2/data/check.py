@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
+from blip2.data.collection import BadSample, BadSampleError, Collection, Sample, printable
 from blip2.data.images import decode_image
-from blip2.data.samples import BadSample, BadSampleError, Collection, Sample, printable
 from blip2.data.sources import index
 
 _LISTED = 20

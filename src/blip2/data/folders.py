@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from blip2.data.samples import BadSample, BadSampleError, Collection, Sample, printable
-from blip2.data.shards import decode_text, image_id_of, lines_of, parse_json, texts_of
+from blip2.data.collection import BadSample, BadSampleError, Collection, Sample, printable
+from blip2.data.shards.reader import decode_text, image_id_of, lines_of, parse_json, texts_of
 from blip2.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -72,3 +72,24 @@ def _not_empty(path: Path) -> None:
         raise BadSampleError("image file cannot be read") from None
     if size == 0:
         raise BadSampleError("zero-byte image")
+
+
+def find_images(names: list[str]) -> list[str]:
+    """Image files named, and those below named folders, in a stable order and without doubles.
+
+    Raises:
+        DataError: a name does not exist, or a folder holds no image.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            if not inside:
+                raise DataError(f"{name}: no image in this folder ({', '.join(sorted(SUFFIXES))})")
+            found |= dict.fromkeys(inside)
+        elif path.exists():
+            found[name] = None
+        else:
+            raise DataError(f"{name}: no such file or folder")
+    return list(found)

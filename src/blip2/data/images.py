@@ -19,7 +19,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from blip2.data.samples import BadSampleError
+from blip2.data.collection import BadSampleError
 
 # Above this an image is refused from its header, before a pixel is decoded.
 MAX_PIXELS = 100_000_000

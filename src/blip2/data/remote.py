@@ -23,10 +23,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from blip2.cache import cache_folder
-from blip2.data.samples import BadSample
-from blip2.data.shard_writer import sha256_of
+from blip2.data.collection import BadSample
+from blip2.data.shards.writer import sha256_of
 from blip2.errors import DataError
+from blip2.io.paths import cache_folder
 
 ATTEMPTS = 6
 FIRST_WAIT = 0.5  # seconds before the second attempt; doubles with each

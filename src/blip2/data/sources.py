@@ -10,14 +10,14 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from blip2.cache import cache_folder
+from blip2.data.collection import Collection, Sample
 from blip2.data.easyvqa import build_easy_vqa
 from blip2.data.folders import read_folder, read_jsonl
 from blip2.data.mixture import Part, parse_mixture
 from blip2.data.remote import fetch_all, is_remote
-from blip2.data.samples import Collection, Sample
-from blip2.data.shards import read_shards
+from blip2.data.shards.reader import read_shards
 from blip2.errors import DataError
+from blip2.io.paths import cache_folder
 
 NAMED = ("flickr8k:train", "flickr8k:dev", "easy-vqa:train", "easy-vqa:dev", "easy-vqa:test", "skimage")
 # Of easy-vqa's 4,000 training images, which the package does not split, the last ones are dev.

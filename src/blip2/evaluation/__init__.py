@@ -1,1 +1,1 @@
-"""Metric functions on arrays and strings."""
+"""`blip2 evaluate`: tasks, predictions, reports."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,9 @@ from blip2.errors import ConfigError
 from blip2.inference.model import Blip2
 from blip2.models.stage1 import Stage1
 from blip2.ops.devices import pick_device
+from blip2.weights import runs
 from blip2.weights.assemble import assemble
-from blip2.weights.checkpoints import located, open_checkpoint
+from blip2.weights.formats import located, open_checkpoint
 
 
 def load(
@@ -68,3 +72,36 @@ def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     if name not in known:
         raise ConfigError(f"dtype is {name!r}: it must be one of {', '.join(known)}")
     return known[name]
+
+
+def load_model(options: argparse.Namespace) -> tuple[Blip2, str]:
+    """The model that a command's options name, and that name."""
+    name = options.model or default_run()
+    if not options.model:
+        print(f"model: {name} (--model takes another)", file=sys.stderr)
+    model = load(
+        name,
+        device=options.device,
+        dtype=options.dtype,
+        vision=options.vision,
+        language=options.language,
+        quantize=options.quantize,
+    )
+    model.batch = max(1, options.batch)
+    report = model.report
+    if report and (report.left_out or report.fresh or model.config.recipe in ("huggingface", "lavis")):
+        print(report.line(), file=sys.stderr)
+    return model, name
+
+
+def default_run() -> str:
+    """`$BLIP2_MODEL`, else the stage-2 run under `runs/` whose weights are newest, else the packaged `tiny`."""
+    named = os.environ.get("BLIP2_MODEL")
+    if named:
+        return named
+    newest: tuple[float, str] | None = None
+    for config in Path("runs").rglob(runs.CONFIG):
+        found = runs.checkpoints(config.parent)
+        if found and runs.read_config(config).stage == "stage2":
+            newest = max(newest or (0.0, ""), (found[-1][1].stat().st_mtime, str(config.parent)))
+    return newest[1] if newest is not None else "tiny"

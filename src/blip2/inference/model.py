@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 
 from blip2.configs import DecodingConfig
+from blip2.data.image_inputs import ImageLike, distinct, listed
 from blip2.errors import ConfigError
-from blip2.loaded import Loaded
-from blip2.models.decoding import generate, generate_with_qformer
-from blip2.models.qformer import ImageKV
+from blip2.inference.loaded import Loaded
+from blip2.models.generation.decode import generate, generate_with_qformer
+from blip2.models.qformer.model import ImageKV
 from blip2.ops.contrastive import query_text_similarity
 from blip2.ops.host import to_host, to_list
-from blip2.reading import ImageLike, distinct, listed
 
 if TYPE_CHECKING:
-    from blip2.explain import Attention
-    from blip2.fewshot import Examples, ShotLike
-    from blip2.show import Shown
+    from blip2.explain.attention import Attention
+    from blip2.inference.few_shot import Examples, ShotLike
+    from blip2.inference.notebook import Shown
 
 _QUESTIONS = 4  # questions about repeated images that go together, for each image that does
 
@@ -41,7 +41,7 @@ class Blip2(Loaded):
     Stage-2 runs caption and answer; embeddings and matches come from the stage-1 run that they
     began from. A stage-1 run captions by itself, through its ITG head.
 
-    See `blip2.loaded.Loaded` for its attributes.
+    See `blip2.inference.loaded.Loaded` for its attributes.
     """
 
     # -- text from images ---------------------------------------------------------------------
@@ -62,7 +62,7 @@ class Blip2(Loaded):
             decoding: how to generate; single options (`beams=1, max_tokens=20`) may be given
                 instead.
             shots: examples in front of every image, `{"image", "caption"}` each, or with `question` and
-                `answer` (`blip2.fewshot`); a model not trained on sequences may gain nothing by them.
+                `answer` (`blip2.inference.few_shot`); a model not trained on sequences may gain nothing by them.
 
         Returns:
             B strings; with `num` above 1, B lists of `num` strings.
@@ -132,7 +132,7 @@ class Blip2(Loaded):
         return [answers[n * len(asked) : (n + 1) * len(asked)] for n in range(len(pictures))]
 
     def _examples(self, shots: Examples | Sequence[ShotLike]) -> Examples:
-        from blip2.fewshot import Examples
+        from blip2.inference.few_shot import Examples
 
         return shots if isinstance(shots, Examples) else Examples(self, shots)
 
@@ -338,7 +338,7 @@ class Blip2(Loaded):
 
     def attend(self, image: ImageLike, text: str | None = None) -> Attention:
         """Where the model looks in one image, and with a text (needs stage 1) what its scores depend on."""
-        from blip2.explain import attend
+        from blip2.explain.attention import attend
 
         return attend(self, image, text)
 
@@ -361,6 +361,6 @@ class Blip2(Loaded):
             prompt: text that the captions continue; None takes the run's.
             options: of the captions' decoding (`num=3, beams=1`), see `DecodingConfig`.
         """
-        from blip2.show import show
+        from blip2.inference.notebook import show
 
         return show(self, images, questions, text=text, maps=maps, prompt=prompt, **options)

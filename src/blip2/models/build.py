@@ -10,14 +10,14 @@ from torch import Tensor
 from blip2.configs import BERT_WORDS, QFormerConfig, RunConfig
 from blip2.errors import CheckpointError, ConfigError
 from blip2.models import hub, towers
-from blip2.models.bert_init import load_bert, qformer_sizes, text_tensors
-from blip2.models.language_loading import load_language_model
-from blip2.models.language_model import LanguageModel
-from blip2.models.lora import add_lora
-from blip2.models.qformer import QFormer
+from blip2.models.language.loading import load_language_model
+from blip2.models.language.lora import add_lora
+from blip2.models.language.model import LanguageModel
+from blip2.models.qformer.bert_init import load_bert, qformer_sizes, text_tensors
+from blip2.models.qformer.model import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import LinearBridge, Stage2
-from blip2.models.vision_encoder import VisionEncoder, load_vision_encoder
+from blip2.models.vision.encoder import VisionEncoder, load_vision_encoder
 
 # [DEC] is appended to the vocabulary of the BERT-type checkpoint.
 EXTRA_TOKENS = 1

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2.models.qformer import ImageKV, QFormer
-from blip2.models.qformer_layers import KeyValue
+from blip2.models.qformer.layers import KeyValue
+from blip2.models.qformer.model import ImageKV, QFormer
 from blip2.ops.devices import widened, without_autocast
 from blip2.ops.losses import mean_over_queries
 

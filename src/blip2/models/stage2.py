@@ -11,8 +11,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2.models.language_model import LanguageModel
-from blip2.models.qformer import QFormer
+from blip2.models.language.model import LanguageModel
+from blip2.models.qformer.model import QFormer
 
 
 class LinearBridge(nn.Module):

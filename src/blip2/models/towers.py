@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blip2.models import embedded
+from blip2.models import bundled_towers
 
 
 @dataclass(frozen=True)
@@ -146,12 +146,12 @@ def _flan_t5(width: int, inner: int, heads: int) -> Callable[[], Any]:
 _EXACT_GELU = {"dense_act_fn": "gelu"}
 
 TOWERS: dict[str, Tower] = {
-    "dinov2-s": Tower("vision", embedded.dinov2_folder, _dinov2_s),
+    "dinov2-s": Tower("vision", bundled_towers.dinov2_folder, _dinov2_s),
     "vitl": Tower("vision", "openai/clip-vit-large-patch14", _clip_vit_l),
     "vitg": Tower("vision", "Salesforce/blip2-opt-2.7b", _eva_vit_g),
-    "minilm-l6": Tower("bert", embedded.minilm_folder, _minilm_l6),
+    "minilm-l6": Tower("bert", bundled_towers.minilm_folder, _minilm_l6),
     "bert-base": Tower("bert", "google-bert/bert-base-uncased", _bert_base),
-    "smollm2-135m": Tower("language", embedded.smollm2_folder, _smollm2_135m),
+    "smollm2-135m": Tower("language", bundled_towers.smollm2_folder, _smollm2_135m),
     "opt-2.7b": Tower("language", "facebook/opt-2.7b", _opt(2560, 32)),
     "opt-6.7b": Tower("language", "facebook/opt-6.7b", _opt(4096, 32)),
     "flan-t5-xl": Tower("language", "google/flan-t5-xl", _flan_t5(2048, 5120, 32), _EXACT_GELU),

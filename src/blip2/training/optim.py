@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from blip2.configs import OptimConfig
 from blip2.errors import ConfigError
-from blip2.training.memory import require_compiler
+from blip2.training.performance import require_compiler
 
 # Parts whose learning rate `optim.qformer_scale` multiplies.
 _QFORMER = ("qformer", "ln_vision")

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from blip2.configs import RunConfig
-from blip2.models.language_model import LanguageModel
+from blip2.models.language.model import LanguageModel
 from blip2.ops import distributed
 
 

@@ -22,17 +22,17 @@ from torch import Tensor, nn
 
 from blip2.configs import RunConfig, to_dict
 from blip2.data.batch import Batch
-from blip2.data.samples import BadSample
+from blip2.data.collection import BadSample
 from blip2.errors import RunError
 from blip2.models.freezing import assert_frozen, weights_digest
-from blip2.models.vision_encoder import VisionEncoder
+from blip2.models.vision.encoder import VisionEncoder
 from blip2.ops import distributed
 from blip2.ops.devices import autocast
 from blip2.ops.host import to_list
 from blip2.training import checkpoint
-from blip2.training.metrics import RunLog
 from blip2.training.optim import build_optimizer, learning_rate, set_learning_rate
 from blip2.training.parallel import unsharded, unused_parameters, wrap
+from blip2.training.run_log import RunLog
 from blip2.weights import runs
 
 Evaluate = Callable[[int], dict[str, Any]]

@@ -13,8 +13,8 @@ from blip2.errors import CheckpointError
 from blip2.models import hub
 from blip2.models.freezing import is_adapter
 from blip2.weights.checkpoint import Checkpoint
-from blip2.weights.parts import Tower
-from blip2.weights.tensors import LazyTensor
+from blip2.weights.frozen_towers import Tower
+from blip2.weights.lazy_tensors import LazyTensor
 
 # Where a run keeps its language model, and how peft names the first of the two matrices.
 _PREFIX, _FIRST, _SECOND = "language_model.model.", ".lora_A.default.weight", ".lora_B.default.weight"
@@ -35,7 +35,7 @@ def without_adapters(found: Checkpoint) -> Checkpoint:
 def merged(language: Tower, found: Checkpoint) -> Tower:
     """The language model of a checkpoint with its adapters added to its weights, when they are read.
 
-    Sums in float32 and rounds once to the dtype of the weight, as `blip2.models.lora.merge_lora`.
+    Sums in float32 and rounds once to the dtype of the weight, as `blip2.models.language.lora.merge_lora`.
 
     Raises:
         CheckpointError: an adapter stands beside a layer that the language model does not have.

@@ -10,14 +10,14 @@ import torch
 from blip2.errors import CheckpointError
 from blip2.models.build import build_stage1, build_stage2
 from blip2.models.freezing import freeze
-from blip2.models.language_loading import load_language_model
+from blip2.models.language.loading import load_language_model
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
-from blip2.models.vision_encoder import VisionEncoder, load_vision_encoder, vision_encoder_from_config
+from blip2.models.vision.encoder import VisionEncoder, load_vision_encoder, vision_encoder_from_config
 from blip2.ops.devices import fast_dtype
 from blip2.weights.checkpoint import Checkpoint
+from blip2.weights.frozen_towers import eva_config
 from blip2.weights.loading import LoadReport, fill
-from blip2.weights.parts import eva_config
 
 
 def assemble(

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from blip2.configs import RunConfig, from_dict
 from blip2.errors import CheckpointError
+from blip2.weights.lazy_tensors import Tensors
 from blip2.weights.loading import Allowed
 from blip2.weights.names import listed
-from blip2.weights.tensors import Tensors
 
 Format = Literal["blip2", "hf", "lavis"]
 

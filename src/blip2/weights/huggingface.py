@@ -11,9 +11,9 @@ from blip2.errors import CheckpointError, ConfigError
 from blip2.models import hub
 from blip2.weights import names
 from blip2.weights.checkpoint import OPT_END, T5_QUESTION, Checkpoint, one_batch, renamed, stored_config
+from blip2.weights.lazy_tensors import Tensors, open_folder, open_safetensors
 from blip2.weights.loading import STAGE2_ONLY, Allowed
 from blip2.weights.native import read_metadata
-from blip2.weights.tensors import Tensors, open_folder, open_safetensors
 
 # Our tensors that transformers has no place for, beside the folder's own weights.
 SIDE_FILE = "blip2.safetensors"

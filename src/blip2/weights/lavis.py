@@ -13,7 +13,7 @@ from blip2.configs import LanguageConfig, QFormerConfig, RunConfig, VisionConfig
 from blip2.errors import CheckpointError
 from blip2.weights import names
 from blip2.weights.checkpoint import OPT_END, T5_QUESTION, Checkpoint, one_batch, renamed, stored_config, stored_json
-from blip2.weights.tensors import LazyTensor, Tensors, open_pickled
+from blip2.weights.lazy_tensors import LazyTensor, Tensors, open_pickled
 
 # Language models of LAVIS by projection and width, image encoders by width: a `.pth` names neither.
 _LAVIS_LANGUAGE = {

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from blip2.errors import CheckpointError
 from blip2.models.freezing import is_adapter
+from blip2.weights.lazy_tensors import LazyTensor
 from blip2.weights.names import listed
-from blip2.weights.tensors import LazyTensor
 
 # Parts that are frozen in pretraining and come from their own checkpoint.
 VISION = "vision."

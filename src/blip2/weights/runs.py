@@ -11,6 +11,7 @@ import yaml
 
 from blip2.configs import RunConfig, from_dict, to_dict
 from blip2.errors import CheckpointError, ConfigError
+from blip2.io.atomic import write_text
 from blip2.weights import native
 
 CONFIG = "config.yaml"
@@ -56,9 +57,7 @@ def best_score(run: Path) -> float | None:
 
 def write_config(folder: Path, config: RunConfig) -> None:
     """Write `config.yaml` beside and rename."""
-    beside = folder / f".{CONFIG}.tmp"
-    beside.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), "utf-8")
-    beside.replace(folder / CONFIG)
+    write_text(folder / CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def read_config(path: str | Path) -> RunConfig:

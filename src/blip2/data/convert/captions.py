@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from blip2.data.convert.sources import Images, annotation, expecting, images_of, load_json
-from blip2.data.convert.units import Item, Request, Unit, clean_key, cut, grouped
+from blip2.data.convert.locate import Images, annotation, expecting, images_of, load_json
+from blip2.data.convert.records import Item, Request, Unit, clean_key, cut, grouped
 from blip2.errors import DataError
 
 DOMAINS = {"in-domain": "in", "near-domain": "near", "out-domain": "out", "in": "in", "near": "near", "out": "out"}

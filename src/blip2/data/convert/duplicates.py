@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from blip2.data.convert.look import Look
+from blip2.data.convert.scan import Look
 from blip2.data.hashes import keep_first, near_pairs, nearest
 
 Place = tuple[int, int]  # unit, sample within its look

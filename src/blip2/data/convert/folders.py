@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from blip2.data.convert.sources import Images, images_of
-from blip2.data.convert.units import Item, Request, Unit, clean_key, cut
+from blip2.data.collection import BadSampleError
+from blip2.data.convert.locate import Images, images_of
+from blip2.data.convert.records import Item, Request, Unit, clean_key, cut
 from blip2.data.folders import SUFFIXES
-from blip2.data.samples import BadSampleError
-from blip2.data.shards import decode_text, parse_json
+from blip2.data.shards.reader import decode_text, parse_json
 from blip2.errors import DataError
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from blip2.data.convert.captions import read_coco
-from blip2.data.convert.sources import Images, annotation, expecting, images_of, load_json
-from blip2.data.convert.units import Item, Request, Unit, cut
+from blip2.data.convert.locate import Images, annotation, expecting, images_of, load_json
+from blip2.data.convert.records import Item, Request, Unit, cut
 
 
 def read_vg(request: Request) -> list[Unit]:

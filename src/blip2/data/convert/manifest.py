@@ -7,11 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from blip2.data.collection import printable
 from blip2.data.convert.duplicates import Decision
-from blip2.data.convert.look import Look
 from blip2.data.convert.options import Options
-from blip2.data.convert.units import Request
-from blip2.data.samples import printable
+from blip2.data.convert.records import Request
+from blip2.data.convert.scan import Look
 from blip2.errors import RunError
 
 MANIFEST, REPORT = "manifest.json", "left_out.jsonl"

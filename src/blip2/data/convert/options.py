@@ -8,8 +8,8 @@ from blip2.data.convert.captions import read_coco, read_flickr30k, read_nocaps
 from blip2.data.convert.folders import read_folder_units, read_lines
 from blip2.data.convert.genome import read_vg
 from blip2.data.convert.questions import read_gqa, read_vqa
+from blip2.data.convert.records import Reader
 from blip2.data.convert.tables import read_table
-from blip2.data.convert.units import Reader
 from blip2.data.convert.web import read_web
 from blip2.data.hashes import THRESHOLD
 from blip2.errors import ConfigError

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from blip2.data.convert.sources import Images, annotation, expecting, images_of, load_json
-from blip2.data.convert.units import Item, Request, Unit, cut, grouped
+from blip2.data.convert.locate import Images, annotation, expecting, images_of, load_json
+from blip2.data.convert.records import Item, Request, Unit, cut, grouped
 from blip2.errors import DataError
 
 

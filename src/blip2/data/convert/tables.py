@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip2.data.convert.sources import Images, images_of
-from blip2.data.convert.units import Item, Request, Unit, clean_key, cut, grouped
-from blip2.data.samples import BadSample
+from blip2.data.collection import BadSample
+from blip2.data.convert.locate import Images, images_of
+from blip2.data.convert.records import Item, Request, Unit, clean_key, cut, grouped
 from blip2.errors import ConfigError, DataError
 
 # Column names that are understood without being told, in order of preference.

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from blip2.data.collection import BadSample
 from blip2.data.convert.folders import read_folder_units
-from blip2.data.convert.sources import expecting, images_of, load_json
-from blip2.data.convert.units import Item, Request, Unit, clean_key, cut
-from blip2.data.samples import BadSample
-from blip2.data.shards import read_entries
+from blip2.data.convert.locate import expecting, images_of, load_json
+from blip2.data.convert.records import Item, Request, Unit, clean_key, cut
+from blip2.data.shards.reader import read_entries
 from blip2.errors import DataError
 
 # What img2dataset keeps for itself.

@@ -1,1 +1,0 @@
-"""Search in photographs: an index of query embeddings on disk, and what looks in it."""

@@ -1,0 +1,1 @@
+"""CapFilt: captions written and filtered by models."""

@@ -1,0 +1,221 @@
+"""Captioners and rankers behind two small interfaces: ours, and transformers' BLIP and CLIP.
+
+Shape letters: B images, N texts of all images, Q queries, E contrastive width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from blip2.capfilt.settings import CapFiltSettings
+from blip2.configs import DecodingConfig
+from blip2.data.images import ImageSpec, plain_view
+from blip2.errors import ConfigError
+from blip2.inference import Blip2, load, torch_dtype
+from blip2.models import hub
+from blip2.models.vision.encoder import normalisation
+from blip2.ops.contrastive import query_text_similarity
+from blip2.ops.devices import pick_device
+from blip2.ops.host import to_list
+from blip2.weights.formats import located
+
+
+class Captioner(Protocol):
+    """Draws captions."""
+
+    def captions(self, pictures: Sequence[Image.Image], count: int) -> list[list[str]]:
+        """`count` captions per picture, drawn with torch's global generator."""
+
+
+class Ranker(Protocol):
+    """Compares pictures with texts."""
+
+    def scores(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Similarity of each picture with each of its own texts."""
+
+    def matches(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """ITM probability of each of its own texts."""
+
+
+class Bridge:
+    """Our model as captioner, ranker or both: an image is encoded once for all that is asked of it."""
+
+    def __init__(self, model: Blip2, settings: CapFiltSettings) -> None:
+        self.model, self.settings = model, settings
+        self._last: tuple[Sequence[Image.Image], Tensor] | None = None
+
+    def captions(self, pictures: Sequence[Image.Image], count: int) -> list[list[str]]:
+        """Nucleus samples of the language model; the run's prompt unless another was given."""
+        asked = self.settings
+        decoding = DecodingConfig(
+            beams=1,
+            num=count,
+            sample=True,
+            top_p=asked.top_p,
+            temperature=asked.temperature,
+            min_tokens=asked.min_tokens,
+            max_tokens=asked.max_tokens,
+        )
+        return self.model.caption_features(self._features(pictures), asked.prompt, decoding)
+
+    def scores(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """ITC similarity: the largest dot product over the queries."""
+        flat, owners = _flat(texts)
+        embedded_BQE = self.model.embed_features(self._features(pictures))
+        similarity_BN = query_text_similarity(embedded_BQE, self.model.embed_texts(flat))
+        return _split(similarity_BN[owners, torch.arange(len(flat))], texts)
+
+    def matches(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """ITM probability, an image's keys and values projected once for its texts."""
+        kv = self.model.image_kv(self._features(pictures))
+        device = kv.layers[0][0].device
+        return [
+            to_list(self.model.match_features(kv.take(torch.tensor([n], device=device)), list(own))) if own else []
+            for n, own in enumerate(texts)
+        ]
+
+    def _features(self, pictures: Sequence[Image.Image]) -> Tensor:
+        if self._last is None or self._last[0] is not pictures:
+            views = torch.stack([plain_view(picture, self.model.image_spec) for picture in pictures])
+            with torch.no_grad():
+                self._last = pictures, self.model.vision(views.to(self.model.device))
+        return self._last[1]
+
+
+class HuggingFaceBlip:
+    """transformers' `BlipForConditionalGeneration` as captioner; `generate` encodes an image once for its samples."""
+
+    def __init__(self, source: str, settings: CapFiltSettings, device: str) -> None:
+        from transformers import AutoTokenizer, BlipForConditionalGeneration
+
+        self.settings, self.device = settings, device
+        self.model, self.spec = _load(BlipForConditionalGeneration, source, settings.dtype, device)
+        with hub.readable(source):
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
+
+    @torch.no_grad()
+    def captions(self, pictures: Sequence[Image.Image], count: int) -> list[list[str]]:
+        """Nucleus samples; the prompt is part of the caption, as BLIP writes it."""
+        asked = self.settings
+        prompt: dict[str, Tensor] = {}
+        if asked.prompt:
+            prompt = dict(self.tokenizer([asked.prompt] * len(pictures), return_tensors="pt"))
+            prompt = {name: prompt[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        rows = self.model.generate(
+            pixel_values=_pixels(pictures, self.spec, self.model, self.device),
+            **prompt,
+            do_sample=True,
+            top_p=asked.top_p,
+            top_k=0,
+            temperature=asked.temperature,
+            num_beams=1,
+            num_return_sequences=count,
+            min_new_tokens=asked.min_tokens,
+            max_new_tokens=asked.max_tokens,
+        )
+        texts = [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+        return [texts[n : n + count] for n in range(0, len(texts), count)]
+
+
+class HuggingFaceClip:
+    """transformers' `CLIPModel` as ranker, which the paper used."""
+
+    def __init__(self, source: str, settings: CapFiltSettings, device: str) -> None:
+        from transformers import AutoTokenizer, CLIPModel
+
+        self.source, self.device = source, device
+        self.model, self.spec = _load(CLIPModel, source, settings.dtype, device)
+        with hub.readable(source):
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
+        self.length = self.model.config.text_config.max_position_embeddings
+
+    @torch.no_grad()
+    def scores(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Cosine similarity; texts are cut at the model's longest."""
+        flat, owners = _flat(texts)
+        tokens = self.tokenizer(flat, return_tensors="pt", padding=True, truncation=True, max_length=self.length)
+        inputs = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        text_NE = self.model.text_projection(self.model.text_model(**inputs).pooler_output).float()
+        pixels = _pixels(pictures, self.spec, self.model, self.device)
+        image_BE = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output).float()
+        cosine_N = torch.nn.functional.cosine_similarity(image_BE[owners.to(self.device)], text_NE)
+        return _split(cosine_N, texts)
+
+    def matches(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """CLIP has no ITM head."""
+        raise ConfigError(f"itm-threshold: {self.source} is CLIP and has no ITM head: leave it out, or rank by ours")
+
+
+def open_models(settings: CapFiltSettings, device: str = "auto") -> tuple[Captioner | None, Ranker]:
+    """Captioner (None where no captions are drawn) and ranker; one of ours named for both is loaded once.
+
+    Raises:
+        CheckpointError: nothing there, damaged, or of another kind.
+        ConfigError: a captioner that cannot sample, a ranker that is missing or without ITM.
+    """
+    place = str(pick_device(device))
+    captioner: Captioner | None = None
+    if settings.samples or settings.ranker is None:
+        captioner = _captioner(settings, place)
+    name = settings.ranker
+    if name is None or (name == settings.captioner and isinstance(captioner, Bridge)):
+        if not isinstance(captioner, Bridge):
+            raise ConfigError(f"{settings.captioner} is BLIP of transformers, which does not rank: give --ranker")
+        captioner.model.stage1  # noqa: B018 - loaded now: a missing stage 1 is told before the work begins
+        return (captioner if settings.samples else None), captioner
+    if model_type(name) == "clip":
+        if settings.itm_threshold is not None:
+            raise ConfigError(f"itm-threshold: {name} is CLIP and has no ITM head: leave it out, or rank by ours")
+        return captioner, HuggingFaceClip(name, settings, place)
+    ranker = Bridge(load(name, device=place, dtype=settings.dtype), settings)
+    ranker.model.stage1  # noqa: B018
+    return captioner, ranker
+
+
+def model_type(source: str) -> str | None:
+    """`blip`, `clip`, `blip-2`, ... of a transformers folder or hub id; None for anything else."""
+    path = Path(located(source))
+    if path.is_dir():
+        return str(hub.load_config(source).model_type) if (path / "config.json").is_file() else None
+    return str(hub.load_config(source).model_type) if hub.is_id(source) and not path.suffix else None
+
+
+def _captioner(settings: CapFiltSettings, device: str) -> Captioner:
+    name = settings.captioner
+    if model_type(name) == "blip":
+        return HuggingFaceBlip(name, settings, device)
+    model = load(name, device=device, dtype=settings.dtype)
+    if model.stage2 is None and settings.samples:
+        raise ConfigError(f"{name} is a stage 1, which does not draw captions: give a stage-2 run, or --samples 0")
+    return Bridge(model, settings)
+
+
+def _load(kind: Any, source: str, dtype: str | None, device: str) -> tuple[Any, ImageSpec]:
+    """A model of transformers in eval mode, and how it wants its images."""
+    config = hub.load_config(source)
+    model = hub.load_model(kind, source, config, torch_dtype(dtype) or torch.float32).to(device).eval()
+    part = config.vision_config
+    mean, std = normalisation(part, source)
+    resize = "crop" if config.model_type == "clip" else "squash"
+    return model, ImageSpec(int(part.image_size), tuple(mean), tuple(std), resize)
+
+
+def _pixels(pictures: Sequence[Image.Image], spec: ImageSpec, model: Any, device: str) -> Tensor:
+    return torch.stack([plain_view(picture, spec) for picture in pictures]).to(device, model.dtype)
+
+
+def _flat(texts: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:
+    """All texts in one list, and the image [N] that each belongs to."""
+    owners = [n for n, own in enumerate(texts) for _ in own]
+    return [text for own in texts for text in own], torch.tensor(owners, dtype=torch.int64)
+
+
+def _split(values_N: Tensor, texts: Sequence[Sequence[str]]) -> list[list[float]]:
+    rest = iter(to_list(values_N))
+    return [[next(rest) for _ in own] for own in texts]

@@ -1,0 +1,109 @@
+"""`blip2 data`: what is in a data set and what in it is bad; public data sets to shards."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from blip2.errors import ConfigError
+
+Parsers = argparse._SubParsersAction
+DATA_SETS = "coco, vg, cc3m, cc12m, sbu, laion, flickr30k, nocaps, vqav2, gqa, okvqa, table, jsonl or folder"
+
+
+def add_command(commands: Parsers[argparse.ArgumentParser]) -> None:
+    """`blip2 data check|convert`."""
+    data = commands.add_parser("data", help="look after data sets")
+    kinds = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
+    check = kinds.add_parser("check", help="decode every image, list every bad sample with its reason")
+    check.add_argument("path", help="named set, shards, folder or JSONL file")
+    check.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    check.set_defaults(run=_check)
+    convert = kinds.add_parser(
+        "convert",
+        help="public data sets to shards, with checksums and a manifest",
+        description="Reads a data set as it is downloaded, looks at every image, writes WebDataset shards, "
+        "manifest.json and left_out.jsonl. Run it again and it goes on where it was.",
+    )
+    convert.add_argument("source", metavar="SOURCE", help="annotation file, or the folder that holds it")
+    convert.add_argument("out", metavar="OUT", help="folder of the shards")
+    convert.add_argument("--from", dest="kind", required=True, metavar="KIND", help=DATA_SETS)
+    convert.add_argument("--images", metavar="DIR", help="folder of the images (default: that of the annotations)")
+    convert.add_argument("--split", help="train, val, test, ... as the data set names it")
+    convert.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
+    convert.add_argument("--shard-size", default="1000", metavar="N|MB", help="1000 samples, or 500MB of images")
+    convert.add_argument("--licence", metavar="TEXT", help="of the data, for the manifest")
+    convert.add_argument("--drop-duplicates", action="store_true", help="leave out near-duplicates of earlier images")
+    convert.add_argument(
+        "--against", nargs="+", default=[], metavar="EVALSET", help="leave out images of these data sets"
+    )
+    convert.add_argument("--threshold", type=int, default=6, help="bits of 64 in which copies differ at most")
+    convert.add_argument("--skip-missing", action="store_true", help="go on where an annotated image is missing")
+    convert.add_argument("--columns", default="", metavar="image=NAME,caption=NAME", help="of a table")
+    convert.add_argument("--json", action="store_true", help="the manifest on stdout")
+    convert.set_defaults(run=_convert)
+
+
+def _check(options: argparse.Namespace, rest: list[str]) -> int:
+    """Print the report of a data set; exit code 0 also when it has bad samples (training skips them)."""
+    from blip2.data.check import check_collection, format_report
+
+    report = check_collection(options.path, progress=not options.json)
+    if options.json:
+        print(json.dumps({**dataclasses.asdict(report), "by_reason": report.by_reason()}))
+    else:
+        print(format_report(report))
+    return 0
+
+
+def _convert(options: argparse.Namespace, rest: list[str]) -> int:
+    """Convert a public data set to shards; prints what was written and what was left out."""
+    from blip2.data.convert.options import Options
+    from blip2.data.convert.pipeline import convert
+    from blip2.data.convert.records import Request, ShardSize
+
+    request = Request(
+        Path(options.source).expanduser(),
+        Path(options.images).expanduser() if options.images else None,
+        options.split,
+        ShardSize.parse(options.shard_size),
+        _columns(options.columns),
+    )
+    rule = Options(
+        options.kind,
+        options.licence,
+        options.drop_duplicates,
+        tuple(options.against),
+        options.threshold,
+        options.skip_missing,
+        options.workers,
+        progress=not options.json,
+    )
+    manifest = convert(request, Path(options.out), rule)
+    print(json.dumps(manifest) if options.json else _summary(manifest, options.out))
+    return 0
+
+
+def _columns(text: str) -> dict[str, str]:
+    """From `image=path,caption=text`."""
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    if not all(name and value for name, _, value in pairs):
+        raise ConfigError(f"columns is {text!r}: it must be like image=path,caption=text")
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _summary(manifest: dict[str, Any], out: str) -> str:
+    lines = [
+        f"{out}: {manifest['samples']} samples in {len(manifest['shards'])} shards ({manifest['bytes'] / 1e6:.1f} MB), "
+        f"{manifest['captions']} captions, {manifest['questions']} questions"
+    ]
+    lines += [f"  {count:>7}  left out: {reason}" for reason, count in manifest["bad"].items()]
+    found = manifest["near_duplicates"]
+    if found["found"]:
+        what = "dropped" if found["dropped"] else "kept (--drop-duplicates leaves them out)"
+        lines.append(f"  {found['found']:>7}  near-duplicates of earlier images: {what}")
+    lines += [f"  {count:>7}  images of {spec}: dropped" for spec, count in manifest["leaks"].items()]
+    return "\n".join(lines)

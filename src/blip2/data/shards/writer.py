@@ -1,0 +1,125 @@
+"""Writing shards: the same samples give the same bytes, beside their place and renamed when whole."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import socket
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from blip2.data.collection import BadSampleError
+from blip2.data.images import decode_image
+from blip2.errors import RunError
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that was written: its size and SHA-256."""
+
+    bytes: int
+    sha256: str
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, bytes, dict[str, Any]]]) -> Written:
+    """Write (key, image, JSON object) samples as a tar shard, in order; times and owners are zero.
+
+    JPEG, PNG and WebP bytes are kept as they are; images of other kinds become PNG.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    beside = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
+    try:
+        with beside.open("wb") as handle:
+            out = _Hashing(handle)
+            with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as tar:  # type: ignore[call-overload]
+                for key, image, entry in samples:
+                    extension, data = stored_image(image)
+                    _add(tar, f"{key}.{extension}", data)
+                    _add(tar, f"{key}.json", json.dumps(entry, ensure_ascii=False).encode())
+            handle.flush()
+            os.fsync(handle.fileno())
+        beside.replace(path)
+        for left in path.parent.glob(f".{path.name}.tmp-*"):  # of a process that was killed
+            left.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return Written(out.count, out.digest.hexdigest())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file beside its place and rename it.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    beside = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A JSON object that an earlier run wrote; None where there is none that can be read."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def stored_image(data: bytes) -> tuple[str, bytes]:
+    """Extension and bytes under which an image goes into a shard.
+
+    Raises:
+        BadSampleError: an image of another kind cannot be decoded.
+    """
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpg", data
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png", data
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp", data
+    buffer = io.BytesIO()
+    try:
+        decode_image(data).save(buffer, "PNG")
+    except OSError:
+        raise BadSampleError("image cannot be decoded") from None
+    return "png", buffer.getvalue()
+
+
+class _Hashing:
+    """A file that counts and hashes what is written to it."""
+
+    def __init__(self, handle: IO[bytes]) -> None:
+        self.handle, self.digest, self.count = handle, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.count += len(data)
+        return self.handle.write(data)
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))

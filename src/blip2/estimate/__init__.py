@@ -1,0 +1,1 @@
+"""Parameters and memory of a run without weights."""

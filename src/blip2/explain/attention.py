@@ -1,0 +1,173 @@
+"""Where a bridge looks: attention maps of the queries, and what a text depends on.
+
+    found = model.attend("dog.jpg", "a dog in the grass")
+    found.queries           # [L, Q, P] attention of every query, per cross-attention layer; sums to one
+    found.itc               # [Q] cosine of each query with the text: the largest is the image's
+    found.itm_maps          # [L, P] gradient-weighted: what made the pair a match
+    found.heat(found.itm_maps.sum(0))     # [h, w] over the picture
+
+Shape letters: Q queries, P tokens of the image encoder, L cross-attention layers, W words (tokens) of
+the caption, C image-encoder channels, E contrastive width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blip2.configs import DecodingConfig
+from blip2.data.image_inputs import ImageLike
+from blip2.errors import ConfigError
+from blip2.explain.attention_maps import cross_prompt_attention, prompt_attention, recording
+from blip2.explain.types import Explainable
+from blip2.models.qformer.model import QFormer
+from blip2.models.stage1 import Stage1
+from blip2.models.stage2 import Stage2
+from blip2.ops.host import to_host, to_list
+
+
+@dataclass
+class Attention:
+    """What `Blip2.attend` found; tensors are float32 on the CPU.
+
+    Args:
+        grid: rows and columns of patches.
+        prefix: image tokens in front of the patches ([CLS], registers), part of P.
+        layers: numbers of the Q-Former's layers that have cross-attention.
+        queries: [L, Q, P] the queries' attention to the image, mean over heads; sums to one over P.
+            With a text of the stage-1 Q-Former, else of the model's own.
+        text: what was asked about; the fields below are None without it.
+        itc: [Q] cosines of the queries with the text.
+        itc_maps: [L, P] what the largest of them depends on, gradient-weighted.
+        itm: probability that text and image belong together; this and what follows from it None where the
+            model never learned ITM.
+        itm_maps: [L, P] what the class-1 logit depends on, gradient-weighted.
+        pair_queries: [L, Q, P] the queries' attention while they see the text.
+        caption: of a stage-2 model; the fields below are None where there is none.
+        words: the W tokens of the caption.
+        word_prompts: [W, Q] attention of the position that writes each token to the soft prompts.
+        word_maps: [W, P] that attention, carried on to the image through the queries' last layer.
+    """
+
+    grid: tuple[int, int]
+    prefix: int
+    layers: list[int]
+    queries: Tensor
+    text: str | None = None
+    itc: Tensor | None = None
+    itc_maps: Tensor | None = None
+    itm: float | None = None
+    itm_maps: Tensor | None = None
+    pair_queries: Tensor | None = None
+    caption: str | None = None
+    words: list[str] | None = None
+    word_prompts: Tensor | None = None
+    word_maps: Tensor | None = None
+
+    @property
+    def winner(self) -> int | None:
+        """The query whose cosine with the text is the image's score."""
+        return None if self.itc is None else int(self.itc.argmax())
+
+    def heat(self, map_P: Tensor) -> Tensor:
+        """[h, w]: the patches of a map over image tokens; what fell on the tokens before them is left out."""
+        return map_P[..., self.prefix :].unflatten(-1, self.grid)
+
+
+def attend(model: Explainable, image: ImageLike, text: str | None = None) -> Attention:
+    """See `Blip2.attend`."""
+    features_1PC = model.features([image])
+    grid, prefix = grid_of(model), model.vision.prefix
+    if text is not None and text.strip():
+        found = _with_text(model, features_1PC, text.strip(), grid)
+    else:
+        stage = model.stage2 or model.stage1
+        shadow, recorded = recording(qformer_of(stage))
+        with torch.no_grad():
+            shadow.encode_queries(shadow.project_image(stage.ln_vision(features_1PC.float())))
+        found = Attention(grid, prefix, cross_layers(qformer_of(stage)), recorded.maps())
+    if model.stage2 is not None:
+        _add_words(model, features_1PC, found)
+    return found
+
+
+def _with_text(model: Explainable, features_1PC: Tensor, text: str, grid: tuple[int, int]) -> Attention:
+    """ITC and ITM of one pair, with their maps."""
+    stage1 = model.stage1
+    ids, mask = model.text_ids([text])
+    with torch.no_grad():
+        kv = stage1.project_image(features_1PC)
+        text_E = stage1.embed_texts(ids, mask)[0]
+    with torch.enable_grad():
+        shadow, alone = recording(stage1.qformer)
+        queries_1QD, _ = shadow.encode_queries(kv)
+        itc_Q = stage1.image_embeddings(queries_1QD)[0] @ text_E
+        itc_maps = alone.relevance(itc_Q.max())
+    found = Attention(
+        grid,
+        model.vision.prefix,
+        cross_layers(stage1.qformer),
+        alone.maps(),
+        text,
+        to_host(itc_Q),
+        itc_maps,
+    )
+    if model.learned_itm:
+        with torch.enable_grad():
+            shadow, paired = recording(stage1.qformer)
+            logits_12 = stage1.pair_logits(shadow.encode_pair(ids, mask, kv))
+            found.itm_maps = paired.relevance(logits_12[0, 1])
+        found.itm = float(logits_12.detach().softmax(dim=-1)[0, 1])
+        found.pair_queries = paired.maps()
+    return found
+
+
+def _add_words(model: Explainable, features_1PC: Tensor, found: Attention) -> None:
+    """Caption the image, and read how each token of the caption attended to the soft prompts."""
+    stage2, language = model.stage2, model.config.language
+    assert stage2 is not None
+    found.caption = model.caption_features(features_1PC, None, DecodingConfig())[0][0]
+    shadow, recorded = recording(qformer_of(stage2))
+    with torch.no_grad():
+        kv = shadow.project_image(stage2.ln_vision(features_1PC.to(stage2.ln_vision.weight.dtype)))
+        soft_1QH = stage2.language_proj(shadow.encode_queries(kv)[0])
+    tokenizer = model.language_tokenizer
+    if stage2.language_model.encoder_decoder:
+        pair = (x.to(model.device) for x in tokenizer.pairs([language.prompt], [found.caption]))
+        enc_ids, enc_mask, ids, mask = pair
+        at_W = torch.arange(int(mask.sum()) - 1)  # all but the end token
+        found.word_prompts = cross_prompt_attention(stage2.language_model, soft_1QH, enc_ids, enc_mask, ids)[at_W]
+    else:
+        ids, mask, labels = (x.to(model.device) for x in tokenizer.targets([language.prompt], [found.caption]))
+        rows = prompt_attention(stage2.language_model, soft_1QH, ids, mask)
+        at_W = to_host(labels[0].nonzero()[:, 0])[:-1]
+        found.word_prompts = rows[soft_1QH.shape[1] + at_W - 1]
+    found.words = [tokenizer.decode([token]) for token in to_list(to_host(ids[0])[at_W])]
+    shares_WQ = found.word_prompts / found.word_prompts.sum(dim=1, keepdim=True).clamp(min=1e-9)
+    found.word_maps = shares_WQ @ recorded.maps()[-1]
+
+
+def grid_of(model: Explainable) -> tuple[int, int]:
+    """Rows and columns of patches that the queries see."""
+    side = model.vision.grid // model.vision.pool
+    return side, side
+
+
+def qformer_of(stage: Stage1 | Stage2) -> QFormer:
+    """The Q-Former of a stage.
+
+    Raises:
+        ConfigError: the run has a linear layer in its place.
+    """
+    if not isinstance(stage.qformer, QFormer):
+        raise ConfigError(
+            "this run has a linear layer in place of the Q-Former (qformer.bridge): there is no attention"
+        )
+    return stage.qformer
+
+
+def cross_layers(qformer: QFormer) -> list[int]:
+    """Numbers of the layers that have cross-attention."""
+    return [n for n, layer in enumerate(qformer._layers()) if layer.cross_attention is not None]

@@ -1,0 +1,155 @@
+"""Attention weights of a Q-Former and of a language model, computed again on request.
+
+The models' own passes use fused attention, which keeps no weights. `recording` gives a second Q-Former
+that shares every parameter and computes softmax(q k) openly in its cross-attention; nothing of the
+first is touched, so that other threads may use it meanwhile.
+
+Shape letters: Q queries, P tokens of the image encoder, T text tokens, D Q-Former width, L
+cross-attention layers, W words (tokens) of a caption, H language-model width.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blip2.models.language.model import LanguageModel
+from blip2.models.qformer.layers import QFormerLayer
+from blip2.models.qformer.model import QFormer
+from blip2.ops.host import to_host
+
+
+@dataclass
+class Recorded:
+    """Cross-attention of one pass over one image.
+
+    Args:
+        weights: per layer [heads, Q, P], rows sum to one.
+        probes: zeros added to the weights, by whose gradient a score's gradient by the weights is had.
+    """
+
+    weights: list[Tensor] = field(default_factory=list)
+    probes: list[Tensor] = field(default_factory=list)
+
+    def maps(self) -> Tensor:
+        """[L, Q, P], mean over the heads; sums to one over P."""
+        return to_host(torch.stack([weights.mean(dim=0) for weights in self.weights]))
+
+    def relevance(self, score: Tensor) -> Tensor:
+        """[L, P]: attention x its positive gradient, summed over queries, mean over heads.
+
+        The gradient-weighted maps of ALBEF (arXiv 2107.07651, section 4), kept per layer. What does
+        not raise the score counts nothing.
+        """
+        found = torch.autograd.grad(score, self.probes, allow_unused=True)
+        rows = []
+        for weights, gradient in zip(self.weights, found, strict=True):
+            gain = torch.zeros_like(weights) if gradient is None else weights * gradient[0].clamp(min=0)
+            rows.append(gain.mean(dim=0).sum(dim=0))
+        return to_host(torch.stack(rows))
+
+
+def recording(qformer: QFormer) -> tuple[QFormer, Recorded]:
+    """A Q-Former that shares the parameters of another and records its cross-attention; for one image."""
+    recorded = Recorded()
+    shadow, layers = _shallow(qformer), []
+    for layer in qformer.layers:
+        assert isinstance(layer, QFormerLayer)
+        twin = _shallow(layer)
+        if layer.cross_attention is not None:
+            cross = _shallow(layer.cross_attention)
+            object.__setattr__(cross, "attend", _open_attention(recorded))
+            twin._modules["cross_attention"] = cross
+        layers.append(twin)
+    listed = nn.ModuleList()
+    listed._modules.update({str(n): twin for n, twin in enumerate(layers)})
+    shadow._modules["layers"] = listed
+    return shadow, recorded
+
+
+def _shallow(module: Any) -> Any:
+    """A module with the same parameters and parts, whose parts may be exchanged."""
+    twin = copy.copy(module)
+    twin.__dict__["_modules"] = dict(module._modules)
+    return twin
+
+
+def _open_attention(recorded: Recorded) -> Callable[..., Tensor]:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+        probe = torch.zeros_like(weights, requires_grad=torch.is_grad_enabled())
+        recorded.weights.append(weights.detach()[0])
+        recorded.probes.append(probe)
+        return ((weights + probe) @ v).transpose(1, 2).flatten(2)
+
+    return attend
+
+
+@torch.no_grad()
+def prompt_attention(model: LanguageModel, prompt_1QH: Tensor, ids_1T: Tensor, mask_1T: Tensor) -> Tensor:
+    """How much of its attention each token of a text gives to the soft prompts, for one image.
+
+    Row t is of the position that reads token t; the one that predicts it is the row before. The model
+    runs once with open attention, which is not for several threads at a time.
+
+    Args:
+        ids_1T, mask_1T: right-padded text after the soft prompts; decoder-only.
+
+    Returns:
+        [Q + T, Q], mean over layers and heads; rows sum to at most one, the rest goes to the text.
+
+    Raises:
+        ValueError: an encoder-decoder, or a model that does not give its attention.
+    """
+    if model.encoder_decoder:
+        raise ValueError("an encoder-decoder's words are asked for by `cross_prompt_attention`")
+    embeds, mask = model._join(prompt_1QH, ids_1T, mask_1T)
+    mean_SS = _open_mean(model, "attentions", inputs_embeds=embeds, attention_mask=mask)
+    return mean_SS[:, : prompt_1QH.shape[1]]
+
+
+@torch.no_grad()
+def cross_prompt_attention(
+    model: LanguageModel, prompt_1QH: Tensor, enc_ids_1T: Tensor, enc_mask_1T: Tensor, dec_ids_1W: Tensor
+) -> Tensor:
+    """The same of an encoder-decoder: how much of its cross-attention each token gives to the soft prompts' places.
+
+    Row w is of the position that writes token w. What the encoder put in a soft prompt's place has seen the
+    other soft prompts and the text. Not for several threads at a time.
+
+    Args:
+        enc_ids_1T, enc_mask_1T: the encoder's text, after the soft prompts.
+        dec_ids_1W: tokens that are written; the start token is put in front here.
+
+    Returns:
+        [W, Q], mean over layers and heads; rows sum to at most one, the rest goes to the encoder's text.
+    """
+    embeds, mask = model._join(prompt_1QH, enc_ids_1T, enc_mask_1T)
+    start = torch.full_like(dec_ids_1W[:, :1], model.model.config.decoder_start_token_id)
+    given = torch.cat([start, dec_ids_1W[:, :-1]], dim=1)
+    mean_WS = _open_mean(model, "cross_attentions", inputs_embeds=embeds, attention_mask=mask, decoder_input_ids=given)
+    return mean_WS[:, : prompt_1QH.shape[1]]
+
+
+def _open_mean(model: LanguageModel, kind: str, **inputs: Tensor) -> Tensor:
+    """Attention weights of one row, mean over layers and heads, from one pass with open attention.
+
+    Raises:
+        ValueError: the model does not give them.
+    """
+    before = model.model.config._attn_implementation
+    model.model.set_attn_implementation("eager")
+    try:
+        out = model.model(**inputs, use_cache=False, output_attentions=True)
+    finally:
+        model.model.set_attn_implementation(before)
+    found = getattr(out, kind, None)
+    if not found:
+        raise ValueError(f"{model.model.config.model_type} does not give its attention")
+    return to_host(torch.stack([weights[0].float().mean(dim=0) for weights in found]).mean(dim=0))

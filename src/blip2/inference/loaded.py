@@ -1,0 +1,123 @@
+"""The parts of a loaded model that everything done with it needs: stages, tokenizers, image features.
+
+Shape letters: B images, N texts, T text tokens, P patches, C image-encoder channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from blip2.configs import RunConfig
+from blip2.data.image_inputs import ImageLike, listed, open_image
+from blip2.data.images import ImageSpec, plain_view
+from blip2.data.tokenizers import LanguageTokenizer, QFormerTokenizer, clean_caption
+from blip2.errors import ConfigError
+from blip2.models import towers
+from blip2.models.build import build_stage1
+from blip2.models.stage1 import Stage1
+from blip2.models.stage2 import Stage2
+from blip2.models.vision.encoder import VisionEncoder
+from blip2.weights.formats import stage1_behind
+from blip2.weights.loading import LoadReport, fill
+
+
+class Loaded:
+    """Models at hand, and what feeds them.
+
+    Args:
+        config: of the run.
+        stage1, stage2: the models at hand; a missing stage 1 is loaded from `config.init` when
+            first needed.
+        batch: images that go through the model together.
+        home: where the run was loaded from; runs that moved together find each other by name.
+        report: what was loaded, left out, started fresh and reshaped.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        stage1: Stage1 | None = None,
+        stage2: Stage2 | None = None,
+        batch: int = 16,
+        home: Path | None = None,
+        report: LoadReport | None = None,
+    ) -> None:
+        self.config, self.batch, self.home, self.report = config, batch, home, report
+        self._stage1, self.stage2 = stage1, stage2
+        self._stage1_config = config  # of the stage 1 at hand
+        main = stage2 or stage1
+        if main is None or not isinstance(main.vision, VisionEncoder):
+            raise ConfigError("a model needs a stage and its image encoder")
+        self.vision = main.vision
+        self.device = main.ln_vision.weight.device
+
+    @property
+    def stage1(self) -> Stage1:
+        """The stage-1 model; loaded from the run that stage 2 began from when it is first needed."""
+        if self._stage1 is None:
+            if not self.config.init:
+                raise ConfigError(
+                    "this is stage 2 and names no stage 1 (init): embeddings and matches need a stage-1 checkpoint"
+                )
+            found = stage1_behind(self.config.init, self.home)
+            if self.config.vision.train or found.config.vision.train:
+                raise ConfigError(
+                    f"this run or its stage 1 fine-tuned the image encoder: load {found.source} for embeddings and "
+                    "matches"
+                )
+            self._stage1_config = found.config
+            stage1 = build_stage1(found.config, self.vision, start=False)
+            fill(stage1, found.source, found.tensors, found.allowed)
+            self._stage1 = stage1.to(self.device).eval()
+        return self._stage1
+
+    @property
+    def learned_itm(self) -> bool:
+        """Whether the stage 1 at hand was trained with ITM; its matches mean nothing where not."""
+        _ = self.stage1  # which brings its configuration where it is not at hand yet
+        return self._stage1_config.loss.itm > 0
+
+    @cached_property
+    def text_tokenizer(self) -> QFormerTokenizer:
+        """Tokenizer of the Q-Former's text branch."""
+        return QFormerTokenizer(towers.folder(self.config.qformer.init), self.config.qformer.max_text)
+
+    @cached_property
+    def language_tokenizer(self) -> LanguageTokenizer:
+        """Tokenizer of the language model."""
+        assert self.stage2 is not None
+        language = self.config.language
+        return LanguageTokenizer(
+            towers.folder(language.name),
+            end=language.end,
+            max_text=language.max_text,
+            encoder_decoder=self.stage2.language_model.encoder_decoder,
+        )
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        """Size, normalisation and resizing that the image encoder expects."""
+        vision = self.vision
+        return ImageSpec(vision.size, vision.mean, vision.std, self.config.vision.resize)
+
+    def features(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
+        """Features [B, P, C] of the frozen image encoder."""
+        return torch.cat(list(self._chunks(images)))
+
+    def _chunks(self, images: ImageLike | Sequence[ImageLike]) -> Iterator[Tensor]:
+        pictures = listed(images)
+        for start in range(0, len(pictures), self.batch):
+            views = [plain_view(open_image(image), self.image_spec) for image in pictures[start : start + self.batch]]
+            with torch.no_grad():
+                yield self.vision(torch.stack(views).to(self.device))
+
+    def text_ids(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask [N, T] of captions for the Q-Former, cleaned where its training cleaned them."""
+        ids, mask = self.text_tokenizer([clean_caption(text) for text in texts] if self.config.data.clean else texts)
+        return ids.to(self.device), mask.to(self.device)

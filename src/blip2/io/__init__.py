@@ -1,0 +1,1 @@
+"""Files, paths, processes and pages: what reads and writes outside of torch."""

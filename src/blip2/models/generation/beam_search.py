@@ -1,0 +1,214 @@
+"""Greedy search, nucleus sampling and beam search, with the same results as transformers' `generate`.
+
+Rows that are done leave the batch: no further work is spent on them.
+
+Shape letters: B prompts, N rows of the model, A prompts not yet done, K beams, C candidates,
+L tokens (those that stand before the first new one included), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blip2.models.generation.prefill import Continuation
+
+_NEVER = -1.0e9  # the score of what may not be chosen, as in transformers
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What may be written, and when it ends.
+
+    Args:
+        start: ids that stand before the first new token: none, or a decoder's start token.
+        ends: ids that end a row.
+        pad_id: fills the rest of a row.
+        limit: new tokens, at most.
+        process: scores [N, V] of the next token, given ids [N, L] and scores.
+    """
+
+    start: tuple[int, ...]
+    ends: tuple[int, ...]
+    pad_id: int
+    limit: int
+    process: Callable[[Tensor, Tensor], Tensor]
+
+    def blank(self, shape: tuple[int, ...], fill: int, device: torch.device) -> Tensor:
+        """Ids [*shape, L] with the start tokens in place."""
+        ids = torch.full((*shape, len(self.start) + self.limit), fill, dtype=torch.int64, device=device)
+        for place, token in enumerate(self.start):
+            ids[..., place] = token
+        return ids
+
+    def ending(self, tokens: Tensor) -> Tensor:
+        """Which tokens end a row."""
+        return torch.isin(tokens, torch.tensor(self.ends, device=tokens.device))
+
+
+def search_one(model: Continuation, num: int, rules: Rules, *, sample: bool) -> Tensor:
+    """Greedy search, or `num` samples per prompt.
+
+    Samples are those of `generate` from the same seed: every row draws at every step, done or not.
+
+    Returns:
+        New token ids [B * num, at most `limit`].
+    """
+    device = model.logits.device
+    start = torch.arange(len(model.logits), device=device).repeat_interleave(num)
+    logits_NV = model.logits[start]
+    model.widen(start, rules.limit)
+    ids_NL = rules.blank((len(start),), rules.pad_id, device)
+    rows = torch.arange(len(start), device=device)  # not done yet
+    first = len(rules.start)
+    for length in range(first, first + rules.limit):
+        scores_NV = rules.process(ids_NL[rows, :length], logits_NV)
+        tokens_N = _draw(scores_NV, rows, len(ids_NL)) if sample else scores_NV.argmax(dim=-1)
+        ids_NL[rows, length] = tokens_N
+        left = (~rules.ending(tokens_N)).nonzero().squeeze(1)
+        if not len(left) or length + 1 == ids_NL.shape[1]:
+            break
+        if len(left) < len(rows):
+            rows, tokens_N = rows[left], tokens_N[left]
+            model.take(left)
+        logits_NV = model.step(tokens_N)
+    return ids_NL[:, first : length + 1]
+
+
+def search_beams(model: Continuation, beams: int, num: int, rules: Rules, *, length_penalty: float) -> Tensor:
+    """Beam search: a prompt ends once no running beam can beat its worst finished one.
+
+    Running beams are compared at their present length (`early_stopping=False` in transformers).
+
+    Returns:
+        New token ids [B * num, longest of them], best first.
+    """
+    device, B = model.logits.device, len(model.logits)
+    # transformers fills with the end token where the padding's id is 0
+    fill = rules.pad_id or rules.ends[0]
+    found_BKL = rules.blank((B, beams), fill, device)
+    lengths_BK = torch.zeros(B, beams, dtype=torch.int64, device=device)
+    rows = torch.arange(B, device=device)  # not done yet
+    state = _Beams.start(found_BKL, rules)
+    # the first step has one row per prompt; its beams are all alike
+    scores_BV = rules.process(state.ids[:, 0, : state.length], model.logits.log_softmax(dim=-1))
+    scores_AKV = scores_BV[:, None].expand(-1, beams, -1)
+    model.widen(rows.repeat_interleave(beams), rules.limit)
+    while True:
+        parents_AK = state.advance(scores_AKV, rules, length_penalty)
+        going = state.can_improve(length_penalty)
+        if state.length == found_BKL.shape[2]:
+            going = torch.zeros_like(going)
+        done, left = (~going).nonzero().squeeze(1), going.nonzero().squeeze(1)
+        if len(done):
+            found_BKL[rows[done]], lengths_BK[rows[done]] = state.done_ids[done], state.done_lengths[done]
+        if not len(left):
+            break
+        places_AK = parents_AK + beams * torch.arange(len(parents_AK), device=device)[:, None]
+        if len(done):
+            rows = rows[left]
+            state.keep(left)
+            model.take(places_AK[left].flatten())
+        else:
+            model.reorder(places_AK.flatten())
+        logits_NV = model.step(state.ids[..., state.length - 1].flatten())
+        scores_NV = rules.process(state.ids[..., : state.length].flatten(0, 1), logits_NV.log_softmax(dim=-1))
+        scores_AKV = scores_NV.view(-1, beams, scores_NV.shape[-1])
+    found = found_BKL[:, :num, len(rules.start) :].flatten(0, 1)
+    return found[:, : int(lengths_BK[:, :num].max())]
+
+
+@dataclass
+class _Beams:
+    """Running and finished beams of the prompts not yet done.
+
+    Args:
+        ids, scores: [A, K, L] and [A, K], running beams, best first, and the sums of their
+            log-probabilities.
+        done_ids, done_scores, done_lengths, done: finished beams, best first; slots not yet taken
+            score `_NEVER`.
+        length: tokens of a running beam, start tokens included.
+        first: start tokens.
+    """
+
+    ids: Tensor
+    scores: Tensor
+    done_ids: Tensor
+    done_scores: Tensor
+    done_lengths: Tensor
+    done: Tensor
+    length: int
+    first: int
+
+    @classmethod
+    def start(cls, blank_BKL: Tensor, rules: Rules) -> _Beams:
+        """Only the first beam may be chosen from at the first step, for all are alike."""
+        never_BK = torch.full(blank_BKL.shape[:2], _NEVER, device=blank_BKL.device)
+        scores_BK = never_BK.clone()
+        scores_BK[:, 0] = 0.0
+        none_BK = torch.zeros_like(never_BK, dtype=torch.bool)
+        first = len(rules.start)
+        return cls(blank_BKL.clone(), scores_BK, blank_BKL.clone(), never_BK, none_BK.long(), none_BK, first, first)
+
+    def advance(self, scores_AKV: Tensor, rules: Rules, length_penalty: float) -> Tensor:
+        """Take the best continuations; returns the beam [A, K] that each running one comes from."""
+        K, V = scores_AKV.shape[1:]
+        total_AC = (scores_AKV + self.scores[:, :, None]).flatten(1)
+        # enough that K go on even where every beam may end in each of the end tokens
+        best_AC, place_AC = total_AC.topk(max(2, 1 + len(rules.ends)) * K)
+        parents_AC, tokens_AC = place_AC // V, place_AC % V
+        ids_ACL = _gather(self.ids, parents_AC)
+        ids_ACL[..., self.length] = tokens_AC
+        self.length += 1
+        ended_AC = rules.ending(tokens_AC)
+        if self.length == ids_ACL.shape[2]:
+            ended_AC = torch.ones_like(ended_AC)
+        self._finish(ids_ACL, best_AC, ended_AC, length_penalty)
+        running_AC = best_AC + ended_AC.float() * _NEVER
+        chosen_AK = running_AC.topk(K).indices
+        self.ids, self.scores = _gather(ids_ACL, chosen_AK), _gather(running_AC, chosen_AK)
+        return _gather(parents_AC, chosen_AK)
+
+    def _finish(self, ids_ACL: Tensor, best_AC: Tensor, ended_AC: Tensor, length_penalty: float) -> None:
+        """Of the K best continuations those that have ended join the finished beams, best K of all."""
+        K, new = self.done.shape[1], self.length - self.first
+        ended_AC = ended_AC & (torch.arange(ended_AC.shape[1], device=ended_AC.device) < K)
+        score_AC = best_AC / new**length_penalty + ~ended_AC * _NEVER
+        scores = torch.cat([self.done_scores, score_AC], dim=1)
+        chosen_AK = scores.topk(K).indices
+        lengths = torch.cat([self.done_lengths, torch.full_like(ended_AC, new, dtype=torch.int64)], dim=1)
+        self.done_ids = _gather(torch.cat([self.done_ids, ids_ACL], dim=1), chosen_AK)
+        self.done_scores, self.done_lengths = _gather(scores, chosen_AK), _gather(lengths, chosen_AK)
+        self.done = _gather(torch.cat([self.done, ended_AC], dim=1), chosen_AK)
+
+    def can_improve(self, length_penalty: float) -> Tensor:
+        """Prompts [A] whose best running beam would, ended now, beat their worst finished one."""
+        best_A1 = self.scores[:, :1] / (self.length - self.first) ** length_penalty
+        worst_AK = torch.where(self.done, self.done_scores.amin(dim=1, keepdim=True), _NEVER)
+        return (best_A1 > worst_AK).any(dim=1)
+
+    def keep(self, left: Tensor) -> None:
+        """Drop all prompts but these."""
+        self.ids, self.scores = self.ids[left], self.scores[left]
+        self.done_ids, self.done_scores = self.done_ids[left], self.done_scores[left]
+        self.done_lengths, self.done = self.done_lengths[left], self.done[left]
+
+
+def _gather(x: Tensor, index_AK: Tensor) -> Tensor:
+    """Entries of the second axis of [A, C, ...]."""
+    return torch.take_along_dim(x, index_AK[..., None] if x.ndim == 3 else index_AK, dim=1)
+
+
+def _draw(scores_NV: Tensor, rows: Tensor, total: int) -> Tensor:
+    """One token per row, as if all `total` rows drew: what a row draws does not depend on who has left."""
+    probs_NV = scores_NV.softmax(dim=-1)
+    if len(rows) < total:
+        all_NV = probs_NV.new_zeros(total, probs_NV.shape[1])
+        all_NV[:, 0] = 1.0
+        all_NV[rows] = probs_NV
+        probs_NV = all_NV
+    drawn_N = torch.multinomial(probs_NV, num_samples=1).squeeze(1)
+    return drawn_N[rows]

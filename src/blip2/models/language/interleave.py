@@ -1,0 +1,137 @@
+"""Several images and their texts in one sequence, for a language model that learns from examples in its context.
+
+A sequence is soft prompts of image 1, text 1, soft prompts of image 2, text 2, and so on, each text with
+its end token behind it (Flamingo, arXiv 2204.14198, section 2.4, calls that token <EOC>).
+
+Shape letters: N segments (an image and its text each), B sequences, K segments of a sequence (N = B x K),
+Q queries (soft prompts), T text tokens, S tokens of a sequence, H width of the input embeddings, M targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blip2.configs import DecodingConfig
+from blip2.models.generation.generate import Options, Prompts, generate
+from blip2.models.language.model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """Sequences without holes, padded at the right edge.
+
+    Args:
+        embeds: [B, S, H], input embeddings of soft prompts and text.
+        mask: int64 [B, S], 1 on real tokens.
+        ids: int64 [B, S]; what stands at soft prompts and padding means nothing.
+        labels: bool [B, S], True on the text tokens to predict.
+    """
+
+    embeds: Tensor
+    mask: Tensor
+    ids: Tensor
+    labels: Tensor
+
+
+def interleave(
+    language_model: LanguageModel,
+    prompt_NQH: Tensor,
+    ids_NT: Tensor,
+    mask_NT: Tensor,
+    labels_NT: Tensor,
+    length: int,
+    *,
+    front: int = 0,
+) -> Interleaved:
+    """Join every `length` segments that follow each other into one sequence.
+
+    Args:
+        prompt_NQH: soft prompts of each segment's image.
+        ids_NT, mask_NT, labels_NT: its text, right-padded, and the tokens of it to predict.
+        length: segments of a sequence, K.
+        front: tokens that start every text of its own (OPT's `</s>`): kept in the first only, for a
+            sequence begins once.
+    """
+    text_NTH = language_model.embed(ids_NT)
+    keep_NT = mask_NT.to(torch.int64)
+    if front:
+        inner_N = torch.arange(len(ids_NT), device=ids_NT.device) % length > 0
+        keep_NT = keep_NT.clone()
+        keep_NT[:, :front] *= (~inner_N).to(torch.int64)[:, None]
+    queries_NQ = keep_NT.new_ones(prompt_NQH.shape[:2])
+    embeds = torch.cat([prompt_NQH.to(text_NTH.dtype), text_NTH], dim=1)
+    mask = torch.cat([queries_NQ, keep_NT], dim=1)
+    ids = torch.cat([torch.zeros_like(queries_NQ), ids_NT], dim=1)
+    labels = torch.cat([torch.zeros_like(queries_NQ, dtype=torch.bool), labels_NT.bool() & keep_NT.bool()], dim=1)
+    embeds, mask, ids, labels = (x.unflatten(0, (-1, length)).flatten(1, 2) for x in (embeds, mask, ids, labels))
+    order_BS = torch.argsort(mask, dim=1, stable=True, descending=True)[:, : int(mask.sum(dim=1).max())]
+    embeds = embeds.gather(1, order_BS[..., None].expand(-1, -1, embeds.shape[-1]))
+    return Interleaved(embeds, mask.gather(1, order_BS), ids.gather(1, order_BS), labels.gather(1, order_BS))
+
+
+def interleaved_loss(language_model: LanguageModel, sequences: Interleaved) -> Tensor:
+    """Mean cross-entropy of every labelled token, in float32; decoder-only.
+
+    A token is predicted at the place in front of it: the first of a text by its image's last soft prompt.
+    """
+    at_BS = torch.zeros_like(sequences.labels)
+    at_BS[:, :-1] = sequences.labels[:, 1:]
+    targets_M = sequences.ids[sequences.labels]
+    return language_model.losses_at(sequences.embeds, sequences.mask, at_BS, targets_M).mean()
+
+
+@torch.no_grad()
+def generate_after(
+    language_model: LanguageModel,
+    examples_1SH: Tensor,
+    prompt_BQH: Tensor,
+    ids_BT: Tensor,
+    mask_BT: Tensor,
+    config: DecodingConfig,
+    *,
+    end_id: int,
+    pad_id: int,
+) -> Tensor:
+    """New token ids [B x config.num, L] of images that all have the same examples in front of them.
+
+    A decoder-only model reads the examples once for all B; an encoder sees each sequence whole.
+
+    Args:
+        examples_1SH: the examples as `interleave` joins them, one sequence without padding.
+        prompt_BQH: soft prompts of the images asked about.
+        ids_BT, mask_BT: text after them (T may be 0), padded on either side.
+    """
+    text_BTH = language_model.embed(ids_BT)
+    ones_BQ = torch.ones(prompt_BQH.shape[:2], dtype=torch.int64, device=mask_BT.device)
+    prompts = Prompts(
+        examples_1SH.to(text_BTH.dtype),
+        torch.cat([prompt_BQH.to(text_BTH.dtype), text_BTH], dim=1),
+        torch.cat([ones_BQ, mask_BT.to(torch.int64)], dim=1),
+        torch.zeros(len(prompt_BQH), dtype=torch.int64, device=mask_BT.device),
+    )
+    return generate(
+        language_model.model,
+        prompts,
+        options_of(config, end_id, pad_id),
+        encoder_decoder=language_model.encoder_decoder,
+    )
+
+
+def options_of(config: DecodingConfig, end_id: int, pad_id: int) -> Options:
+    """How text is written, out of the decoding settings."""
+    return Options(
+        ends=(end_id,),
+        pad_id=pad_id,
+        beams=1 if config.sample else config.beams,
+        num=config.num,
+        min_tokens=config.min_tokens,
+        max_tokens=config.max_tokens,
+        length_penalty=config.length_penalty,
+        sample=config.sample,
+        top_p=config.top_p,
+        temperature=config.temperature,
+        repetition_penalty=config.repetition_penalty,
+    )

@@ -1,0 +1,386 @@
+"""Any frozen language model of transformers, always through `inputs_embeds`.
+
+Shape letters: B rows, Q queries (soft prompts), T text tokens, S prompts and text together,
+H width of the input embeddings, V vocabulary, M target positions, L new tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from blip2.errors import ConfigError
+from blip2.models.freezing import is_adapter
+from blip2.models.generation.generate import Options, Prompts, generate
+from blip2.models.language import shared_prefix
+from blip2.ops.bucketing import bucket, length_groups
+from blip2.ops.host import to_list
+from blip2.ops.losses import head_loss
+
+Reduction = Literal["mean", "none"]
+
+# Decoder-only types whose logits are the output head of the last hidden state and nothing more.
+# Others (Cohere and Granite scale their logits, Gemma 2 caps them) go through their own forward.
+_PLAIN_HEADS = {
+    *("bloom", "falcon", "gemma", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama", "mistral", "olmo", "olmo2"),
+    *("opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm"),
+}
+# Encoder-decoders of that kind.
+_PLAIN_HEADS_ENCODED = {"t5", "mt5", "umt5"}
+_GROUP_OVERHEAD = 32  # tokens of a CPU's time that one more group of rows costs
+_LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+class LanguageModel(nn.Module):
+    """Decoder-only or encoder-decoder language model that reads soft prompts in front of text.
+
+    While all its own weights are frozen it stays in eval mode whatever `.train()` says, but for the
+    dropout of adapters (`blip2.models.language.lora`); gradients flow through it to the soft prompts. Prompts
+    may come in any dtype: they are cast to that of its embeddings.
+
+    Args:
+        model: transformers `...ForCausalLM` or `...ForConditionalGeneration`.
+
+    Attributes:
+        hidden_size: width H of the input embeddings.
+        vocab_size: rows of the input embeddings.
+        encoder_decoder: which of the two losses it takes.
+        gradient_checkpointing: recompute every block in the backward pass instead of keeping its
+            activations; off by default. transformers' own works in train mode only, where a
+            frozen model would apply dropout.
+        head_chunk: rows of logits held at a time while training (`chunk_head`); None holds all.
+        split_lengths: on a CPU, `decoder_loss` runs rows of similar length together instead of
+            padding all to the longest; on by default, off under FSDP2, whose processes must run
+            the model equally often. Compiled blocks run all rows together, padded to one of a few
+            lengths.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        embeddings = model.get_input_embeddings()
+        self.hidden_size: int = embeddings.embedding_dim
+        self.vocab_size: int = embeddings.num_embeddings
+        self.encoder_decoder: bool = bool(model.config.is_encoder_decoder)
+        self.gradient_checkpointing = False
+        self.head_chunk: int | None = None
+        self.split_lengths = True
+        self._compiled: dict[int, Callable[..., Any]] = {}
+        for number, block in enumerate(_blocks(model)):
+            block.forward = functools.partial(self._run_block, number, block.forward)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether none of its own weights trains; adapters may."""
+        return not any(p.requires_grad and not is_adapter(name) for name, p in self.model.named_parameters())
+
+    def train(self, mode: bool = True) -> LanguageModel:
+        """As `nn.Module.train`, but frozen weights stay in eval mode."""
+        super().train(mode and not self.frozen)
+        for name, module in self.model.named_modules():
+            if is_adapter(name):
+                module.train(mode)
+        return self
+
+    def chunk_head(self, rows: int | None) -> None:
+        """Hold so many rows of logits at a time in the losses; None holds all.
+
+        Raises:
+            ConfigError: this model makes more of its logits than its output head does.
+        """
+        if rows is not None and not self._head_is_plain():
+            kind = self.model.config.model_type
+            raise ConfigError(f"train.head_chunk is {rows}: not known to be right for a {kind} model, set it to null")
+        self.head_chunk = rows
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Run compiled blocks where a gradient is wanted; options of `torch.compile`."""
+        blocks: list[Any] = _blocks(self.model)
+        forwards = [block.forward.args[1] for block in blocks]
+        self._compiled = {number: torch.compile(forward, **options) for number, forward in enumerate(forwards)}
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """Input embeddings [B, T, H], scaled as the model does itself when given ids."""
+        out: Tensor = self.model.get_input_embeddings()(ids_BT)
+        return out
+
+    @property
+    def compiled(self) -> bool:
+        """Whether its blocks run compiled while training."""
+        return bool(self._compiled)
+
+    def decoder_loss(
+        self, prompt_BQH: Tensor, ids_NT: Tensor, mask_NT: Tensor, labels_NT: Tensor, *, reduction: Reduction = "mean"
+    ) -> Tensor:
+        """Cross-entropy of the labelled tokens after the soft prompts, in float32; decoder-only.
+
+        The output head runs only where the next token is a label. The first token may be one: the
+        last soft prompt predicts it. Where an image has several texts, its soft prompts (and what all
+        texts begin with) are read once, unless `gradient_checkpointing`, a compiled block or the kind
+        of model forbids it; the losses are the same.
+
+        Args:
+            prompt_BQH: at least one soft prompt.
+            ids_NT: right-padded texts, N a multiple of B: text n is about image n mod B.
+            mask_NT: 1 or True on real tokens.
+            labels_NT: bool, True on the tokens to predict.
+            reduction: `mean` over all targets, or `none`.
+
+        Returns:
+            Scalar; with `none` [M], in the order of `ids_NT[labels_NT]`.
+        """
+        ids_NT, mask_NT, labels_NT = self._bucketed(ids_NT, mask_NT, labels_NT)
+        B, N = len(prompt_BQH), len(ids_NT)
+        if N % B:
+            raise ValueError(f"{N} texts for the soft prompts of {B} images: text n is about image n mod {B}")
+        loss_M = self._shared_losses(prompt_BQH, ids_NT, mask_NT, labels_NT) if N > B else None
+        if loss_M is None:
+            prompt_NQH = prompt_BQH.repeat(N // B, 1, 1)
+
+            def part(g: Tensor, n: int) -> Tensor:
+                return self._target_losses(prompt_NQH[g], *(x[g, :n] for x in (ids_NT, mask_NT, labels_NT)))
+
+            loss_M = self._in_groups(prompt_BQH.shape[1], mask_NT, labels_NT, part)
+        return loss_M.mean() if reduction == "mean" else loss_M
+
+    def encoder_decoder_loss(
+        self,
+        prompt_BQH: Tensor,
+        enc_ids_BT: Tensor,
+        enc_mask_BT: Tensor,
+        dec_ids_BT: Tensor,
+        dec_mask_BT: Tensor,
+        *,
+        reduction: Reduction = "mean",
+    ) -> Tensor:
+        """Cross-entropy of the decoder's tokens, in float32; encoder-decoder.
+
+        Args:
+            prompt_BQH: soft prompts, in front of the encoder's text.
+            enc_ids_BT, enc_mask_BT: right-padded text of the encoder (T may be 0) and its mask.
+            dec_ids_BT, dec_mask_BT: right-padded tokens to predict, end token included, and their
+                mask; the start token is put in front here.
+            reduction: `mean` over all targets, or `none`.
+
+        Returns:
+            Scalar; with `none` [M], in the order of `dec_ids_BT[dec_mask_BT]`.
+        """
+        enc_ids_BT, enc_mask_BT = self._bucketed(enc_ids_BT, enc_mask_BT)
+        dec_ids_BT, dec_mask_BT = self._bucketed(dec_ids_BT, dec_mask_BT)
+        embeds_BSH, mask_BS = self._join(prompt_BQH, enc_ids_BT, enc_mask_BT)
+        return self.encoded_loss(embeds_BSH, mask_BS, dec_ids_BT, dec_mask_BT, reduction=reduction)
+
+    def encoded_loss(
+        self,
+        embeds_BSH: Tensor,
+        mask_BS: Tensor,
+        dec_ids_BT: Tensor,
+        dec_mask_BT: Tensor,
+        *,
+        reduction: Reduction = "mean",
+    ) -> Tensor:
+        """As `encoder_decoder_loss`, after whatever the encoder is given as embeddings."""
+        start = torch.full_like(dec_ids_BT[:, :1], self.model.config.decoder_start_token_id)
+        options: dict[str, Any] = {"inputs_embeds": embeds_BSH, "attention_mask": mask_BS, "use_cache": False}
+        options["decoder_input_ids"] = torch.cat([start, dec_ids_BT[:, :-1]], dim=1)
+        at_BT = dec_mask_BT.bool()
+        if not self._head_is_plain():
+            logits_MV = self.model(**options).logits[at_BT]
+            return F.cross_entropy(logits_MV.float(), dec_ids_BT[at_BT], reduction=reduction)
+        with self._head_input() as caught:
+            self.model(**options)
+        head = self.model.get_output_embeddings()
+        loss_M = head_loss(caught[0][at_BT], head, dec_ids_BT[at_BT], rows=self.head_chunk)
+        return loss_M.mean() if reduction == "mean" else loss_M
+
+    @torch.no_grad()  # not inference_mode: a block that FSDP2 gathers first in it cannot be trained through
+    def generate(
+        self,
+        prompt_BQH: Tensor,
+        ids_BT: Tensor,
+        mask_BT: Tensor,
+        *,
+        end_id: int | Sequence[int],
+        pad_id: int,
+        images_B: Tensor | None = None,
+        beams: int = 5,
+        num_return: int = 1,
+        min_tokens: int = 1,
+        max_tokens: int = 30,
+        length_penalty: float = 1.0,
+        sample: bool = False,
+        top_p: float = 0.9,
+        temperature: float = 1.0,
+        repetition_penalty: float = 1.0,
+    ) -> Tensor:
+        """New tokens after soft prompts and text, without gradient.
+
+        The ids of transformers' `generate`, but every row is read once, not once per beam, and
+        leaves the batch when it is done.
+
+        Args:
+            prompt_BQH: soft prompts, a row for each of `ids_BT` unless `images_B` is given.
+            ids_BT, mask_BT: text (T may be 0) and its mask, padded on either side; the padding is
+                moved so that each row's soft prompts and text are adjacent.
+            end_id: token or tokens that end a row; part of the result.
+            pad_id: fills the rest of a row (beam search fills with the end where it is 0).
+            images_B: the row of `prompt_BQH` that each text is about; a decoder-only model then
+                reads the soft prompts of an image once for all its texts.
+            beams: beams of beam search; ignored when sampling.
+            num_return: results per row, best first.
+            min_tokens, max_tokens: bounds of L, end token included.
+            length_penalty: beam scores are divided by length to this power.
+            sample: nucleus sampling from `top_p` at `temperature`, instead of beam search.
+            repetition_penalty: above 1 makes tokens already produced less likely.
+
+        Returns:
+            ids [B * num_return, L], the results of a row next to each other.
+
+        Raises:
+            ConfigError: more results asked than beams.
+        """
+        if not sample and num_return > beams:
+            raise ConfigError(f"{num_return} results asked of {beams} beams: beams must be as many or more")
+        self._check_width(prompt_BQH)
+        text_BTH = self.embed(ids_BT)
+        prompts = Prompts(prompt_BQH.to(text_BTH.dtype), text_BTH, mask_BT.to(torch.int64), images_B)
+        options = Options(
+            ends=(end_id,) if isinstance(end_id, int) else tuple(end_id),
+            pad_id=pad_id,
+            beams=beams,
+            num=num_return,
+            min_tokens=min_tokens,
+            max_tokens=max_tokens,
+            length_penalty=length_penalty,
+            sample=sample,
+            top_p=top_p,
+            temperature=temperature,
+            repetition_penalty=repetition_penalty,
+        )
+        return generate(self.model, prompts, options, encoder_decoder=self.encoder_decoder)
+
+    def _target_losses(self, prompt_BQH: Tensor, ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        """Cross-entropy [M] of the labelled tokens, in the order of `ids_BT[labels_BT]`."""
+        embeds_BSH, mask_BS = self._join(prompt_BQH, ids_BT, mask_BT)
+        at_BS = torch.zeros_like(mask_BS, dtype=torch.bool)
+        at_BS[:, prompt_BQH.shape[1] - 1 : -1] = labels_BT
+        return self.losses_at(embeds_BSH, mask_BS, at_BS, ids_BT[labels_BT])
+
+    def losses_at(self, embeds_BSH: Tensor, mask_BS: Tensor, at_BS: Tensor, targets_M: Tensor) -> Tensor:
+        """Cross-entropy [M] of target tokens at the places that predict them, in float32; decoder-only.
+
+        Args:
+            at_BS: bool, True where the next token is a target.
+            targets_M: those tokens, in the order of `at_BS`.
+        """
+        if self._head_is_plain():
+            output = self.model.base_model(inputs_embeds=embeds_BSH, attention_mask=mask_BS, use_cache=False)
+            head, x_MH = self.model.get_output_embeddings(), output.last_hidden_state[at_BS]
+            return head_loss(x_MH, head, targets_M, rows=self.head_chunk)
+        output = self.model(inputs_embeds=embeds_BSH, attention_mask=mask_BS, use_cache=False)
+        logits_MV = output.logits[at_BS]
+        return F.cross_entropy(logits_MV.float(), targets_M, reduction="none")
+
+    def _shared_losses(self, prompt_BQH: Tensor, ids_NT: Tensor, mask_NT: Tensor, labels_NT: Tensor) -> Tensor | None:
+        """As `_target_losses` over all texts, every image read once; None where this model cannot."""
+        if self.gradient_checkpointing or self._compiled or not self._head_is_plain():
+            return None
+        self._check_width(prompt_BQH)
+        decoder, head = self.model.base_model, self.model.get_output_embeddings()
+        images, lead = len(prompt_BQH), shared_prefix.common_lead(ids_NT, mask_NT, labels_NT)
+        text_NTH = self.embed(ids_NT)
+        joined_BSH = torch.cat([prompt_BQH.to(text_NTH.dtype), text_NTH[:images, :lead]], dim=1)
+        prefix = shared_prefix.read(decoder, joined_BSH)
+        if prefix is None:
+            return None
+        ids_NT, mask_NT, labels_NT, text_NTH = (x[:, lead:] for x in (ids_NT, mask_NT, labels_NT, text_NTH))
+
+        def part(g: Tensor, n: int) -> Tensor:
+            states_NTH = shared_prefix.states_before(decoder, prefix, g % images, text_NTH[g, :n], mask_NT[g, :n])
+            at_NT = labels_NT[g, :n]
+            return head_loss(states_NTH[at_NT], head, ids_NT[g, :n][at_NT], rows=self.head_chunk)
+
+        return self._in_groups(0, mask_NT, labels_NT, part)
+
+    def _in_groups(
+        self, prompts: int, mask_NT: Tensor, labels_NT: Tensor, part: Callable[[Tensor, int], Tensor]
+    ) -> Tensor:
+        """Losses [M] of all texts in order, from `part(rows, longest)` over rows of similar length."""
+        groups = self._length_groups(prompts, mask_NT)
+        if len(groups) == 1:
+            return part(torch.arange(len(mask_NT), device=mask_NT.device), mask_NT.shape[1])
+        losses = [part(g, int(mask_NT[g].sum(1).max())) for g in groups]
+        rows_M = torch.cat([g.repeat_interleave(labels_NT[g].sum(1)) for g in groups])
+        return torch.cat(losses)[torch.argsort(rows_M, stable=True)]
+
+    @contextlib.contextmanager
+    def _head_input(self) -> Iterator[list[Tensor]]:
+        """Catch what the output head would read, and let it read nothing."""
+        caught: list[Tensor] = []
+
+        def catch(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            caught.append(args[0])
+            return (args[0][:, :0],)
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(catch)
+        try:
+            yield caught
+        finally:
+            handle.remove()
+
+    def _length_groups(self, prompts: int, mask_BT: Tensor) -> list[Tensor]:
+        """Rows to run together: on a CPU, groups of similar length, for padding costs as much as text there."""
+        if not self.split_lengths or self._compiled or mask_BT.device.type != "cpu":
+            return [torch.arange(len(mask_BT), device=mask_BT.device)]
+        lengths = to_list(prompts + mask_BT.sum(1))
+        return [torch.tensor(group) for group in length_groups(lengths, overhead=_GROUP_OVERHEAD)]
+
+    def _bucketed(self, *texts_NT: Tensor) -> tuple[Tensor, ...]:
+        """Texts with their masks, padded by a column or more to one of a few lengths where compiled blocks run.
+
+        By one at least: without any padding a model leaves its mask out, which is other code to compile.
+        """
+        if not self._compiled or not torch.is_grad_enabled():
+            return texts_NT
+        longest = texts_NT[0].shape[1]
+        return tuple(F.pad(x_NT, (0, bucket(longest + 1) - longest)) for x_NT in texts_NT)
+
+    def _join(self, prompt_BQH: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, S, H] of soft prompts and text, and their int64 mask [B, S]."""
+        self._check_width(prompt_BQH)
+        text_BTH = self.embed(ids_BT)
+        ones_BQ = torch.ones(prompt_BQH.shape[:2], dtype=torch.int64, device=mask_BT.device)
+        embeds_BSH = torch.cat([prompt_BQH.to(text_BTH.dtype), text_BTH], dim=1)
+        return embeds_BSH, torch.cat([ones_BQ, mask_BT.to(torch.int64)], dim=1)
+
+    def _check_width(self, prompt_BQH: Tensor) -> None:
+        if prompt_BQH.shape[-1] != self.hidden_size:
+            raise ConfigError(f"soft prompts are {prompt_BQH.shape[-1]} wide, the language model {self.hidden_size}")
+
+    def _head_is_plain(self) -> bool:
+        config = self.model.config
+        scaled = any(getattr(config, name, None) not in (None, 1, 1.0) for name in _LOGIT_SETTINGS)
+        return config.model_type in (_PLAIN_HEADS_ENCODED if self.encoder_decoder else _PLAIN_HEADS) and not scaled
+
+    def _run_block(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        forward = self._compiled.get(number, forward)
+        if self.gradient_checkpointing:
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return forward(*args, **kwargs)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Transformer blocks: the members of the longest `nn.ModuleList`, of both when it is twice there."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    longest = max((len(m) for m in lists), default=0)
+    kinds = {type(m[0]) for m in lists if len(m) == longest}
+    return [block for m in lists if len(m) and type(m[0]) in kinds for block in m]

@@ -1,0 +1,1 @@
+"""An index of images: built, searched, checked."""

@@ -1,0 +1,280 @@
+"""From photographs to an index: list, tell new from known, encode, write segment after segment.
+
+What is indexed already is known by its content: a copy is a duplicate, a file whose old place is
+empty has moved and keeps its vectors, a file whose content is another is encoded again.
+
+Shape letters: B images, Q queries, E contrastive width, P patches, C image-encoder channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from blip2.configs import DecodingConfig
+from blip2.data import sources
+from blip2.data.collection import BadSample, BadSampleError, Sample, printable
+from blip2.data.folders import SUFFIXES, find_images
+from blip2.data.images import ImageSpec, decode_image, plain_view
+from blip2.data.shards.reader import decode_text, lines_of
+from blip2.errors import DataError
+from blip2.inference import Blip2
+from blip2.ops.host import to_numpy
+from blip2.search.engines import open_engine
+from blip2.search.segments import Batch, Half, Row
+from blip2.search.store import Store
+
+A = TypeVar("A")
+B = TypeVar("B")
+_SEGMENT, _SECONDS = 1024, 60.0  # images, or time, after which what is encoded is written
+
+
+@dataclass
+class Report:
+    """What came of adding: counts of images, and the bad ones with their reasons."""
+
+    added: int = 0
+    unchanged: int = 0
+    duplicates: int = 0
+    moved: int = 0
+    replaced: int = 0
+    bad: list[BadSample] = field(default_factory=list)
+
+    def line(self) -> str:
+        counts = {
+            "added": self.added,
+            "unchanged": self.unchanged,
+            "duplicates": self.duplicates,
+            "moved": self.moved,
+            "replaced": self.replaced,
+            "bad": len(self.bad),
+        }
+        return ", ".join(f"{count} {name}" for name, count in counts.items() if count or name == "added")
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What reading one file told: a row, and its view where it must be encoded."""
+
+    row: Row
+    view: Tensor | None = None
+    fate: str = "added"
+
+
+def list_samples(names: Iterable[str]) -> tuple[list[Sample], list[BadSample]]:
+    """Images of folders, files, shards and named sets; captions are optional.
+
+    Raises:
+        DataError: a name does not exist or holds no image.
+    """
+    samples: list[Sample] = []
+    bad: list[BadSample] = []
+    for name in names:
+        path = Path(name).expanduser()
+        if path.is_dir() and not any(path.glob("*.tar")):
+            files = find_images([str(path)])
+            samples += [_file_sample(file, Path(file).relative_to(path)) for file in files]
+        elif path.suffix.lower() in SUFFIXES and path.exists():
+            samples.append(_file_sample(str(path), Path(path.name)))
+        else:
+            collection = sources.index(name)
+            samples += [replace(s, path=os.path.abspath(s.path)) for s in collection.samples]
+            bad += collection.bad
+    if not samples:
+        reason = f", the first: {bad[0].key}: {bad[0].reason}" if bad else ""
+        raise DataError(f"{' '.join(names)}: no image that can be indexed{reason}")
+    return samples, bad
+
+
+def _file_sample(path: str, below: Path) -> Sample:
+    captions: tuple[str, ...] = ()
+    with contextlib.suppress(OSError, BadSampleError):  # a photograph needs no caption to be found
+        captions = lines_of(decode_text(Path(path).with_suffix(".txt").read_bytes()))["captions"]
+    key = printable(below.with_suffix("").as_posix())
+    return Sample(key, key, captions, os.path.abspath(path))
+
+
+class Builder:
+    """Adds images to an index.
+
+    Args:
+        model: whose vectors the index holds.
+    """
+
+    def __init__(self, store: Store, model: Blip2, *, progress: bool = True) -> None:
+        self.store, self.model, self.progress = store, model, progress
+        self.report = Report()
+
+    def add(self, samples: list[Sample]) -> Report:
+        """Add what is new; killed at any moment, what was written stays and the rest is added by the next run."""
+        with self.store.writing():
+            self._know()
+            self._clear()
+            written = time.monotonic()
+            bar = tqdm(total=len(samples), unit="image", desc="indexing", disable=not self.progress)
+            with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                spec = self.model.image_spec
+                waiting: list[_Look] = []
+                for sample, look in zip(samples, _ahead(pool, self._looker(spec), samples), strict=True):
+                    bar.update()
+                    if isinstance(look, str):
+                        self.report.bad.append(BadSample(sample.key, sample.path, look))
+                    elif self._sorted(look):
+                        waiting.append(look)
+                    if len(waiting) >= self.model.batch:
+                        self._encode(waiting)
+                        waiting = []
+                    if len(self._rows) >= _SEGMENT or time.monotonic() - written > _SECONDS:
+                        self._flush()
+                        written = time.monotonic()
+                self._encode(waiting)
+                self._flush()
+            self.store.compact()
+            open_engine(self.store).update(self.store, self.progress)
+        return self.report
+
+    # -- telling new from known ---------------------------------------------------------------
+
+    def _know(self) -> None:
+        self._by_digest: dict[str, tuple[int, Row]] = {}
+        self._by_place: dict[tuple[str, int], tuple[int, Row]] = {}
+        for image, row in self.store.items():
+            self._by_digest[row.digest] = image, row
+            self._by_place[row.place] = image, row
+
+    def _looker(self, spec: ImageSpec) -> Callable[[Sample], _Look | str]:
+        """What the reading threads do; they only read what is known, and a stale answer is sorted out later."""
+
+        def look(sample: Sample) -> _Look | str:
+            try:
+                stamp = _stamp(sample)
+                known = self._by_place.get((sample.path, sample.offset))
+                if known is not None and stamp != (0, 0) and known[1].stamp == stamp:
+                    return _Look(known[1], fate="unchanged")
+                data = sample.read()
+                digest = hashlib.sha256(data).hexdigest()[:32]
+                row = Row(sample.key, sample.path, digest, sample.offset, sample.size, stamp, sample.captions)
+                if digest in self._by_digest:
+                    return _Look(row)
+                return _Look(row, plain_view(decode_image(data), spec))
+            except BadSampleError as error:
+                return error.reason
+
+        return look
+
+    def _sorted(self, look: _Look) -> bool:
+        """Count an image and note what changes; True where it must be encoded."""
+        row = look.row
+        here = self._by_place.get(row.place)
+        if look.fate == "unchanged" or (here is not None and here[1].digest == row.digest):
+            self.report.unchanged += 1
+            return False
+        if here is not None:  # another picture under the same name
+            self._forget(*here)
+            self.report.replaced += 1
+        same = self._by_digest.get(row.digest)
+        if same is None:
+            self._by_digest[row.digest] = self._by_place[row.place] = -1, row
+            return True
+        image, old = same
+        if image < 0 or exists(old):
+            self.report.duplicates += 1
+            return False
+        self._forget(image, old)
+        self._rows.append(replace(row, captions=old.captions))
+        self._vectors.append(self.store.vectors(np.array([image])))
+        self._caption_vectors.append(self._stored_captions(image))
+        self._by_digest[row.digest] = self._by_place[row.place] = -1, row
+        self.report.moved += 1
+        return False
+
+    def _forget(self, image: int, row: Row) -> None:
+        self._by_digest.pop(row.digest, None)
+        self._by_place.pop(row.place, None)
+        if image >= 0:
+            self._removed.append(image)
+
+    def _stored_captions(self, image: int) -> Half:
+        segment = self.store.by_serial[image >> 32]
+        return np.asarray(segment.caption_vectors[segment.owners == (image & 0xFFFFFFFF)])
+
+    # -- encoding and writing -----------------------------------------------------------------
+
+    def _clear(self) -> None:
+        self._rows: list[Row] = []
+        self._vectors: list[Half] = []
+        self._caption_vectors: list[Half] = []
+        self._removed: list[int] = []
+
+    def _encode(self, looks: list[_Look]) -> None:
+        """Vectors, and captions where the index keeps them, of up to a batch of images."""
+        if not looks:
+            return
+        model, mode = self.model, self.store.manifest.captions
+        with torch.no_grad():
+            views = [look.view for look in looks if look.view is not None]
+            features_BPC = model.vision(torch.stack(views).to(model.device))
+        rows = [look.row if mode == "data" else replace(look.row, captions=()) for look in looks]
+        if mode is not None:
+            bare = [n for n, row in enumerate(rows) if not row.captions]
+            if bare:
+                texts = model.caption_features(features_BPC[bare], None, DecodingConfig())
+                for n, found in zip(bare, texts, strict=True):
+                    rows[n] = replace(rows[n], captions=tuple(found))
+            listed = [caption for row in rows for caption in row.captions]
+            self._caption_vectors.append(to_numpy(model.embed_texts(listed)).astype(np.float16))
+        self._rows += rows
+        self._vectors.append(to_numpy(model.embed_features(features_BPC)).astype(np.float16))
+        self.report.added += len(rows)
+
+    def _flush(self) -> None:
+        if self._rows or self._removed:
+            width = self.store.manifest.model.width
+            captions = self._caption_vectors or [np.empty((0, width), np.float16)]
+            vectors = self._vectors or [np.empty((0, self.store.manifest.model.queries, width), np.float16)]
+            batch = Batch(self._rows, np.concatenate(vectors), np.concatenate(captions))
+            self.store.change(batch, self._removed)
+        self._clear()
+
+
+def exists(row: Row) -> bool:
+    """Whether something still lies where an image was found."""
+    try:
+        return os.stat(row.path).st_size >= row.offset + max(row.size, 0)
+    except (OSError, ValueError):
+        return False
+
+
+def _stamp(sample: Sample) -> tuple[int, int]:
+    """Size and time of a whole file; shards are read, since their time says nothing of one member."""
+    if sample.size >= 0:
+        return 0, 0
+    try:
+        found = os.stat(sample.path)
+    except (OSError, ValueError):
+        raise BadSampleError("image file cannot be read") from None
+    return found.st_size, found.st_mtime_ns
+
+
+def _ahead(pool: ThreadPoolExecutor, work: Callable[[A], B], items: list[A], depth: int = 64) -> Iterator[B]:
+    """Results in order, worked out a little ahead of their use."""
+    waiting: deque[Future[B]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) >= depth:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

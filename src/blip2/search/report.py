@@ -1,0 +1,45 @@
+"""A page with the pictures that a search found: one file, nothing from elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from blip2.data.collection import BadSampleError, printable
+from blip2.data.images import decode_image
+from blip2.io.figures import jpeg
+from blip2.io.html import environment, write
+from blip2.search.query import Hit, read
+
+THUMB = 320
+
+
+def write_page(path: Path, hits: list[Hit], text: str | None, picture: Image.Image | None, what: str) -> None:
+    """Write the page beside and rename.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    template = environment(Path(__file__).parent).get_template("hits.html.j2")
+    shown = [
+        {
+            "hit": hit,
+            "name": printable(Path(hit.path).name if hit.row.size < 0 else hit.key),
+            "path": printable(hit.path),
+            "image": _thumbnail(hit),
+        }
+        for hit in hits
+    ]
+    page = template.render(hits=shown, text=text, query=jpeg(picture, THUMB) if picture else None, what=printable(what))
+    write(path, page)
+
+
+def _thumbnail(hit: Hit) -> str | None:
+    data, _ = read(hit.row)
+    if data is None:
+        return None
+    try:
+        return jpeg(decode_image(data), THUMB)
+    except BadSampleError:
+        return None

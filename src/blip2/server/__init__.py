@@ -1,0 +1,1 @@
+"""`blip2 serve`: a page and an API."""

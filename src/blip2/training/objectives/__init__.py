@@ -1,0 +1,1 @@
+"""Objectives: batch in, named losses out."""

@@ -1,0 +1,1 @@
+"""Checkpoints of one format written as another."""

@@ -1,0 +1,88 @@
+"""`blip2 average`: the mean of runs' weights, as one run (model soups, arXiv 2203.05482).
+
+Runs that began from the same weights lie close together; their mean often does better on dev than any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from blip2.configs import to_dict
+from blip2.errors import CheckpointError, ConfigError
+from blip2.weights import runs
+from blip2.weights.checkpoint import Checkpoint
+from blip2.weights.formats import open_checkpoint
+from blip2.weights.lazy_tensors import LazyTensor, write_safetensors
+
+
+def average(sources: Sequence[str | Path], target: str | Path, weights: Sequence[float] | None = None) -> Path:
+    """Write the weighted mean of runs of ours into a new run folder, tensor by tensor.
+
+    Args:
+        sources: two or more runs of one model; the configuration is the first one's.
+        weights: how much each counts, relative to the others; None counts all alike.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: fewer than two runs, or weights that do not go with them.
+        CheckpointError: not runs of ours, or not of one model; the target exists or cannot be written.
+    """
+    shares = _shares(len(sources), weights)
+    target, found = Path(target), [open_checkpoint(source) for source in sources]
+    _require_alike(found)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise CheckpointError(f"{target}: exists already: give another name, or remove it")
+    config = replace(found[0].config, out=None)
+    tensors = {name: _mean(name, found, shares) for name in found[0].tensors}
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        write_safetensors(target / runs.WEIGHTS, tensors, {"format": "blip2", "config": json.dumps(to_dict(config))})
+        runs.write_config(target, config)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written: {error.strerror or error}") from error
+    return target
+
+
+def _shares(count: int, weights: Sequence[float] | None) -> list[float]:
+    if count < 2:
+        raise ConfigError(f"{count} run(s) to average: give two or more")
+    given = list(weights) if weights else [1.0] * count
+    if len(given) != count or min(given) < 0 or sum(given) <= 0:
+        raise ConfigError(f"weights {given} for {count} runs: one for each, none below 0 and not all 0")
+    return [weight / sum(given) for weight in given]
+
+
+def _require_alike(found: list[Checkpoint]) -> None:
+    first = found[0]
+    for other in found:
+        if other.format != "blip2":
+            raise CheckpointError(f"{other.source}: not a run of ours: `blip2 convert --to blip2` makes it one")
+        same = other.config.stage == first.config.stage and other.tensors.keys() == first.tensors.keys()
+        if not same or any(other.tensors[n].shape != lazy.shape for n, lazy in first.tensors.items()):
+            raise CheckpointError(f"{other.source}: not of the same model as {first.source}: they cannot be averaged")
+
+
+def _mean(name: str, found: list[Checkpoint], shares: list[float]) -> LazyTensor:
+    own = found[0].tensors[name]
+
+    def read() -> Tensor:
+        parts = [one.tensors[name].read().float() * share for one, share in zip(found, shares, strict=True)]
+        return sum(parts[1:], parts[0]).to(own.dtype)
+
+    return LazyTensor(own.shape, own.dtype, read)
+
+
+def average_command(options: argparse.Namespace) -> int:
+    """`blip2 average DST RUN RUN ...`."""
+    target = average(options.runs, options.target, options.weights)
+    print(f"{target}: the mean of {len(options.runs)} runs", file=sys.stderr)
+    return 0

@@ -1,0 +1,199 @@
+"""A folder that transformers' own `Blip2For...` classes and processor open."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip2.configs import RunConfig, to_dict
+from blip2.data.tokenizers import LanguageTokenizer
+from blip2.errors import CheckpointError
+from blip2.models import hub, towers
+from blip2.models.build import EXTRA_TOKENS, bert_config
+from blip2.models.vision.encoder import CLIP_MEAN, CLIP_STD, normalisation
+from blip2.weights import names
+from blip2.weights.adapters import has_adapters, merged, without_adapters
+from blip2.weights.checkpoint import Checkpoint
+from blip2.weights.frozen_towers import Tower, folder_of, language_tower, require_tokenizer, vision_tower
+from blip2.weights.huggingface import SIDE_FILE
+from blip2.weights.lazy_tensors import LazyTensor, Tensors, write_folder, write_safetensors
+
+Progress = Callable[[int], object]
+
+
+def write_huggingface(
+    found: Checkpoint, place: Path, progress: Progress | None = None
+) -> tuple[dict[Path, Tensors], list[str]]:
+    """Write `config.json`, weights, tokenizer and processor of a checkpoint into a new folder.
+
+    Stage 1 becomes `Blip2ForImageTextRetrieval`, stage 2 `Blip2ForConditionalGeneration`. What
+    transformers has no place for (temperature, ITG head, our configuration) goes into a file beside.
+
+    Returns:
+        Tensors by the file or folder they were written to, and notes for the user.
+
+    Raises:
+        CheckpointError: the image encoder is not of the one kind that transformers' BLIP-2 knows.
+    """
+    vision, adapted = vision_tower(found), found
+    _require_known(found, vision)
+    found = without_adapters(found)
+    place.mkdir()
+    both = names.huggingface(names.depth_of(found.tensors))
+    tensors = {f"vision_model.{name}": lazy for name, lazy in vision.tensors.items()}
+    tensors |= {both[ours]: lazy for ours, lazy in found.tensors.items() if ours in both}
+    tensors["query_tokens"] = tensors["query_tokens"].reshaped(1, *tensors["query_tokens"].shape)
+    side = {ours: lazy for ours, lazy in found.tensors.items() if ours not in both}
+    notes = []
+    if found.config.stage == "stage1":
+        config = _config(found, vision, None)
+        _write_stage1(config, found.config, place)
+        if side:
+            notes.append(f"{len(side)} tensors that transformers has no place for are in {SIDE_FILE}")
+    else:
+        language = language_tower(found.config)
+        if has_adapters(adapted):
+            language = merged(language, adapted)
+            notes.append("LoRA adapters are merged into the language model")
+        image_token = _write_stage2(found.config, language, vision, place)
+        language = _with_row(language, image_token)
+        config = _config(found, vision, language)
+        config.image_token_index = image_token
+        tensors |= {f"language_model.{name}": lazy for name, lazy in language.tensors.items()}
+    config.architectures = [_CLASSES[found.config.stage]]
+    config.save_pretrained(place)
+    write_folder(place, tensors, progress=progress)
+    metadata = {"format": "blip2", "config": json.dumps(to_dict(found.config))}
+    write_safetensors(place / SIDE_FILE, side, metadata)
+    return {place: tensors, place / SIDE_FILE: side}, notes
+
+
+# Tensors of a row per word in the language models of transformers.
+_BY_WORD = tuple(
+    f"{name}.weight"
+    for name in ("embed_tokens", "shared", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+)
+_CLASSES = {"stage1": "Blip2ForImageTextRetrieval", "stage2": "Blip2ForConditionalGeneration"}
+
+
+def _require_known(found: Checkpoint, vision: Tower) -> None:
+    settings, kind = found.config.vision, vision.config.model_type
+    if kind != "blip_2_vision_model":
+        raise CheckpointError(
+            f"{found.source}: its image encoder is {settings.name} ({kind}), and transformers' BLIP-2 has only "
+            "EVA ViT-g's kind (Blip2VisionModel); --to blip2 and --to lavis work"
+        )
+    if settings.pool != 1 or settings.layer not in (None, -1, vision.config.num_hidden_layers - 1):
+        raise CheckpointError(
+            f"{found.source}: vision.layer {settings.layer} and vision.pool {settings.pool} have no place in "
+            "transformers' BLIP-2, which takes all patches of the last block"
+        )
+
+
+def _config(found: Checkpoint, vision: Tower, language: Tower | None) -> Any:
+    """The `Blip2Config` of a checkpoint."""
+    from transformers import Blip2Config
+
+    settings = found.config.qformer
+    bert = bert_config(settings.init, weights=False)
+    queries, width = found.tensors["qformer.query_tokens"].shape
+    words = found.tensors.get("qformer.embeddings.word.weight")
+    return Blip2Config(
+        vision_config=vision.config.to_dict(),
+        qformer_config={
+            "vocab_size": words.shape[0] if words else bert.vocab_size + EXTRA_TOKENS,
+            "hidden_size": width,
+            "num_hidden_layers": bert.num_hidden_layers,
+            "num_attention_heads": bert.num_attention_heads,
+            "intermediate_size": bert.intermediate_size,
+            "max_position_embeddings": bert.max_position_embeddings,
+            "layer_norm_eps": bert.layer_norm_eps,
+            "hidden_dropout_prob": settings.dropout,
+            "attention_probs_dropout_prob": settings.attention_dropout,
+            "cross_attention_frequency": settings.cross_every,
+            "encoder_hidden_size": vision.config.hidden_size,
+            "use_qformer_text_input": words is not None,
+        },
+        text_config=language.config.to_dict() if language else None,
+        num_query_tokens=queries,
+        image_text_hidden_size=settings.embed_dim,
+    )
+
+
+def _write_stage1(config: Any, run: RunConfig, place: Path) -> None:
+    """Processor of a retrieval model: BERT's tokenizer with [DEC] as its last word."""
+    from transformers import AutoTokenizer
+
+    source = folder_of(run.qformer.init)
+    require_tokenizer(source)
+    with hub.readable(str(source)):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if "[DEC]" not in tokenizer.get_vocab():
+            tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+        _save_processor(tokenizer, None, config.vision_config, run, place)
+
+
+def _write_stage2(run: RunConfig, language: Tower, vision: Tower, place: Path) -> int:
+    """Processor and generation settings; returns the id of the image token.
+
+    The processor adds `<image>` as the tokenizer's next word.
+    """
+    from transformers import AutoTokenizer, GenerationConfig
+
+    assert language.folder is not None
+    end = LanguageTokenizer(
+        str(language.folder),
+        end=run.language.end,
+        max_text=run.language.max_text,
+        encoder_decoder=language.config.is_encoder_decoder,
+    ).end_id
+    with hub.readable(str(language.folder)):
+        tokenizer = AutoTokenizer.from_pretrained(language.folder)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        _save_processor(tokenizer, run.qformer.queries, vision.config, run, place)
+        image_token = int(tokenizer.convert_tokens_to_ids("<image>"))
+        GenerationConfig(
+            bos_token_id=getattr(language.config, "bos_token_id", None),
+            eos_token_id=end,
+            pad_token_id=tokenizer.pad_token_id,
+            decoder_start_token_id=getattr(language.config, "decoder_start_token_id", None),
+            suppress_tokens=[image_token],
+        ).save_pretrained(place)
+    return image_token
+
+
+def _save_processor(tokenizer: Any, queries: int | None, vision: Any, run: RunConfig, place: Path) -> None:
+    from transformers import Blip2Processor, BlipImageProcessorPil
+
+    side = run.vision.image_size or vision.image_size
+    source = towers.folder(run.vision.name)
+    mean, std = normalisation(vision, source) if Path(source).is_dir() else (CLIP_MEAN, CLIP_STD)
+    images = BlipImageProcessorPil(size={"height": side, "width": side}, image_mean=list(mean), image_std=list(std))
+    Blip2Processor(images, tokenizer, num_query_tokens=queries).save_pretrained(place)
+
+
+def _with_row(language: Tower, image_token: int) -> Tower:
+    """Room for the image token: a row of zeros where the vocabulary is full (it is never generated)."""
+    rows = language.config.vocab_size
+    if image_token < rows:
+        return language
+    language.config.vocab_size = image_token + 1
+    grown = {
+        name: _padded(lazy, image_token + 1) if lazy.shape[0] == rows and name.endswith(_BY_WORD) else lazy
+        for name, lazy in language.tensors.items()
+    }
+    return Tower(language.config, grown, language.folder)
+
+
+def _padded(lazy: LazyTensor, rows: int) -> LazyTensor:
+    def read() -> Tensor:
+        value = lazy.read()
+        return torch.cat([value, value.new_zeros(rows - len(value), *value.shape[1:])])
+
+    return LazyTensor((rows, *lazy.shape[1:]), lazy.dtype, read)

@@ -1,0 +1,376 @@
+"""Write a checkpoint in another format: ours, Hugging Face's or LAVIS's; read back and compared.
+
+Tensors are read and written one at a time, under another name. Everything is written beside the
+target and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from blip2.configs import RunConfig, to_dict
+from blip2.data.sources import open_collection
+from blip2.data.tokenizers import QFormerTokenizer
+from blip2.errors import CheckpointError
+from blip2.models import towers
+from blip2.models.build import bert_config
+from blip2.weights import compact, names, runs
+from blip2.weights.adapters import has_adapters
+from blip2.weights.checkpoint import Checkpoint, Format
+from blip2.weights.convert.export_hf import write_huggingface
+from blip2.weights.formats import open_checkpoint
+from blip2.weights.frozen_towers import (
+    copy_tokenizer,
+    folder_of,
+    language_config,
+    language_tower,
+    vision_tower,
+    with_own_encoder,
+)
+from blip2.weights.lazy_tensors import (
+    LazyTensor,
+    Tensors,
+    as_bytes,
+    open_folder,
+    open_pickled,
+    open_safetensors,
+    write_folder,
+    write_safetensors,
+)
+from blip2.weights.validate import require_whole
+
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written.
+
+    Args:
+        target: folder or file.
+        tensors, nbytes: all that were written, each read back and equal to its source.
+        notes: what a user should know: parts left out, names that point elsewhere.
+    """
+
+    target: Path
+    tensors: int
+    nbytes: int
+    notes: tuple[str, ...] = ()
+
+
+def convert(
+    source: str | Path | Checkpoint,
+    target: str | Path,
+    to: Format | Literal["slim"],
+    progress: Progress | None = None,
+    *,
+    words: str | None = None,
+    stage1: str | None = None,
+) -> Converted:
+    """Write a checkpoint in another format.
+
+    Args:
+        source: what `blip2.load` takes, or an open checkpoint.
+        target: folder for `blip2`, `slim` and `hf`, file (`.pth`) for `lavis`; must not exist yet.
+        to: `blip2`, `hf`, `lavis`, or `slim`: a run of ours to hand on, in bf16 and without its towers.
+        progress: called with bytes written, then with bytes read back.
+        words: of `slim`: of the word embeddings that training moved keep only those of words that the
+            captions of this data set have more than once; the rest is again that of `qformer.init` when
+            the file is opened. None keeps all that moved.
+        stage1: of `slim`: name of the stage 1 beside a stage 2, for embeddings and matches.
+
+    Raises:
+        CheckpointError: the target exists or cannot be written, the format has no place for this
+            model, or what was written reads back differently.
+    """
+    target = Path(target)
+    found = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    _require_possible(found, target, to)
+    found = with_own_encoder(found) if to in ("hf", "lavis") else found
+    writers = {"blip2": _write_blip2, "hf": write_huggingface, "lavis": _write_lavis}
+    with _beside(target) as place:
+        if to == "slim":
+            written, notes = _write_slim(found, place, progress, words, stage1)
+        else:
+            written, notes = writers[to](found, place, progress)
+        count, size = _verify(written, progress)
+    return Converted(target, count, size, tuple(notes))
+
+
+def _require_possible(found: Checkpoint, target: Path, to: Format | Literal["slim"]) -> None:
+    """What can be known to fail fails before anything is written."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise CheckpointError(f"{target}: exists already: give another name, or remove it")
+    if found.partial:
+        raise CheckpointError(f"{found.source}: a Q-Former alone: there is nothing to convert it to")
+    if to == "slim" and found.format != "blip2":
+        raise CheckpointError(f"{found.source}: slim is for runs of ours: convert it with --to blip2 first")
+    settings = found.config.qformer
+    pooled = found.config.stage == "stage1" and settings.text_pool != "cls"
+    own = {
+        "a Q-Former that reads questions": settings.question,
+        "a linear layer in place of the Q-Former": settings.bridge != "qformer",
+        "texts as means of tokens": pooled,
+    }
+    what = next((what for what, there in own.items() if there), None)
+    if to in ("hf", "lavis") and what is not None:
+        raise CheckpointError(f"{found.source}: {what}, for which BLIP-2 of transformers and LAVIS has no place")
+    if to == "lavis" and has_adapters(found):
+        raise CheckpointError(
+            f"{found.source}: LAVIS files hold no language model, so its LoRA adapters have no place; "
+            "--to blip2 keeps them, --to hf merges them"
+        )
+    if to == "lavis" and target.suffix not in (".pth", ".pt"):
+        raise CheckpointError(f"{target}: a LAVIS checkpoint is one file: give a name that ends in .pth")
+    require_whole(found)
+
+
+def _verify(written: dict[Path, Tensors], progress: Progress | None) -> tuple[int, int]:
+    """Read back every tensor and compare it bit by bit with its source."""
+    count, size = 0, 0
+    for path, tensors in written.items():
+        back = _open_any(path)
+        if back.keys() != tensors.keys():
+            raise CheckpointError(f"{path}: reads back with other tensors than were written")
+        for name, lazy in tensors.items():
+            if not torch.equal(as_bytes(back[name].read()), as_bytes(lazy.read())):
+                raise CheckpointError(f"{path}: {name} reads back differently: the disk or the source is at fault")
+            count, size = count + 1, size + lazy.nbytes
+            if progress is not None:
+                progress(lazy.nbytes)
+    return count, size
+
+
+def _open_any(path: Path) -> Tensors:
+    if path.is_dir():
+        return open_folder(path)
+    return open_safetensors(path) if path.suffix == ".safetensors" else open_pickled(path)[0]
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A place beside the target that takes its name when all went well, and is gone otherwise."""
+    place = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield place
+        if target.is_dir():
+            target.rmdir()
+        place.replace(target)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if place.is_dir():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+
+
+# -- ours -----------------------------------------------------------------------------------------
+
+
+def _write_blip2(found: Checkpoint, place: Path, progress: Progress | None) -> tuple[dict[Path, Tensors], list[str]]:
+    """A run folder: what trains, and in folders of their own the towers that the source brought along."""
+    place.mkdir()
+    config, written, notes = replace(found.config, out=None), {}, []
+    missing = sorted({name.split(".")[0] for name in _absent(found)})
+    if found.format == "hf" or found.vision:
+        tower = vision_tower(found)
+        written[place / "vision"] = _write_tower(place / "vision", tower.config, tower.tensors, progress)
+        _copy_preprocessor(tower.folder, place / "vision")
+        config = replace(config, vision=replace(config.vision, name="./vision"))
+    if found.format == "hf" and config.stage == "stage2":
+        tower = language_tower(config)
+        written[place / "language"] = _write_tower(place / "language", tower.config, tower.tensors, progress)
+        assert tower.folder is not None
+        copy_tokenizer(tower.folder, place / "language")
+        config = replace(config, language=replace(config.language, name="./language"))
+    if found.format == "hf":
+        (place / "text").mkdir()
+        bert_config(found.config.qformer.init, weights=False).save_pretrained(place / "text")
+        if config.stage == "stage1":
+            copy_tokenizer(folder_of(found.config.qformer.init), place / "text")
+        config = replace(config, qformer=replace(config.qformer, init="./text"))
+    tensors = found.tensors | _initial(found)
+    metadata = {"format": "blip2", "config": json.dumps(to_dict(config))}
+    write_safetensors(place / runs.WEIGHTS, tensors, metadata, progress)
+    runs.write_config(place, config)
+    if missing:
+        notes.append(f"not in the source, so newly initialised: {', '.join(missing)}")
+    for what, name in (("image encoder", config.vision.name), ("language model", config.language.name)):
+        if not name.startswith("./") and (what == "image encoder" or config.stage == "stage2"):
+            notes.append(f"{what}: {name}, loaded from there when the run is used")
+    return {place / runs.WEIGHTS: tensors, **written}, notes
+
+
+def _write_slim(
+    found: Checkpoint, place: Path, progress: Progress | None, words: str | None, stage1: str | None
+) -> tuple[dict[Path, Tensors], list[str]]:
+    """A run folder of one small file."""
+    place.mkdir()
+    tensors = compact.slim(found, _words_of(words, found.config) if words else None)
+    config = replace(
+        found.config, out=None, init=stage1 or (Path(found.config.init).name if found.config.init else None)
+    )
+    metadata = {"format": "blip2", "config": json.dumps(to_dict(config))}
+    write_safetensors(place / runs.WEIGHTS, tensors, metadata, progress)
+    runs.write_config(place, config)
+    notes = [f"towers are not in it: {config.vision.name}, {config.qformer.init}, {config.language.name}"]
+    if compact.ROWS in tensors:
+        notes.append(f"{tensors[compact.ROWS].shape[0]} words are in it, the rest is that of {config.qformer.init}")
+    if config.qformer.lock_text and len(tensors) < len(found.tensors):
+        notes.append(f"its text branch was not trained and is that of {config.qformer.init}")
+    return {place / runs.WEIGHTS: tensors}, notes
+
+
+def _words_of(data: str, config: RunConfig) -> Tensor:
+    """Ids of the words that the captions of a data set have more than once, special tokens included."""
+    tokenizer = QFormerTokenizer(towers.folder(config.qformer.init), config.qformer.max_text)
+    captions = [caption for sample in open_collection(data).samples for caption in sample.captions]
+    counts = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
+    for start in range(0, len(captions), 1000):
+        ids, mask = tokenizer(captions[start : start + 1000])
+        counts += ids[mask].bincount(minlength=len(counts))
+    return (counts > 1).nonzero()[:, 0]
+
+
+def _write_tower(folder: Path, config: object, tensors: Tensors, progress: Progress | None) -> Tensors:
+    folder.mkdir()
+    config.save_pretrained(folder)  # type: ignore[attr-defined]
+    write_folder(folder, tensors, progress=progress)
+    return tensors
+
+
+def _copy_preprocessor(source: Path | None, target: Path) -> None:
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if source is not None and (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _absent(found: Checkpoint) -> list[str]:
+    """What a run of ours holds and this checkpoint does not: the ITG head and the temperature."""
+    if found.config.stage == "stage2":
+        return []
+    return [name for name in ("temp", "qformer.head.bias") if name not in found.tensors]
+
+
+def _initial(found: Checkpoint) -> Tensors:
+    """Fresh values of what is absent, as a new Q-Former starts."""
+    if not _absent(found):
+        return {}
+    words, width = found.tensors["qformer.embeddings.word.weight"].shape
+    torch.manual_seed(found.config.train.seed)
+    values: dict[str, Tensor] = {
+        "temp": torch.tensor([found.config.loss.temperature]),
+        "qformer.head.dense.weight": torch.randn(width, width) * 0.02,
+        "qformer.head.dense.bias": torch.zeros(width),
+        "qformer.head.norm.weight": torch.ones(width),
+        "qformer.head.norm.bias": torch.zeros(width),
+        "qformer.head.bias": torch.zeros(words),
+    }
+    return {name: LazyTensor.of(value) for name, value in values.items() if name not in found.tensors}
+
+
+# -- LAVIS ----------------------------------------------------------------------------------------
+
+
+def _write_lavis(found: Checkpoint, place: Path, progress: Progress | None) -> tuple[dict[Path, Tensors], list[str]]:
+    """One `.pth` with LAVIS's keys; the language model is left out, as LAVIS itself does."""
+    projection = "opt_proj"
+    if found.config.stage == "stage2" and language_config(found.config.language.name).is_encoder_decoder:
+        projection = "t5_proj"
+    both = names.lavis(names.depth_of(found.tensors), projection)
+    tensors = {both[ours]: lazy for ours, lazy in (found.tensors | _initial(found)).items()}
+    tensors["query_tokens"] = tensors["query_tokens"].reshaped(1, *tensors["query_tokens"].shape)
+    values: dict[str, Tensor] = {name: lazy.read() for name, lazy in tensors.items()}
+    if "temp" in values:
+        values["temp"] = values["temp"].reshape(())
+        words, bias = "Qformer.bert.embeddings.word_embeddings.weight", "Qformer.cls.predictions.bias"
+        values["Qformer.cls.predictions.decoder.weight"] = values[words]
+        values["Qformer.cls.predictions.decoder.bias"] = values[bias]
+        positions = values["Qformer.bert.embeddings.position_embeddings.weight"].shape[0]
+        values["Qformer.bert.embeddings.position_ids"] = torch.arange(positions)[None]
+    notes = ["the language model is not in it, as in LAVIS's own"] if found.config.stage == "stage2" else []
+    encoder, settings = _eva_values(found)
+    values |= encoder
+    if not encoder:
+        notes.append(f"the image encoder ({found.config.vision.name}) is not in it")
+    stored = json.dumps(to_dict(_portable(found.config)))
+    whole = {"model": values, "epoch": 0, "config": {}, "blip2": stored}
+    torch.save(whole | ({"blip2_vision": json.dumps(settings)} if settings else {}), place)
+    if progress is not None:
+        progress(sum(v.numel() * v.element_size() for v in values.values()))
+    return {place: {name: LazyTensor.of(value) for name, value in values.items()}}, notes
+
+
+def _portable(config: RunConfig) -> RunConfig:
+    return replace(config, out=None, init=None)
+
+
+def _eva_values(found: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """EVA's keys of an image encoder that the source brought along, and its config.
+
+    LAVIS itself has the published one, so that a run of a named encoder leaves it out.
+
+    The bias of k goes: it adds the same to every score of a query, which softmax does not see.
+    """
+    if not (found.vision or found.format == "hf" or Path(found.config.vision.name).is_dir()):
+        return {}, None
+    tower = vision_tower(found)
+    if tower.config.model_type != "blip_2_vision_model":
+        return {}, None
+    depth = tower.config.num_hidden_layers
+    values = {theirs: tower.tensors[ours].read() for ours, theirs in names.eva(depth).items()}
+    for n in range(depth):
+        q, _, v = tower.tensors[f"encoder.layers.{n}.self_attn.qkv.bias"].read().chunk(3)
+        values[f"visual_encoder.blocks.{n}.attn.q_bias"] = q.clone()
+        values[f"visual_encoder.blocks.{n}.attn.v_bias"] = v.clone()
+    return values, tower.config.to_dict()
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+def convert_command(options: argparse.Namespace) -> int:
+    """`blip2 convert SRC DST --to FORMAT`."""
+    found = open_checkpoint(options.source, vision=options.vision, language=options.language)
+    _require_possible(found, Path(options.target), options.to)
+    print(f"{found.source}: {_NAMES[found.format]}, {found.config.stage}", file=sys.stderr)
+    with tqdm(unit="B", unit_scale=True, desc="writing and reading back") as bar:
+        done = convert(found, options.target, options.to, bar.update, words=options.words, stage1=options.stage1)
+    if options.json:
+        print(
+            json.dumps(
+                {
+                    "source": str(options.source),
+                    "target": str(done.target),
+                    "from": found.format,
+                    "to": options.to,
+                    "stage": found.config.stage,
+                    "tensors": done.tensors,
+                    "bytes": done.nbytes,
+                    "notes": list(done.notes),
+                }
+            )
+        )
+        return 0
+    print(f"{done.target}: {done.tensors} tensors, {done.nbytes / 1e6:.1f} MB, each read back and equal")
+    for note in done.notes:
+        print(f"  {note}")
+    return 0
+
+
+_NAMES = {"blip2": "a run of ours", "hf": "a Hugging Face checkpoint", "lavis": "a LAVIS checkpoint"}
