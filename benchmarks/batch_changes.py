@@ -1,7 +1,8 @@
 """How many captions and answers depend on what else is in the batch: 1, 3 or 16 images at a time.
 
 Kernels add up a row's products in an order that depends on how many rows there are. In float32 that moves a logit by
-1e-5, in bf16 by tenths, and where two words are nearly as likely the other one is written.
+1e-5, in bf16 by tenths, and where two words are nearly as likely the other one is written. `default` is what
+`blip2.load` takes by itself.
 
     python -m benchmarks.batch_changes [--model tiny] [--data flickr8k:dev] [--images 200] [--dtype bf16] [--beams 1]
 """
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--data", default="flickr8k:dev")
     parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), nargs="*", default=["fp32", "bf16"])
+    parser.add_argument("--dtype", choices=("default", "fp32", "bf16"), nargs="*", default=["default", "fp32", "bf16"])
     parser.add_argument("--beams", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -37,7 +38,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     images = [sample.read() for sample in open_collection(options.data).limited(options.images).samples]
     for dtype in options.dtype:
-        model = blip2.load(options.model, dtype=dtype, device=options.device)
+        model = blip2.load(options.model, dtype=None if dtype == "default" else dtype, device=options.device)
         found: dict[int, tuple[list[str], list[str]]] = {}
         seconds = {}
         for batch in BATCHES:

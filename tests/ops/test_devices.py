@@ -7,7 +7,7 @@ import torch
 
 from blip2.errors import ConfigError
 from blip2.ops.contrastive import query_text_similarity
-from blip2.ops.devices import autocast, fast_bf16, fast_dtype, pick_device, uses_bf16, without_autocast
+from blip2.ops.devices import autocast, fast_bf16, fast_dtype, pick_device, uses_bf16, without_autocast, writing_dtype
 
 CPU = torch.device("cpu")
 
@@ -65,3 +65,15 @@ def test_without_autocast_is_the_plain_product() -> None:
     with autocast(CPU, "bf16"), without_autocast(CPU):
         assert torch.equal(x @ x, torch.mm(x, x))
         assert (x @ x).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("wanted", "small"), [("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_a_small_language_model_writes_in_float32_on_a_cpu(
+    wanted: str, small: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BLIP2_PRECISION", wanted)
+    assert writing_dtype("cpu", 135_000_000) == small
+    assert writing_dtype("cpu", 2_700_000_000) == fast_dtype("cpu")
+    assert writing_dtype("cuda", 135_000_000) == fast_dtype("cuda")

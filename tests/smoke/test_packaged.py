@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import blip2
+from blip2.data.images import plain_view
 from blip2.errors import ConfigError
 from blip2.weights.formats import located
 
@@ -125,3 +126,22 @@ def test_captions_most_similar_first(tmp_path: Path) -> None:
         assert likeness[0] == pytest.approx(float(model.similarity([picture], before).max()), abs=1e-5)
     with pytest.raises(ConfigError, match="rerank is 2: it must be 0, or num"):
         model.caption(pictures, num=3, rerank=2)
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+def test_text_does_not_depend_on_what_else_is_in_the_batch(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it loads by itself, whatever the processor: images are encoded one by one where that is bf16."""
+    monkeypatch.setenv("BLIP2_PRECISION", precision)
+    folder = photographs(tmp_path / "p", "chelsea.png", "coffee.png", "rocket.jpg")
+    pictures, short = sorted(folder.iterdir()), {"beams": 2, "min_tokens": 2, "max_tokens": 8}
+    model = blip2.load("tiny", device="cpu")
+    found = {}
+    for batch in (1, 2, 3):
+        model.batch = batch
+        found[batch] = model.caption(pictures, **short), model.ask(pictures, "What is it?", **short)
+    assert found[1] == found[2] == found[3]
+    alone = model.encode([plain_view(Image.open(picture).convert("RGB"), model.image_spec) for picture in pictures[:1]])
+    views = [plain_view(Image.open(picture).convert("RGB"), model.image_spec) for picture in pictures]
+    assert torch.equal(model.encode(views, apart=True)[:1], alone)

@@ -82,9 +82,8 @@ class Bridge:
 
     def _features(self, pictures: Sequence[Image.Image]) -> Tensor:
         if self._last is None or self._last[0] is not pictures:
-            views = torch.stack([plain_view(picture, self.model.image_spec) for picture in pictures])
-            with torch.no_grad():
-                self._last = pictures, self.model.vision(views.to(self.model.device))
+            views = [plain_view(picture, self.model.image_spec) for picture in pictures]
+            self._last = pictures, self.model.encode(views)
         return self._last[1]
 
 

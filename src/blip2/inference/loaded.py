@@ -110,12 +110,27 @@ class Loaded:
         """Features [B, P, C] of the frozen image encoder."""
         return torch.cat(list(self._chunks(images)))
 
-    def _chunks(self, images: ImageLike | Sequence[ImageLike]) -> Iterator[Tensor]:
+    def encode(self, views: Sequence[Tensor], *, apart: bool = False) -> Tensor:
+        """Features [B, P, C] of views [3, S, S] that `image_spec` prepared.
+
+        Args:
+            apart: each image by itself where its features would else depend on the others by more than float32's
+                rounding: on a CPU in bf16, whose kernels add up in an order that goes by the number of rows. Text
+                that is written from them is then the same alone and in a batch.
+        """
+        pixels_B3SS = torch.stack(list(views)).to(self.device)
+        apart = apart and self.device.type == "cpu" and next(self.vision.parameters()).dtype == torch.bfloat16
+        with torch.no_grad():
+            return torch.cat([self.vision(part) for part in pixels_B3SS.split(1 if apart else len(views))])
+
+    def _for_text(self, images: ImageLike | Sequence[ImageLike]) -> Iterator[Tensor]:
+        return self._chunks(images, apart=True)
+
+    def _chunks(self, images: ImageLike | Sequence[ImageLike], *, apart: bool = False) -> Iterator[Tensor]:
         pictures = listed(images)
         for start in range(0, len(pictures), self.batch):
             views = [plain_view(open_image(image), self.image_spec) for image in pictures[start : start + self.batch]]
-            with torch.no_grad():
-                yield self.vision(torch.stack(views).to(self.device))
+            yield self.encode(views, apart=apart)
 
     def text_ids(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask [N, T] of captions for the Q-Former, cleaned where its training cleaned them."""

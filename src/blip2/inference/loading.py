@@ -37,7 +37,8 @@ def load(
             `blip2-opt-2.7b`), Hugging Face folder or hub id, or LAVIS `.pth`.
         device: `auto` is CUDA where there is one.
         dtype: of the frozen towers (`fp32`, `bf16`, `fp16` or a torch dtype); None takes bf16
-            where the hardware multiplies it fast, else fp32. The Q-Former stays in float32.
+            where the hardware multiplies it fast, else fp32, and fp32 for a language model of up to
+            500M parameters on a CPU. The Q-Former stays in float32.
         device_map: passed to transformers for the language model (`auto` spreads it over devices,
             needs accelerate).
         vision, language: image encoder and language model in place of those that the checkpoint

@@ -72,9 +72,9 @@ class Blip2(Loaded):
             if config.rerank:
                 raise ConfigError(f"rerank is {config.rerank}: it must be 0 with examples in front of the images")
             text, examples = self.config.language.prompt if prompt is None else prompt, self._examples(shots)
-            parts = (examples.generate(chunk, [text] * len(chunk), config) for chunk in self._chunks(images))
+            parts = (examples.generate(chunk, [text] * len(chunk), config) for chunk in self._for_text(images))
         else:
-            parts = (self.caption_features(chunk, prompt, config) for chunk in self._chunks(images))
+            parts = (self.caption_features(chunk, prompt, config) for chunk in self._for_text(images))
         found = [texts for part in parts for texts in part]
         return found if config.num > 1 else [texts[0] for texts in found]
 
@@ -111,7 +111,7 @@ class Blip2(Loaded):
         prompts = [self.config.language.question.format(q.strip()) for q in asked]
         write = self._examples(shots).generate if shots else self.generate
         answers: list[str] = []
-        for start, features in zip(range(0, len(pictures), self.batch), self._chunks(pictures), strict=True):
+        for start, features in zip(range(0, len(pictures), self.batch), self._for_text(pictures), strict=True):
             part = slice(start, start + self.batch)
             texts = write(features, prompts[part], config, questions=asked[part])
             answers += [t[0] for t in texts]
@@ -142,7 +142,7 @@ class Blip2(Loaded):
         """Answers to questions of which number n is about image `places[n]`."""
         assert self.stage2 is not None
         tokenizer, answers = self.language_tokenizer, [""] * len(questions)
-        for start, features in zip(range(0, len(once), self.batch), self._chunks(once), strict=True):
+        for start, features in zip(range(0, len(once), self.batch), self._for_text(once), strict=True):
             with torch.no_grad():
                 soft = self.stage2.soft_prompts(features)
             about = [n for n, place in enumerate(places) if start <= place < start + self.batch]
@@ -180,7 +180,7 @@ class Blip2(Loaded):
         pictures = listed(images)
         asked = [questions] * len(pictures) if isinstance(questions, str) else list(questions)
         best: list[str] = []
-        for start, features in zip(range(0, len(pictures), self.batch), self._chunks(pictures), strict=True):
+        for start, features in zip(range(0, len(pictures), self.batch), self._for_text(pictures), strict=True):
             prompts = [self.config.language.question.format(q.strip()) for q in asked[start : start + self.batch]]
             with torch.no_grad():
                 soft = self.soft_prompts(features, asked[start : start + self.batch])

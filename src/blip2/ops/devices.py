@@ -13,6 +13,8 @@ from blip2.errors import ConfigError
 
 # Decides what `auto` takes, whatever the processor: to reproduce a run, and to test both.
 PRECISION_VARIABLE = "BLIP2_PRECISION"
+# Parameters up to which a language model on a CPU writes in float32: its weights are a few cached megabytes a layer.
+SMALL = 500_000_000
 
 
 def pick_device(name: str | torch.device, setting: str = "device") -> torch.device:
@@ -64,6 +66,21 @@ def fast_bf16(device: torch.device | str) -> bool:
 def fast_dtype(device: torch.device | str) -> torch.dtype:
     """What the weights of frozen models are kept in: bfloat16 where `fast_bf16`, else float32."""
     return torch.bfloat16 if fast_bf16(device) else torch.float32
+
+
+def writing_dtype(device: torch.device | str, parameters: int) -> torch.dtype:
+    """What the weights of a language model that writes are kept in.
+
+    On a CPU a small one writes no faster in bf16, since a step has few rows and is spent between products, and in
+    float32 what it writes does not depend on what else is in the batch.
+
+    Args:
+        parameters: about how many the model has.
+    """
+    chosen = os.environ.get(PRECISION_VARIABLE) or "auto"
+    if chosen == "auto" and torch.device(device).type == "cpu" and parameters <= SMALL:
+        return torch.float32
+    return fast_dtype(device)
 
 
 def uses_bf16(device: torch.device | str, precision: str) -> bool:

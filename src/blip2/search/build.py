@@ -226,7 +226,7 @@ class Builder:
         model, mode = self.model, self.store.manifest.captions
         with torch.no_grad():
             views = [look.view for look in looks if look.view is not None]
-            features_BPC = model.vision(torch.stack(views).to(model.device))
+            features_BPC = model.encode(views)
         rows = [look.row if mode == "data" else replace(look.row, captions=()) for look in looks]
         if mode is not None:
             bare = [n for n, row in enumerate(rows) if not row.captions]

@@ -131,7 +131,7 @@ class Worker:
         """Captions or answers."""
         if kind.asks and not self.asks:
             raise bad("this model is stage 1 and has no language model: it captions, but answers no questions")
-        features_BPC = self._features([item.view for item in items])
+        features_BPC = self._features([item.view for item in items], apart=True)
         fitted = [self._fit(item, kind) for item in items]
         decoding = self._bounded(kind.decoding, [tokens for _, tokens in fitted])
         prompts = [prompt for prompt, _ in fitted]
@@ -300,9 +300,8 @@ class Worker:
         }
         return maps
 
-    def _features(self, views: list[Tensor]) -> Tensor:
-        with torch.no_grad():
-            return self.model.vision(torch.stack(views).to(self.model.device))
+    def _features(self, views: list[Tensor], *, apart: bool = False) -> Tensor:
+        return self.model.encode(views, apart=apart)
 
 
 def _rows(values: Tensor) -> Any:

@@ -10,11 +10,11 @@ import torch
 from blip2.errors import CheckpointError
 from blip2.models.build import build_stage1, build_stage2
 from blip2.models.freezing import freeze
-from blip2.models.language.loading import load_language_model
+from blip2.models.language.loading import load_language_model, parameter_count
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision.encoder import VisionEncoder, load_vision_encoder, vision_encoder_from_config
-from blip2.ops.devices import fast_dtype
+from blip2.ops.devices import fast_dtype, writing_dtype
 from blip2.weights.checkpoint import Checkpoint
 from blip2.weights.frozen_towers import eva_config
 from blip2.weights.loading import LoadReport, fill
@@ -30,7 +30,8 @@ def assemble(
     """Model of a checkpoint in eval mode, and what was loaded.
 
     Args:
-        dtype: of the frozen towers; None takes bf16 where the hardware multiplies it fast.
+        dtype: of the frozen towers; None takes bf16 where the hardware multiplies it fast, but float32 for a small
+            language model on a CPU (`blip2.ops.devices.writing_dtype`).
         device_map: where transformers puts the language model; None puts all on `device`.
 
     Raises:
@@ -40,12 +41,12 @@ def assemble(
         raise CheckpointError(
             f"{found.source}: a Q-Former alone, without query tokens and image encoder: use it as --init of a training"
         )
-    dtype = dtype or fast_dtype(device)
-    vision = vision_encoder_of(found, dtype)
+    vision = vision_encoder_of(found, dtype or fast_dtype(device))
     if found.config.stage == "stage1":
         stage1 = build_stage1(found.config, vision, start=False)
         report = _filled(stage1, found, vision)
         return stage1.to(device).eval(), report
+    dtype = dtype or writing_dtype(device, parameter_count(found.config.language))
     language_model = load_language_model(found.config.language, dtype, device=device, device_map=device_map)
     stage2 = build_stage2(found.config, vision, language_model, start=False)
     report = _filled(stage2, found, vision)

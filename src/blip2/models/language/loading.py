@@ -60,6 +60,18 @@ def load_language_model(
     return model
 
 
+def parameter_count(config: LanguageConfig) -> int:
+    """About how many parameters a language model has, from its config: blocks of 12 width², and the embeddings.
+
+    A config that does not tell counts as a large one.
+    """
+    part = hub.part_of_blip2(hub.load_config(towers.folder(config.name)), "text_config")
+    layers, width, words = (getattr(part, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size"))
+    if not (isinstance(layers, int) and isinstance(width, int) and isinstance(words, int)):
+        return 1 << 62
+    return 12 * layers * width**2 * (2 if part.is_encoder_decoder else 1) + words * width
+
+
 def language_model_from_config(config: Any, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """Frozen language model with random weights; without memory inside `torch.device("meta")`."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
