@@ -32,7 +32,7 @@ from blip2.data.batch import Batch
 from blip2.estimate.measure import build_on_meta, measure
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
-from blip2.ops.devices import autocast
+from blip2.ops.devices import autocast, fast_dtype
 from blip2.recipes import recipe
 from blip2.training.objectives.stage1 import Stage1Objective
 from blip2.training.objectives.stage2 import Stage2Objective
@@ -115,7 +115,7 @@ def _anonymous_mb() -> float:
 
 def _fill(model: Stage1 | Stage2, device: torch.device) -> None:
     """Weights of the meta device become random numbers, in the dtypes of a run."""
-    frozen = torch.bfloat16 if device.type != "cpu" else torch.float32
+    frozen = fast_dtype(device)
     if isinstance(model, Stage2):
         model.language_model.to(frozen)
     model.to_empty(device=device)

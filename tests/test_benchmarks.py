@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import bench_growth, capfilt_rate, capfilt_training, profiling, run
+from benchmarks import bench_growth, capfilt_rate, capfilt_training, on_card, profiling, run
 from benchmarks.common import SIZES, BenchmarkError, Peer, captions, compare, settings_of, text_lengths
 
 from blip2.data.shards.reader import read_entries
@@ -150,3 +151,31 @@ def test_half_of_the_captions_are_exchanged_and_what_a_filter_finds_is_counted(t
 def test_rate_leaves_out_the_first_shard_of_every_worker() -> None:
     assert capfilt_rate.rate_of([20.0, 24.0, 28.0, 32.0], workers=1, size=8) == 2.0
     assert capfilt_rate.rate_of([20.0, 21.0, 24.0, 25.0, 28.0, 29.0], workers=2, size=8) == 4.0
+
+
+def test_a_part_that_fails_on_a_card_is_named_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(code: str, limit: float = 60) -> on_card.Part:
+        return lambda here, left: {"said": on_card.call(["-c", code], left, limit=limit).strip()}
+
+    failing = "import sys; sys.exit('Traceback ...\\nblip2: the reason\\n=====')"
+    parts = {
+        "good": command("print(3)"),
+        "bad": command(failing),
+        "missing": command("import sys; sys.exit('blip2: this needs x: pip install x')"),
+        "slow": command("import time; time.sleep(60)", limit=0.5),
+        "last": command("print(4)"),
+    }
+    monkeypatch.setattr(on_card, "PARTS", parts)
+    monkeypatch.setattr(on_card, "claims", dict)
+    monkeypatch.setattr("sys.argv", ["on_card", "--device", "cpu", "--out", str(tmp_path)])
+    assert on_card.main() == 1
+    (path,) = tmp_path.glob("*-card.json")
+    found = json.loads(path.read_text())["parts"]
+    assert [found[name].get("said") for name in ("good", "last")] == ["3", "4"]
+    assert found["bad"]["failed"] == "blip2: the reason"
+    assert found["missing"]["not run"] == "blip2: this needs x: pip install x"
+    assert "not done after" in found["slow"]["failed"]
+    assert "| bad | failed: blip2: the reason |" in path.with_suffix(".md").read_text()
+    assert "slow: failed: it was not done after" in capsys.readouterr().out

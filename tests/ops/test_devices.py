@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests import pretend
 
 from blip2.errors import ConfigError
 from blip2.ops.contrastive import query_text_similarity
@@ -45,6 +46,19 @@ def test_devices_that_are_not_there() -> None:
         pick_device("cuda:1")
     with pytest.raises(ConfigError, match="train.device is 'gpu': torch knows no such device"):
         pick_device("gpu", "train.device")
+    for name in ("meta", "xpu", "cuda"):
+        with pytest.raises(ConfigError, match=f"device is '{name}', but torch sees no {name.upper()} device here"):
+            pick_device(name)
+
+
+@pytest.mark.skipif(pretend.UNAVAILABLE is not None, reason=str(pretend.UNAVAILABLE))
+def test_another_accelerator_than_cuda() -> None:
+    with pretend.pretend() as device:
+        assert pick_device("pretend:0") == device
+        with pytest.raises(ConfigError, match="device is 'pretend:3', but torch sees 1 of them here"):
+            pick_device("pretend:3")
+    with pytest.raises(ConfigError, match="torch sees no PRETEND device here"):
+        pick_device("pretend:0")
 
 
 def test_what_decides_is_float32_inside_autocast() -> None:

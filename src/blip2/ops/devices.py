@@ -32,13 +32,16 @@ def pick_device(name: str | torch.device, setting: str = "device") -> torch.devi
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"{setting} is {name!r}: torch knows no such device: use auto, cpu or cuda") from error
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError(f"{setting} is {str(name)!r}, but torch sees no CUDA device here: use cpu or auto")
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if device.index >= torch.cuda.device_count():
-            raise ConfigError(f"{setting} is {str(name)!r}, but torch sees {torch.cuda.device_count()} CUDA device(s)")
+    if device.type == "cpu":
+        return device
+    here = getattr(torch, device.type, None)  # torch.cuda, torch.mps, torch.xpu, ...; none of `meta`
+    if here is None or not here.is_available():
+        kind = device.type.upper()
+        raise ConfigError(f"{setting} is {str(name)!r}, but torch sees no {kind} device here: use cpu or auto")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if (device.index or 0) >= here.device_count():
+        raise ConfigError(f"{setting} is {str(name)!r}, but torch sees {here.device_count()} of them here")
     return device
 
 
