@@ -21,6 +21,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SEED = 0
 
 
+# Files that take longest begin first: with two processes none is left to work alone at the end.
+LONG = ("tests/smoke/", "tests/training/test_distributed", "tests/estimate/", "tests/parity/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; within a file the order stays."""
+    items.sort(key=lambda item: next((n for n, part in enumerate(LONG) if item.nodeid.startswith(part)), len(LONG)))
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Seed Python, numpy and (where a test uses it) torch before each test; the value is the seed."""

@@ -149,6 +149,7 @@ def test_rerun_is_byte_equal(
     assert len(entry["captions"]) == 2
 
 
+@pytest.mark.slow
 def test_killed_process_is_started_again(
     hf: HF, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +174,7 @@ def killed_once(job: Any, **options: Any) -> dict[str, Any]:
     return _REAL_WORK(job, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 def test_ray_gives_the_bytes_of_the_local_engine(hf: HF, source: Path, tmp_path: Path) -> None:
     assert main(command(hf, source, tmp_path / "local")) == 0

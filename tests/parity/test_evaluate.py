@@ -191,6 +191,7 @@ def test_what_is_not_matched_stands_behind_as_itc_ranks_it() -> None:
     assert then_by_similarity(np.full((2, 3), -np.inf), similarity).argmax(1).tolist() == [0, 1]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same(hf: HF, data: Path, tmp_path: Path) -> None:
     command = ["-m", "blip2", "evaluate", "caption", "--model", str(hf("opt")[0]), "--data", str(data), *SHORT]
     command += ["--batch", "2", "--dtype", "fp32", "--json"]
