@@ -55,9 +55,9 @@ def one(model: Blip2, data: bytes, text: str, share: float, draws: int) -> dict[
     count = round(share * found.grid[0] * found.grid[1])
     rng = np.random.default_rng(0)
     hidden = {
-        "itm map": top(found.heat(found.itm_maps.sum(0)), count),
-        "itc map": top(found.heat(found.itc_maps.sum(0)), count),
-        "attention": top(found.heat(found.queries.mean(dim=(0, 1))), count),
+        "itm map": top(found.heatmap(found.itm_maps.sum(0)), count),
+        "itc map": top(found.heatmap(found.itc_maps.sum(0)), count),
+        "attention": top(found.heatmap(found.queries.mean(dim=(0, 1))), count),
     }
     for draw in range(draws):
         hidden[f"random {draw}"] = rng.permutation(found.grid[0] * found.grid[1])[:count]

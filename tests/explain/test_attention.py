@@ -45,8 +45,8 @@ def test_maps_sum_to_one(model: Blip2, picture: Image.Image) -> None:
     assert found.itc_maps is not None
     assert found.itm_maps is not None
     assert found.itc_maps.shape == found.itm_maps.shape == (2, 17)
-    assert found.heat(found.queries).shape == (2, 5, 4, 4)
-    torch.testing.assert_close(found.heat(found.queries)[1, 2].flatten(), found.queries[1, 2, 1:])
+    assert found.heatmap(found.queries).shape == (2, 5, 4, 4)
+    torch.testing.assert_close(found.heatmap(found.queries)[1, 2].flatten(), found.queries[1, 2, 1:])
 
 
 def test_maps_are_softmax_of_qk(model: Blip2, picture: Image.Image) -> None:

@@ -22,7 +22,7 @@ from blip2.evaluation import tasks
 from blip2.evaluation.published import published
 from blip2.evaluation.tasks import lemmatised
 from blip2.metrics.captioning import bleu, cider
-from blip2.metrics.retrieval import candidate_pairs, recall_at_k, reranked_scores, then_by_similarity
+from blip2.metrics.retrieval import candidate_pairs, fill_with_similarity, recall_at_k, reranked_scores
 
 HF = Callable[[str], tuple[Path, Any]]
 SHORT = ["--beams", "2", "--min-tokens", "1", "--max-tokens", "5"]
@@ -187,8 +187,8 @@ def test_what_is_not_matched_stands_behind_as_itc_ranks_it() -> None:
     similarity = np.array([[0.9, 0.1, 0.2], [0.3, 0.8, 0.7]])
     scores = np.array([[-8.1, -np.inf, -np.inf], [-np.inf, -4.2, -np.inf]])
     # the lowest score is -8.1: the rest stands at similarity - (0.9 + 1 + 8.1)
-    assert then_by_similarity(scores, similarity) == pytest.approx(np.array([[-8.1, -9.9, -9.8], [-9.7, -4.2, -9.3]]))
-    assert then_by_similarity(np.full((2, 3), -np.inf), similarity).argmax(1).tolist() == [0, 1]
+    assert fill_with_similarity(scores, similarity) == pytest.approx(np.array([[-8.1, -9.9, -9.8], [-9.7, -4.2, -9.3]]))
+    assert fill_with_similarity(np.full((2, 3), -np.inf), similarity).argmax(1).tolist() == [0, 1]
 
 
 @pytest.mark.slow

@@ -166,8 +166,8 @@ def test_caption_by_form_and_by_json(serve: Serve, both: Blip2) -> None:
     assert [c["text"] for c in by_json] == both.caption([encoded()], num=3)[0]
     scores = both.match([encoded()] * 3, [c["text"] for c in by_json])
     np.testing.assert_allclose([c["score"] for c in by_json], scores, atol=1e-5)
-    likeness = both.similarity([encoded()], [c["text"] for c in by_json])[0]
-    np.testing.assert_allclose([c["similarity"] for c in by_json], likeness, atol=1e-5)
+    itc_scores = both.similarity([encoded()], [c["text"] for c in by_json])[0]
+    np.testing.assert_allclose([c["similarity"] for c in by_json], itc_scores, atol=1e-5)
 
 
 def test_what_was_never_learned_is_not_shown(serve: Serve, both: Blip2, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,8 +209,8 @@ def test_history_without_room_loses_its_oldest_turns(serve: Serve) -> None:
 def test_attend_gives_maps_over_the_patches(serve: Serve, both: Blip2) -> None:
     found = serve().post("/attend", json={"image": url(), "text": "a dog"}).json()
     wanted = both.attend(encoded(), "a dog")
-    np.testing.assert_allclose(found["queries"], wanted.heat(wanted.queries), atol=1e-5)
-    np.testing.assert_allclose(found["itm_map"], wanted.heat(wanted.itm_maps.sum(0)), atol=1e-5)
+    np.testing.assert_allclose(found["queries"], wanted.heatmap(wanted.queries), atol=1e-5)
+    np.testing.assert_allclose(found["itm_map"], wanted.heatmap(wanted.itm_maps.sum(0)), atol=1e-5)
     assert len(found["words"]) == len(found["word_maps"])
 
 

@@ -107,7 +107,7 @@ def test_a_visit(browser: Any, axe: str, address: str, view: str, scheme: str) -
     page.fill("#text", "a dog in the grass")
     page.keyboard.press("Enter")
     page.wait_for_selector(
-        "#heat:visible" if view == "desktop" else "#side img"
+        "#heatmap:visible" if view == "desktop" else "#side img"
     )  # there the photograph is out of sight
     page.fill("#wanted", "a dog")
     page.keyboard.press("Enter")
@@ -153,7 +153,7 @@ def test_models_side_by_side(
         page.fill("#text", "a dog")
         page.keyboard.press("Enter")
         page.wait_for_selector("#side figure:nth-child(2)")
-        assert page.is_hidden("#heat")
+        assert page.is_hidden("#heatmap")
         assert page.locator("#side figcaption").all_inner_texts() == ["tiny", "second"]
         assert faults(page, axe) == []
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -73,7 +73,7 @@ def test_it_tells_photographs_apart(tmp_path: Path) -> None:
         assert found[0, 0] > max(found[1, 0], found[0, 1])
         assert found[1, 1] > max(found[1, 0], found[0, 1])
     assert np.allclose(np.linalg.norm(model.embed_texts("a cat").numpy(), axis=1), 1, atol=1e-4)
-    assert model.learned_itm
+    assert model.has_itm
 
 
 def test_demo_on_a_folder_leaves_a_report_and_an_index(tmp_path: Path) -> None:
@@ -121,9 +121,9 @@ def test_captions_most_similar_first(tmp_path: Path) -> None:
     for picture, before, after in zip(pictures, plain, ranked, strict=True):
         assert len(after) == 3
         assert set(after) <= set(before)
-        likeness = model.similarity([picture], after)[0].tolist()
-        assert likeness == sorted(likeness, reverse=True)
-        assert likeness[0] == pytest.approx(float(model.similarity([picture], before).max()), abs=1e-5)
+        itc_scores = model.similarity([picture], after)[0].tolist()
+        assert itc_scores == sorted(itc_scores, reverse=True)
+        assert itc_scores[0] == pytest.approx(float(model.similarity([picture], before).max()), abs=1e-5)
     with pytest.raises(ConfigError, match="rerank is 2: it must be 0, or num"):
         model.caption(pictures, num=3, rerank=2)
 

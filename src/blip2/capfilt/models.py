@@ -76,7 +76,7 @@ class Bridge:
         kv = self.model.image_kv(self._features(pictures))
         device = kv.layers[0][0].device
         return [
-            to_list(self.model.match_features(kv.take(torch.tensor([n], device=device)), list(own))) if own else []
+            to_list(self.model.match_features(kv.select(torch.tensor([n], device=device)), list(own))) if own else []
             for n, own in enumerate(texts)
         ]
 

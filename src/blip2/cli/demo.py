@@ -137,9 +137,9 @@ def _entry(model: Blip2, one: Seen, picture: str) -> dict[str, Any]:
     assert found.words is not None
     assert found.word_maps is not None
     view = seen(one.picture, model.image_spec.resize, _LARGE)
-    whole = png(overlay(view, to_numpy(found.heat(found.queries.mean(dim=(0, 1))))))
+    whole = png(overlay(view, to_numpy(found.heatmap(found.queries.mean(dim=(0, 1))))))
     words = [
-        (word.strip(), png(overlay(view.resize((_SMALL, _SMALL)), to_numpy(found.heat(map_P)))))
+        (word.strip(), png(overlay(view.resize((_SMALL, _SMALL)), to_numpy(found.heatmap(map_P)))))
         for word, map_P in zip(found.words, found.word_maps, strict=True)
         if len(word.strip()) > 2 and word.strip() not in _SMALL_WORDS
     ]

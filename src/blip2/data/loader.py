@@ -41,7 +41,7 @@ class _Item:
     features: Tensor | None
 
 
-class _Steps(Dataset[Batch]):
+class StepDataset(Dataset[Batch]):
     """Batch number N of one process."""
 
     def __init__(
@@ -190,7 +190,7 @@ class _Steps(Dataset[Batch]):
 class _Guarded(Dataset["Batch | DataError"]):
     """Hands errors over as values: a loader process would wrap them in its own traceback."""
 
-    def __init__(self, steps: _Steps) -> None:
+    def __init__(self, steps: StepDataset) -> None:
         self.steps = steps
 
     def __getitem__(self, step: int) -> Batch | DataError:
@@ -238,7 +238,7 @@ class TrainingBatches:
     ) -> None:
         if spec is None and features is None:
             raise ValueError("one of spec and features is needed")
-        self._steps = _Steps(
+        self._steps = StepDataset(
             collection, batch, seed, spec, features, augment, crop_min, rank, world, texts, texts_per_image, clean
         )
         silent = self._steps.drop_silent()
@@ -313,7 +313,7 @@ def dev_batches(
 
     The text is the first caption; of questions, which data sets list by kind, one by the seed 0.
     """
-    steps = _Steps(
+    steps = StepDataset(
         collection,
         1,
         0,

@@ -71,7 +71,7 @@ def _stage1_losses(
     model: Stage1, loss: LossConfig, features_BPC: Tensor, ids_BT: Tensor, mask_BT: Tensor, early: bool = False
 ) -> list[Tensor]:
     """What `Stage1Objective` keeps in one process, without reading a value of a meta tensor."""
-    words_BTD = model.qformer.look_up(F.pad(ids_BT, (1, 0)))
+    words_BTD = model.qformer.embed_tokens(F.pad(ids_BT, (1, 0)))
     inputs = [words_BTD, *model.project_image(features_BPC).tensors()]
 
     def parts(given: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -107,7 +107,7 @@ def _stage1_parts(model: Stage1, loss: LossConfig, image_kv: ImageKV, texts: Cap
     if loss.itm:
         for words_BTD in (texts.words, texts.words[ids_BT[:, 0]]):  # own texts, negative texts
             yield {"itm": losses.itm_loss(model.match_logits(words_BTD, mask_BT, image_kv), ids_BT[:, 0])}
-        pairs_N2 = model.match_logits(texts.words, mask_BT, image_kv.take(ids_BT[:, 0]))
+        pairs_N2 = model.match_logits(texts.words, mask_BT, image_kv.select(ids_BT[:, 0]))
         yield {"itm": losses.itm_loss(pairs_N2, ids_BT[:, 0])}
 
 

@@ -26,12 +26,12 @@ from blip2.metrics import vqa
 from blip2.metrics.captioning import bleu, cider, cider_per_image, rouge_l
 from blip2.metrics.coco_caption import official_scores
 from blip2.metrics.retrieval import (
-    both_ways,
+    bidirectional_recall,
     candidate_pairs,
+    fill_with_similarity,
     recall_at_k,
     reranked_scores,
     retrieval_ranks,
-    then_by_similarity,
 )
 from blip2.ops import distributed
 from blip2.ops.contrastive import query_text_similarity
@@ -245,14 +245,17 @@ def retrieve(model: Blip2, data: Collection, folder: Folder, k: int, itc_weight:
     entries = work_through(_ids(data.samples), folder, predict, batch=model.batch, what="image")
     matches = [(np.array(entry["texts"], np.int64), np.array(entry["itm"], np.float32)) for entry in entries]
     scored = reranked_scores(similarity_IT, matches, k, itc_weight)
-    by_image_IT, by_text_IT = (then_by_similarity(scores_IT, similarity_IT) for scores_IT in scored)
-    metrics = {"itc": recall_at_k(similarity_IT, owners), "reranked": both_ways(by_image_IT, by_text_IT, owners)}
+    by_image_IT, by_text_IT = (fill_with_similarity(scores_IT, similarity_IT) for scores_IT in scored)
+    metrics = {
+        "itc": recall_at_k(similarity_IT, owners),
+        "reranked": bidirectional_recall(by_image_IT, by_text_IT, owners),
+    }
     ranks, _ = retrieval_ranks(by_image_IT, owners)
     for entry, sample, rank, scores in zip(entries, data.samples, ranks, by_image_IT, strict=True):
         entry |= {"found": texts[int(scores.argmax())], "references": list(sample.captions), "rank": int(rank)}
         entry["score"] = -float(rank)
     notes = [f"{len(data.samples)} images, {len(texts)} texts, {sum(map(len, pairs))} pairs matched"]
-    if not model.learned_itm:
+    if not model.has_itm:
         notes.append("this model was trained without ITM: what is re-ranked means nothing")
     return Outcome(metrics, {}, entries, len(data.samples), tuple(notes))
 

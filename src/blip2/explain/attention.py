@@ -4,7 +4,7 @@
     found.queries           # [L, Q, P] attention of every query, per cross-attention layer; sums to one
     found.itc               # [Q] cosine of each query with the text: the largest is the image's
     found.itm_maps          # [L, P] gradient-weighted: what made the pair a match
-    found.heat(found.itm_maps.sum(0))     # [h, w] over the picture
+    found.heatmap(found.itm_maps.sum(0))     # [h, w] over the picture
 
 Shape letters: Q queries, P tokens of the image encoder, L cross-attention layers, W words (tokens) of
 the caption, C image-encoder channels, E contrastive width.
@@ -71,7 +71,7 @@ class Attention:
         """The query whose cosine with the text is the image's score."""
         return None if self.itc is None else int(self.itc.argmax())
 
-    def heat(self, map_P: Tensor) -> Tensor:
+    def heatmap(self, map_P: Tensor) -> Tensor:
         """[h, w]: the patches of a map over image tokens; what fell on the tokens before them is left out."""
         return map_P[..., self.prefix :].unflatten(-1, self.grid)
 
@@ -114,7 +114,7 @@ def _with_text(model: Explainable, features_1PC: Tensor, text: str, grid: tuple[
         to_host(itc_Q),
         itc_maps,
     )
-    if model.learned_itm:
+    if model.has_itm:
         with torch.enable_grad():
             shadow, paired = recording(stage1.qformer)
             logits_12 = stage1.pair_logits(shadow.encode_pair(ids, mask, kv))

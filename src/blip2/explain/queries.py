@@ -55,7 +55,7 @@ def as_dict(found: Specialisation, data: str, model: str) -> dict[str, Any]:
         "prefix": found.prefix,
         "layers": found.layers,
         "winners": round(found.winners, 4),
-        "alike": round(found.alike, 6),
+        "mean_query_cosine": round(found.mean_query_cosine, 6),
         "queries": [
             {
                 "query": q,
@@ -96,7 +96,10 @@ def _lines(found: Specialisation, out: str | None) -> list[str]:
     if found.bad:
         lines.append(f"{len(found.bad)} samples left out, the first: {found.bad[0].key}: {found.bad[0].reason}")
     never = int((found.wins == 0).sum())
-    lines.append(f"wins are worth {found.winners:.1f} equal queries; {never} never win; mean cosine {found.alike:.3f}")
+    lines.append(
+        f"wins are worth {found.winners:.1f} equal queries; {never} never win; "
+        f"mean cosine {found.mean_query_cosine:.3f}"
+    )
     for q in order(found)[:_SHOWN]:
         words = ", ".join(word.word for word in found.own_words[q]) or "no word stands out"
         shares = f"wins {float(found.wins[q]):6.1%}, stands out in {float(found.stands_out[q]):6.1%}"
@@ -137,11 +140,13 @@ def write_page(path: Path, found: Specialisation, model: Explainable, data: str,
 
 def _plain(found: Specialisation, map_P: Tensor) -> Image.Image:
     """A map alone, scaled so that its largest value is brightest."""
-    heat = _heat(found, map_P)
-    return Image.fromarray(colours(heat / max(float(heat.max()), 1e-12))).resize((_MAP, _MAP), Image.Resampling.NEAREST)
+    heatmap = _heatmap(found, map_P)
+    return Image.fromarray(colours(heatmap / max(float(heatmap.max()), 1e-12))).resize(
+        (_MAP, _MAP), Image.Resampling.NEAREST
+    )
 
 
-def _heat(found: Specialisation, map_P: Tensor) -> Any:
+def _heatmap(found: Specialisation, map_P: Tensor) -> Any:
     """[h, w]: the patches of a map."""
     return to_numpy(map_P[found.prefix :].unflatten(0, found.grid))
 
@@ -152,5 +157,5 @@ def _example(found: Specialisation, example: Example, resize: str) -> dict[str, 
         "caption": example.caption,
         "cosine": example.cosine,
         "z": example.z,
-        "image": png(overlay(view, _heat(found, example.attention), share=0.45)),
+        "image": png(overlay(view, _heatmap(found, example.attention), share=0.45)),
     }

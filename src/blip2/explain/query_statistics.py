@@ -84,7 +84,7 @@ class Specialisation:
         places: [Q] the same of the mean map. Near `spread` where a query looks at the same place in every image; larger
             where the place follows the picture.
         wins, stands_out: [Q] shares of the texts; each sums to one.
-        alike: mean cosine between two queries of an image.
+        mean_query_cosine: mean cosine between two queries of an image.
         words, own_words: per query, of the texts that it wins and of those for which it stands out; most sure first.
         examples: per query, for which it stands out most first, each of another image.
         bad: samples that could not be read.
@@ -101,7 +101,7 @@ class Specialisation:
     places: Tensor
     wins: Tensor
     stands_out: Tensor
-    alike: float
+    mean_query_cosine: float
     words: list[list[Word]]
     own_words: list[list[Word]]
     examples: list[list[Example]]
@@ -120,7 +120,7 @@ class _Look:
     sample: Sample
     maps: Tensor
     cosines: Tensor
-    alike: float
+    mean_query_cosine: float
 
 
 def specialisation(
@@ -139,7 +139,7 @@ def specialisation(
     cosines: list[Tensor] = []
     attention: list[Tensor] = []
     bad: list[BadSample] = []
-    maps_LQP, spread_Q, alike = torch.zeros(()), torch.zeros(()), 0.0
+    maps_LQP, spread_Q, mean_query_cosine = torch.zeros(()), torch.zeros(()), 0.0
     with tqdm(total=len(samples), unit="image", desc="looking", disable=not progress) as bar:
         for start in range(0, len(samples), model.batch):
             chunk = samples[start : start + model.batch]
@@ -150,7 +150,7 @@ def specialisation(
                 attention.append(mean_QP.half())
                 maps_LQP = maps_LQP + look.maps
                 spread_Q = spread_Q + effective(_on_patches(mean_QP, prefix))
-                alike += look.alike
+                mean_query_cosine += look.mean_query_cosine
             bar.update(len(chunk))
     if not kept:
         raise DataError("no image with a caption" + (f", the first: {bad[0].key}: {bad[0].reason}" if bad else ""))
@@ -170,7 +170,7 @@ def specialisation(
         effective(_on_patches(mean_QP, prefix)),
         wins.shares(),
         own.shares(),
-        alike / count,
+        mean_query_cosine / count,
         over_represented(wins.words()),
         over_represented(own.words()),
         own.examples(cosines_NQ, attention, examples),

@@ -95,7 +95,7 @@ def write_page(path: Path, picture: Image.Image, found: Attention, image: str, m
 
 
 def _map(view: Image.Image, found: Attention, map_P: Tensor, side: int) -> str:
-    return png(overlay(view.resize((side, side)), to_numpy(found.heat(map_P))))
+    return png(overlay(view.resize((side, side)), to_numpy(found.heatmap(map_P))))
 
 
 def _scores(view: Image.Image, found: Attention) -> list[dict[str, Any]]:

@@ -78,7 +78,7 @@ class Loaded:
         return self._stage1
 
     @property
-    def learned_itm(self) -> bool:
+    def has_itm(self) -> bool:
         """Whether the stage 1 at hand was trained with ITM; its matches mean nothing where not."""
         _ = self.stage1  # which brings its configuration where it is not at hand yet
         return self._stage1_config.loss.itm > 0

@@ -223,7 +223,7 @@ class Blip2(Loaded):
         prompt = self.config.language.prompt if prompt is None else prompt
         return self.generate(features_BPC, [prompt] * len(features_BPC), config)
 
-    def likeness(self, features_BPC: Tensor, found: list[list[str]]) -> list[list[float]]:
+    def itc_scores(self, features_BPC: Tensor, found: list[list[str]]) -> list[list[float]]:
         """ITC similarity of each image with its own texts: B lists, as long as those of `found`."""
         images_BQE = self.embed_features(features_BPC)
         texts_NE = self.embed_texts([text for texts in found for text in texts]).split([len(t) for t in found])
@@ -235,7 +235,7 @@ class Blip2(Loaded):
 
     def _by_similarity(self, features_BPC: Tensor, found: list[list[str]]) -> list[list[str]]:
         """Each image's texts, the most similar to it by ITC first."""
-        scores = self.likeness(features_BPC, found)
+        scores = self.itc_scores(features_BPC, found)
         order = [sorted(range(len(one)), key=one.__getitem__, reverse=True) for one in scores]
         return [[texts[n] for n in places] for texts, places in zip(found, order, strict=True)]
 

@@ -144,12 +144,12 @@ def _maps(card: Card, found: Attention) -> list[str]:
     parts = []
     for what, map_P in shown:
         parts.append(f'<div style="{_SOFT};margin-top:8px">{escape(what)}</div>')
-        parts.append(_image(png(overlay(view, to_numpy(found.heat(map_P)))), f"heat map: {what}"))
+        parts.append(_image(png(overlay(view, to_numpy(found.heatmap(map_P)))), f"heatmap: {what}"))
     if found.words is not None and found.word_maps is not None:
         small = view.resize((_SMALL, _SMALL))
         figures = [
             f'<figure style="margin:0;text-align:center;{_SOFT}">'
-            f"{_image(png(overlay(small, to_numpy(found.heat(map_P)))), f'where “{word.strip()}” drew on')}"
+            f"{_image(png(overlay(small, to_numpy(found.heatmap(map_P)))), f'where “{word.strip()}” drew on')}"
             f"{escape(word.strip() or '_')}</figure>"
             for word, map_P in zip(found.words, found.word_maps, strict=True)
         ]

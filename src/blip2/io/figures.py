@@ -1,4 +1,4 @@
-"""Pictures inside a page, and heat maps over them. Pillow and numpy only.
+"""Pictures inside a page, and heatmaps over them. Pillow and numpy only.
 
 Shapes: h, w patches; S side in pixels.
 """

@@ -99,14 +99,14 @@ def reranked_scores(
     return np.where(by_image_IT, total_IT, -np.inf), np.where(by_text_IT, total_IT, -np.inf)
 
 
-def then_by_similarity(scores_IT: npt.NDArray[Any], similarity_IT: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def fill_with_similarity(scores_IT: npt.NDArray[Any], similarity_IT: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Scores in which the pairs that have none (minus infinity) stand below all others, as ITC ranks them."""
     scored_IT = np.isfinite(scores_IT)
     lowest = float(scores_IT[scored_IT].min()) if scored_IT.any() else 0.0
     return np.where(scored_IT, scores_IT, similarity_IT - (float(similarity_IT.max()) + 1 - lowest))
 
 
-def both_ways(
+def bidirectional_recall(
     by_image_IT: npt.NDArray[Any], by_text_IT: npt.NDArray[Any], image_of_text_T: npt.ArrayLike
 ) -> dict[str, float]:
     """As `recall_at_k`, where the directions have scores of their own."""

@@ -18,7 +18,7 @@ _ALONE = False
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Within it this process counts as the only one: for work that every process does by itself."""
     global _ALONE
     before, _ALONE = _ALONE, True

@@ -153,7 +153,7 @@ class Index:
         """
         text = text.strip() if text else None
         if rerank is None:
-            rerank = _RERANKED if text and self.model.learned_itm else 0
+            rerank = _RERANKED if text and self.model.has_itm else 0
         if k < 1 or rerank < 0:
             raise ConfigError(f"k is {k} and rerank is {rerank}: they must be at least 1 and 0")
         parts = self._parts(text, image, within)

@@ -70,10 +70,10 @@ def create_app(
     app.state.server = server
     app.add_middleware(Guard, settings=settings, metrics=server.metrics)
     _answer_errors(app)
-    openai_routes.add(app, server)
-    routes.add(app, server)
-    page.add(app)
-    openapi.add(app)
+    openai_routes.register_routes(app, server)
+    routes.register_routes(app, server)
+    page.register_routes(app)
+    openapi.register_routes(app)
     return app
 
 

@@ -26,7 +26,7 @@ from blip2.server.worker import Kind, Prompt, Write
 CHAT_TOKENS = 30  # of an answer where the client names no number
 
 
-def add(app: FastAPI, server: Server) -> None:
+def register_routes(app: FastAPI, server: Server) -> None:
     """Add the routes."""
     begun = int(time.time())
 

@@ -31,7 +31,7 @@ _GET = {
 }
 
 
-def add(app: FastAPI) -> None:
+def register_routes(app: FastAPI) -> None:
     """Complete the document where the application first makes it."""
     make = app.openapi
 

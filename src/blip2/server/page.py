@@ -19,7 +19,7 @@ _FILES = {
 }
 
 
-def add(app: FastAPI) -> None:
+def register_routes(app: FastAPI) -> None:
     """Add the page's files, read once, and the documentation made from the OpenAPI document."""
     for path, (name, kind) in _FILES.items():
         app.add_api_route(path, _file((_STATIC / name).read_bytes(), kind), include_in_schema=False)

@@ -34,7 +34,7 @@ from blip2.server.worker import Kind, Prompt, Query, Write, Written
 _CAPTION, _ANSWER = (8, 30, 1.0), (1, 10, -1.0)
 
 
-def add(app: FastAPI, server: Server) -> None:
+def register_routes(app: FastAPI, server: Server) -> None:
     """Add the routes."""
     _add_text(app, server)
     _add_search(app, server)
@@ -66,8 +66,8 @@ def _add_text(app: FastAPI, server: Server) -> None:
         written = await here.run(request, kind, Prompt(view, asked.prompt))
         _count(server, written)
         nothing = [None] * len(written.texts)
-        told = zip(written.texts, written.scores or nothing, written.likeness or nothing, strict=True)
-        captions = [Caption(text=text, score=score, similarity=likeness) for text, score, likeness in told]
+        told = zip(written.texts, written.scores or nothing, written.itc_scores or nothing, strict=True)
+        captions = [Caption(text=text, score=score, similarity=itc_scores) for text, score, itc_scores in told]
         return CaptionResponse(model=here.name, captions=captions)
 
     @app.post(

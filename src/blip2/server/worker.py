@@ -63,12 +63,12 @@ class Written:
 
     Args:
         scores: ITM probabilities, None where the model never learned ITM.
-        likeness: ITC similarities, None where there is no stage 1.
+        itc_scores: ITC similarities, None where there is no stage 1.
     """
 
     texts: list[str]
     scores: list[float] | None
-    likeness: list[float] | None
+    itc_scores: list[float] | None
     prompt_tokens: int
     tokens: list[int]
 
@@ -106,7 +106,7 @@ class Worker:
             self.matches = model.stage1 is not None
         except Blip2Error:
             self.matches = False
-        self.judges = self.matches and model.learned_itm
+        self.judges = self.matches and model.has_itm
         self.asks = model.stage2 is not None
         self.attends = isinstance((model.stage2 or model.stage1).qformer, QFormer)
 
@@ -145,12 +145,12 @@ class Worker:
             else:
                 found = self.model.caption_features(features_BPC, None, decoding)
         scores = self._scores(features_BPC, found) if kind.scored and self.judges else None
-        likeness = self.model.likeness(features_BPC, found) if kind.scored and self.matches else None
+        itc_scores = self.model.itc_scores(features_BPC, found) if kind.scored and self.matches else None
         return [
             Written(
                 texts,
                 scores[n] if scores else None,
-                likeness[n] if likeness else None,
+                itc_scores[n] if itc_scores else None,
                 fitted[n][1] + self._queries,
                 [self.count(t) for t in texts],
             )
@@ -288,15 +288,15 @@ class Worker:
             "grid": list(found.grid),
             "resize": self.model.image_spec.resize,
             "layers": found.layers,
-            "queries": _rows(found.heat(found.queries)),
+            "queries": _rows(found.heatmap(found.queries)),
             "winner": found.winner,
             "caption": found.caption,
             "itm": found.itm,
             "itc": None if found.itc is None else _rows(found.itc),
-            "itm_map": None if found.itm_maps is None else _rows(found.heat(found.itm_maps.sum(0))),
-            "itc_map": None if found.itc_maps is None else _rows(found.heat(found.itc_maps.sum(0))),
+            "itm_map": None if found.itm_maps is None else _rows(found.heatmap(found.itm_maps.sum(0))),
+            "itc_map": None if found.itc_maps is None else _rows(found.heatmap(found.itc_maps.sum(0))),
             "words": found.words,
-            "word_maps": None if found.word_maps is None else _rows(found.heat(found.word_maps)),
+            "word_maps": None if found.word_maps is None else _rows(found.heatmap(found.word_maps)),
         }
         return maps
 

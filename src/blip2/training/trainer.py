@@ -209,7 +209,7 @@ class Trainer:
             return
         self.objective.eval()
         precision = autocast(self.device, self.config.train.precision)
-        with torch.no_grad(), unsharded(self.wrapped), distributed.alone(), precision:
+        with torch.no_grad(), unsharded(self.wrapped), distributed.single_process(), precision:
             numbers = self.evaluate(self.step)
         captions = numbers.pop("captions", [])
         self._keep_best(numbers)

@@ -22,7 +22,7 @@ from blip2.inference import Blip2
 from blip2.io.atomic import write_text
 from blip2.metrics import vqa
 from blip2.metrics.captioning import cider
-from blip2.metrics.retrieval import both_ways, candidate_pairs, recall_at_k, reranked_scores
+from blip2.metrics.retrieval import bidirectional_recall, candidate_pairs, recall_at_k, reranked_scores
 from blip2.ops import distributed
 from blip2.ops.contrastive import query_text_similarity
 from blip2.ops.host import to_numpy
@@ -187,7 +187,9 @@ class _Pool:
                 (texts, self._itm(model, image, texts))
                 for image, texts in enumerate(candidate_pairs(similarity_IT, RERANKED))
             ]
-            found = both_ways(*reranked_scores(similarity_IT, matches, RERANKED, model.stage1.itc_scale), owners)
+            found = bidirectional_recall(
+                *reranked_scores(similarity_IT, matches, RERANKED, model.stage1.itc_scale), owners
+            )
             numbers |= {f"reranked_{name}": found[name] for name in ("i2t_r1", "t2i_r1")}
             numbers["recall"] = (found["i2t_r1"] + found["t2i_r1"]) / 2
         return numbers

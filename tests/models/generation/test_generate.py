@@ -264,7 +264,7 @@ def test_beams_move_only_what_is_new() -> None:
         one.update(*(x.clone() for x in read), 0)
     wide = torch.tensor([0, 0, 0, 1, 1, 1])
     kv_cache.widen(ours, wide, 3)
-    kv_cache.take(theirs, wide)
+    kv_cache.select(theirs, wide)
     start = ours.layers[0].buffers[0].data_ptr()
     for index in ([1, 1, 0, 5, 3, 3], [0, 2, 2, 4, 4, 5]):
         new = [torch.randn(6, 3, 1, 5) for _ in range(2)]
@@ -277,7 +277,7 @@ def test_beams_move_only_what_is_new() -> None:
         assert ours.get_seq_length() == theirs.get_seq_length()
     assert ours.layers[0].buffers[0].data_ptr() == start
     for one in (ours, theirs):
-        kv_cache.take(one, torch.tensor([4, 3, 5]))
+        kv_cache.select(one, torch.tensor([4, 3, 5]))
     assert torch.equal(ours.layers[0].keys, theirs.layers[0].keys)
     assert len(ours.layers[0].keys) == 3
 

@@ -139,7 +139,7 @@ def test_chosen_images_with_repeats() -> None:
     qformer, features = make(), images(4)
     ids, mask = texts([3, 1, 5, 2])
     index = torch.tensor([2, 0, 2, 3])
-    fast = qformer.encode_pair(ids, mask, qformer.project_image(features).take(index))
+    fast = qformer.encode_pair(ids, mask, qformer.project_image(features).select(index))
     assert_equal(fast, plain(qformer, bidirectional_mask, ids, mask, features[index])[0], qformer, features)
 
 
@@ -223,7 +223,7 @@ def every_pass(qformer: QFormer, features: Tensor, lengths: list[int], looked_up
     kv = qformer.project_image(features)
     _, cache = qformer.encode_queries(kv)
     at, _ = next_token_positions(mask)
-    read = qformer.look_up(ids) if looked_up else ids
+    read = qformer.embed_tokens(ids) if looked_up else ids
     found = [
         qformer.encode_text(read, mask),
         qformer.encode_pair(read, mask, kv),

@@ -73,7 +73,7 @@ def search_one(model: Continuation, num: int, rules: Rules, *, sample: bool) -> 
             break
         if len(left) < len(rows):
             rows, tokens_N = rows[left], tokens_N[left]
-            model.take(left)
+            model.select(left)
         logits_NV = model.step(tokens_N)
     return ids_NL[:, first : length + 1]
 
@@ -111,7 +111,7 @@ def search_beams(model: Continuation, beams: int, num: int, rules: Rules, *, len
         if len(done):
             rows = rows[left]
             state.keep(left)
-            model.take(places_AK[left].flatten())
+            model.select(places_AK[left].flatten())
         else:
             model.reorder(places_AK.flatten())
         logits_NV = model.step(state.ids[..., state.length - 1].flatten())

@@ -84,7 +84,7 @@ def reorder(cache: Any, index_N: Tensor) -> None:
         layer.reorder_cache(index_N)
 
 
-def take(cache: Any, index_N: Tensor) -> None:
+def select(cache: Any, index_N: Tensor) -> None:
     """Keep only these rows, in this order; repeats are allowed."""
     for part in _parts(cache):
         for layer in part.layers:

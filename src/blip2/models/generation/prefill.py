@@ -61,9 +61,9 @@ class Continuation:
         kv_cache.widen(self.past, index_N, room)
         self._take(index_N)
 
-    def take(self, index_N: Tensor) -> None:
+    def select(self, index_N: Tensor) -> None:
         """Keep only these rows, in this order; logits excepted."""
-        kv_cache.take(self.past, index_N)
+        kv_cache.select(self.past, index_N)
         self._take(index_N)
 
     def reorder(self, index_N: Tensor) -> None:
@@ -120,7 +120,7 @@ def read_shared(
     found = _read(model, prompt_IQH, torch.ones(images, queries, dtype=torch.int64, device=mask_BT.device), None)
     if found is None or not kv_cache.is_plain(found.past):
         return None
-    found.take(image_B)
+    found.select(image_B)
     whole_BS = torch.cat([torch.ones(len(mask_BT), queries, dtype=torch.int64, device=mask_BT.device), mask_BT], dim=1)
     return _read(model, text_BTH, whole_BS, found.past)
 

@@ -11,7 +11,7 @@ values once (`project_image`); every pass over it takes that `ImageKV`:
     hidden = qformer.decode_text(ids, mask, cache)            # ITG: causal, on the cached queries
 
 Text is held packed: the linear layers run on real tokens only, attention alone sees the padded
-shape. Where several passes read the same text, `look_up` it once and give them word vectors in place
+shape. Where several passes read the same text, `embed_tokens` it once and give them word vectors in place
 of `ids`: the gradient of a lookup is as large as the vocabulary.
 
 Shape letters: B images, N rows (pairs), Q queries, T text tokens, M real text tokens, P patches, C
@@ -42,7 +42,7 @@ class ImageKV:
     def __len__(self) -> int:
         return self.layers[0][0].shape[0]
 
-    def take(self, index_N: Tensor) -> ImageKV:
+    def select(self, index_N: Tensor) -> ImageKV:
         """The images at `index_N`, with repeats allowed; gradients flow back to each."""
         return ImageKV([(keys[index_N], values[index_N]) for keys, values in self.layers])
 
@@ -211,7 +211,7 @@ class QFormer(nn.Module):
         crosses = [layer.cross_attention for layer in self._layers() if layer.cross_attention is not None]
         return ImageKV([(c.split(project(c.key)), c.split(project(c.value))) for c in crosses])
 
-    def look_up(self, ids_NT: Tensor) -> Tensor:
+    def embed_tokens(self, ids_NT: Tensor) -> Tensor:
         """Word vectors [N, T, D] of ids [N, T], which every pass over text takes in their place."""
         words: Tensor = self._text_branch().word(ids_NT)
         return words

@@ -250,8 +250,8 @@ function showMap() {
   $("query-number").textContent = $("query").value;
   const [found] = state.attention.values(), apart = state.attention.size > 1 || narrow.matches;
   $("side").hidden = !apart;
-  $("heat").hidden = apart;
-  if (!apart) draw($("heat"), chosenMap(found), found.resize);
+  $("heatmap").hidden = apart;
+  if (!apart) draw($("heatmap"), chosenMap(found), found.resize);
   else $("side").replaceChildren(...[...state.attention].map(([name, each]) => mapFigure(name, each)));
 }
 
@@ -294,12 +294,12 @@ function colour(value) {
 }
 
 function hideMap() {
-  $("heat").hidden = $("side").hidden = true;
+  $("heatmap").hidden = $("side").hidden = true;
 }
 
 for (const id of ["which", "layer", "query"]) $(id).addEventListener("input", showMap);
 narrow.addEventListener("change", () => {
-  if (!$("heat").hidden || !$("side").hidden) showMap();
+  if (!$("heatmap").hidden || !$("side").hidden) showMap();
 });
 $("no-map").addEventListener("click", hideMap);
 

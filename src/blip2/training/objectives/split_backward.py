@@ -59,7 +59,7 @@ def early_backward(model: nn.Module, inputs: Sequence[Tensor], parts: Parts) -> 
     both = zip((*parameters.values(), *inputs), (*stand_ins.values(), *leaves), strict=True)
     # what no part used stays out of the graph: DDP asks the graph what is unused
     known = [(x, leaf.grad) for x, leaf in both if leaf.grad is not None]
-    values = _Known.apply(torch.stack(list(found.values())), [g for _, g in known], *(x for x, _ in known))
+    values = PrecomputedGrad.apply(torch.stack(list(found.values())), [g for _, g in known], *(x for x, _ in known))
     return dict(zip(found, values.unbind(), strict=True))
 
 
@@ -79,7 +79,7 @@ class _Calling(nn.Module):
         return run()
 
 
-class _Known(torch.autograd.Function):
+class PrecomputedGrad(torch.autograd.Function):
     """Values as they are; in the backward pass, gradients that are there already."""
 
     @staticmethod

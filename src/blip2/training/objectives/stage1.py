@@ -82,7 +82,7 @@ class Stage1Objective(nn.Module):
         features = image_features(self.model, batch, self.token_drop)
         image_kv = self.model.project_image(features)
         # looked up once for all passes, [DEC] in front of all
-        words = self.model.qformer.look_up(F.pad(ids, (1, 0), value=self.tokenizer.dec_id))
+        words = self.model.qformer.embed_tokens(F.pad(ids, (1, 0), value=self.tokenizer.dec_id))
         inputs = [features, words, *image_kv.tensors()]
 
         def parts(given: Sequence[Tensor]) -> Iterator[Losses]:
@@ -162,7 +162,7 @@ class Stage1Objective(nn.Module):
             negatives = all_ids[texts_B], all_masks[texts_B]
         yield scale * losses.itm_loss(self.model.match_logits(*negatives, image_kv), ~match)
         if distributed.world_size() == 1:
-            negative_kv = image_kv.take(images_B)
+            negative_kv = image_kv.select(images_B)
         else:
             negative_kv = self.model.project_image(distributed.fetch_rows(features, images_B))
         yield scale * losses.itm_loss(self.model.match_logits(words, mask, negative_kv), ~match)
