@@ -73,25 +73,40 @@ def stage1_behind(init: str, home: Path | None = None) -> Checkpoint:
 
     Args:
         init: what the run started from.
-        home: the run itself; runs that moved together find each other by name.
+        home: the run's folder or weights; None where `init` was typed here.
 
     Raises:
         CheckpointError: one on the way is not there, or began from nothing.
     """
-    found = open_checkpoint(_beside(init, home))
-    while found.config.stage == "stage2" and found.config.init:
-        found = open_checkpoint(_beside(found.config.init, home))
-    if found.config.stage != "stage1":
+    name, checkpoint = init, open_checkpoint(_parent(init, home))
+    while checkpoint.config.stage == "stage2" and checkpoint.config.init:
+        name, parent = checkpoint.config.init, _parent(checkpoint.config.init, Path(checkpoint.source))
+        try:
+            checkpoint = open_checkpoint(parent)
+        except CheckpointError as error:
+            raise CheckpointError(f"{checkpoint.source} began from {name}, and {error}") from None
+    if checkpoint.config.stage != "stage1":
         raise CheckpointError(
-            f"{found.source}: a stage 2 that began without stage 1: there is no stage 1 behind {init}"
+            f"{checkpoint.source}: a stage 2 that began without stage 1: there is no stage 1 behind {name}"
         )
-    return found
+    return checkpoint
 
 
-def _beside(init: str, home: Path | None) -> str | Path:
+def _parent(init: str, home: Path | None) -> str | Path:
+    """Where the run that `init` names lies, as seen from `home`, the run folder or weights that name it.
+
+    A relative path is looked up from the folders above `home` first, so that it is that run's own parent and
+    not another of this name in the working folder; runs that moved together find each other by their last name.
+    """
     path = Path(init)
-    moved = home.parent / path.name if home is not None else path
-    return moved if not path.exists() and moved.exists() else init
+    if home is None or (path.is_absolute() and path.exists()) or located(init) != init:
+        return init
+    above = home.absolute().parents[:8]
+    beside = [folder / path for folder in above if not path.is_absolute()]
+    for place in (*beside, path, *(folder / path.name for folder in above)):
+        if place.exists():
+            return place
+    return init
 
 
 def _open(source: str | Path) -> Checkpoint:
