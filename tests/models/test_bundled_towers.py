@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from blip2.configs import LanguageConfig, VisionConfig
+from blip2.configs import DecodingConfig, LanguageConfig, VisionConfig
 from blip2.errors import CheckpointError
 from blip2.io.paths import cache_folder
 from blip2.models import bundled_towers
@@ -181,8 +181,7 @@ def test_smollm2_speaks_english() -> None:
         model.embed(ids[:, :1]),
         ids[:, 1:],
         torch.ones_like(ids[:, 1:]),
-        beams=1,
-        max_tokens=4,
+        DecodingConfig(beams=1, min_tokens=1, max_tokens=4),
         end_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
     )

@@ -103,12 +103,9 @@ def test_generated_ids(hf: HF, kind: str, beams: int) -> None:
             soft,
             ids,
             mask,
+            DecodingConfig(beams=beams, min_tokens=3, max_tokens=12, length_penalty=-1.0),
             end_id=tokenizer.end_id,
             pad_id=tokenizer.pad_id,
-            beams=beams,
-            min_tokens=3,
-            max_tokens=12,
-            length_penalty=-1.0,
         )
         expected = theirs.generate(
             pixels(),

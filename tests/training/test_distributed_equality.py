@@ -44,8 +44,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, T5Config, ViTConfig
 
-from blip2.configs import DataConfig, LanguageConfig, LoraConfig, LossConfig, OptimConfig, QFormerConfig
-from blip2.configs import RunConfig, TrainConfig
+from blip2.configs import DataConfig, DecodingConfig, LanguageConfig, LoraConfig, LossConfig, OptimConfig
+from blip2.configs import QFormerConfig, RunConfig, TrainConfig
 from blip2.data.batch import Batch
 from blip2.models.language.loading import language_model_from_config, load_language_model
 from blip2.models.language.model import LanguageModel
@@ -181,8 +181,8 @@ def run(kind: str, parallel: str, out: Path) -> None:
         for batch in (next(batches(98, kind)), next(batches(99, kind))):
             if not kind.startswith("stage1"):
                 soft, none = model.soft_prompts(batch.features), torch.zeros(BATCH, 0, dtype=torch.int64)
-                options = {"beams": 2, "min_tokens": 3, "max_tokens": 3, "end_id": 2, "pad_id": 0}
-                found["text"] += model.language_model.generate(soft, none, none, **options).tolist()
+                decoding = DecodingConfig(beams=2, min_tokens=3, max_tokens=3)
+                found["text"] += model.language_model.generate(soft, none, none, decoding, end_id=2, pad_id=0).tolist()
             found["loss"] += float(sum(objective(batch, 0).values())) / 2
         return found
 

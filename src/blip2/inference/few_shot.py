@@ -20,7 +20,7 @@ from blip2.data.collection import BadSampleError
 from blip2.data.few_shot import Shot, as_shot
 from blip2.errors import ConfigError, DataError
 from blip2.inference.types import Model
-from blip2.models.language.interleave import generate_after, interleave
+from blip2.models.language.interleave import interleave
 from blip2.ops.host import to_list
 
 ShotLike = Shot | Mapping[str, Any]
@@ -94,10 +94,11 @@ class Examples:
             if tokenizer.front:  # a sequence begins once, with the first example
                 first = mask.cumsum(dim=1) <= tokenizer.front
                 mask = mask & ~first
-            out = generate_after(
-                *(self.stage2.language_model, self.embeds, soft_BQH, ids, mask, config),
+            out = self.stage2.language_model.generate(
+                *(soft_BQH, ids, mask, config),
                 end_id=tokenizer.end_id,
                 pad_id=tokenizer.pad_id,
+                examples_1SH=self.embeds,
             )
         texts = [tokenizer.decode(row) for row in to_list(out)]
         return [texts[n : n + config.num] for n in range(0, len(texts), config.num)]

@@ -22,7 +22,6 @@ from blip2.configs import DecodingConfig
 from blip2.data.image_inputs import ImageLike, distinct, listed
 from blip2.errors import ConfigError
 from blip2.inference.loaded import Loaded
-from blip2.models.generation.decode import generate, generate_with_qformer
 from blip2.models.qformer.model import ImageKV
 from blip2.ops.contrastive import query_text_similarity
 from blip2.ops.host import to_host, to_list
@@ -151,8 +150,7 @@ class Blip2(Loaded):
                 used = sorted({places[n] - start for n in rows})
                 prompts = [self.config.language.question.format(questions[n].strip()) for n in rows]
                 ids, mask = (x.to(self.device) for x in tokenizer.prompts(prompts))
-                out = generate(
-                    self.stage2.language_model,
+                out = self.stage2.language_model.generate(
                     soft[used],
                     ids,
                     mask,
@@ -267,8 +265,8 @@ class Blip2(Loaded):
         with torch.no_grad():
             soft = self.soft_prompts(features_BPC, questions)
             ids, mask = (x.to(self.device) for x in tokenizer.prompts(prompts))
-            out = generate(
-                self.stage2.language_model, soft, ids, mask, config, end_id=tokenizer.end_id, pad_id=tokenizer.pad_id
+            out = self.stage2.language_model.generate(
+                soft, ids, mask, config, end_id=tokenizer.end_id, pad_id=tokenizer.pad_id
             )
         texts = [tokenizer.decode(row) for row in to_list(out)]
         return [texts[n : n + config.num] for n in range(0, len(texts), config.num)]
@@ -277,8 +275,7 @@ class Blip2(Loaded):
         tokenizer = self.text_tokenizer
         with torch.no_grad():
             kv = self.stage1.project_image(features_BPC)
-            rows = generate_with_qformer(
-                self.stage1.qformer,
+            rows = self.stage1.qformer.generate(
                 kv,
                 dec_id=tokenizer.dec_id,
                 end_id=tokenizer.sep_id,

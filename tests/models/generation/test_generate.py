@@ -20,7 +20,10 @@ from transformers import (
     T5Config,
 )
 
-from blip2.models.generation import beam_search, kv_cache, prefill
+from blip2.configs import DecodingConfig
+from blip2.models.generation import generate as generation
+from blip2.models.generation import prefill
+from blip2.models.generation.prefill import Continuation
 from blip2.models.language.loading import language_model_from_config
 from blip2.models.language.model import LanguageModel
 
@@ -87,6 +90,13 @@ def inputs(model: LanguageModel, seed: int = 0, rows: int = 5) -> tuple[Tensor, 
     return torch.randn(rows, 3, model.hidden_size, generator=random), ids, mask
 
 
+def written(model: LanguageModel, data: tuple[Tensor, Tensor, Tensor], **options: Any) -> Tensor:
+    """Ids by us, 1 to 12 of them unless told otherwise."""
+    given = {name: options.pop(name) for name in ("end_id", "pad_id", "images_B") if name in options}
+    decoding = DecodingConfig(**{"min_tokens": 1, "max_tokens": 12, **options})
+    return model.generate(*data, decoding, **{"end_id": ENDS, "pad_id": 1, **given})
+
+
 def reference(model: LanguageModel, prompt: Tensor, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
     """transformers' own, on soft prompts and text joined by hand, row by row."""
     rows = [torch.cat([p, model.embed(i[m.bool()])]) for p, i, m in zip(prompt, ids, mask, strict=True)]
@@ -105,7 +115,7 @@ def both(model: LanguageModel, data: tuple[Tensor, Tensor, Tensor], **options: A
     """Ids by us and by transformers."""
     theirs = {
         "num_beams": options.get("beams", 5),
-        "num_return_sequences": options.get("num_return", 1),
+        "num_return_sequences": options.get("num", 1),
         "min_new_tokens": options.get("min_tokens", 1),
         "max_new_tokens": options.get("max_tokens", 12),
         "eos_token_id": options.get("end_id", ENDS),
@@ -115,8 +125,7 @@ def both(model: LanguageModel, data: tuple[Tensor, Tensor, Tensor], **options: A
     }
     if theirs["num_beams"] > 1:
         theirs["length_penalty"] = options.get("length_penalty", 1.0)
-    ours = model.generate(*data, **{"max_tokens": 12, "end_id": ENDS, "pad_id": 1, **options})
-    return ours, reference(model, *data, **theirs)
+    return written(model, data, **options), reference(model, *data, **theirs)
 
 
 def lengths(ids: Tensor, ends: list[int] = ENDS) -> list[int]:
@@ -156,8 +165,8 @@ def test_ids_are_those_of_generate(kind: str, beams: int) -> None:
         {"max_tokens": 1},
         {"end_id": 7},
         {"end_id": 7, "min_tokens": 12},
-        {"num_return": 3},
-        {"num_return": 5, "length_penalty": -1.0, "min_tokens": 3},
+        {"num": 3},
+        {"num": 5, "length_penalty": -1.0, "min_tokens": 3},
         {"pad_id": 0},
         {"beams": 1, "pad_id": 0},
         {"beams": 1, "min_tokens": 5},
@@ -178,8 +187,8 @@ def test_repetition_penalty_counts_all_that_was_written(kind: str, beams: int) -
     model = build(kind)
     prompt, ids, mask = inputs(model)
     options: dict[str, Any] = {"beams": beams, "repetition_penalty": 3.0, "min_tokens": 12}
-    ours = model.generate(prompt, ids, mask, max_tokens=12, end_id=ENDS, pad_id=1, **options)
-    plain = model.generate(prompt, ids, mask, max_tokens=12, end_id=ENDS, pad_id=1, beams=beams, min_tokens=12)
+    ours = written(model, (prompt, ids, mask), **options)
+    plain = written(model, (prompt, ids, mask), beams=beams, min_tokens=12)
     assert ours.tolist() != plain.tolist()
     for n in range(len(ids)):
         row = (prompt[n : n + 1], ids[n : n + 1, mask[n].bool()], mask[n : n + 1, mask[n].bool()])
@@ -193,7 +202,7 @@ def test_samples_are_those_of_generate_from_the_same_seed(kind: str, options: di
     model = build(kind)
     data = inputs(model)
     torch.manual_seed(1)
-    ours = model.generate(*data, sample=True, num_return=3, max_tokens=12, end_id=ENDS, pad_id=1, **options)
+    ours = written(model, data, sample=True, num=3, **options)
     torch.manual_seed(1)
     theirs = reference(
         model,
@@ -216,18 +225,18 @@ def test_questions_about_one_image_share_what_was_read_of_it(kind: str, monkeypa
     model = build(kind)
     prompt, ids, mask = inputs(model, rows=6)
     images = torch.tensor([0, 0, 1, 0, 1, 2])
-    options: dict[str, Any] = {"beams": 3, "max_tokens": 8, "end_id": ENDS, "pad_id": 1}
-    apart = model.generate(prompt[images], ids, mask, **options)
-    read = []
-    whole = prefill._read
-    monkeypatch.setattr(prefill, "_read", lambda m, x, *rest: (read.append(x.shape[:2]), whole(m, x, *rest))[1])
-    together = model.generate(prompt[:3], ids, mask, images_B=images, **options)
+    options: dict[str, Any] = {"beams": 3, "max_tokens": 8}
+    apart = written(model, (prompt[images], ids, mask), **options)
+    read_shapes = []
+    read = prefill.read
+    monkeypatch.setattr(prefill, "read", lambda m, x, *rest: (read_shapes.append(x.shape[:2]), read(m, x, *rest))[1])
+    together = written(model, (prompt[:3], ids, mask), images_B=images, **options)
     assert together.tolist() == apart.tolist()
     if kind in ("opt", "llama", "gpt2", "phi"):
-        assert read == [(3, 3), (6, 7)]  # three images of three soft prompts, then the texts alone
+        assert read_shapes == [(3, 3), (6, 7)]  # three images of three soft prompts, then the texts alone
     empty = torch.zeros(6, 0, dtype=torch.int64)
-    nothing = model.generate(prompt[:3], empty, empty, images_B=images, **options)
-    assert nothing.tolist() == model.generate(prompt[images], empty, empty, **options).tolist()
+    without_text = written(model, (prompt[:3], empty, empty), images_B=images, **options)
+    assert without_text.tolist() == written(model, (prompt[images], empty, empty), **options).tolist()
 
 
 @pytest.mark.parametrize("kind", MAIN)
@@ -236,21 +245,19 @@ def test_a_row_is_read_once_and_leaves_when_it_is_done(kind: str, beams: int, mo
     model = build(kind)
     data = inputs(model, rows=8)
     rows: list[int] = []
-    step = prefill.Continuation.step
-    monkeypatch.setattr(
-        prefill.Continuation, "step", lambda self, tokens: (rows.append(len(tokens)), step(self, tokens))[1]
-    )
+    step = Continuation.step
+    monkeypatch.setattr(Continuation, "step", lambda self, tokens: (rows.append(len(tokens)), step(self, tokens))[1])
     heads: list[int] = []
     head = model.model.get_output_embeddings()
     head.register_forward_hook(lambda module, args, out: heads.append(args[0].shape[:-1].numel()))
     ends = list(range(2, 60))
-    out = model.generate(*data, beams=beams, max_tokens=12, end_id=ends, pad_id=1, length_penalty=-1.0)
+    out = written(model, data, beams=beams, end_id=ends, length_penalty=-1.0)
     assert heads == [8, *rows]  # the last position alone
     assert rows == sorted(rows, reverse=True)
     assert len(set(rows)) > 1
     if beams == 1:
-        found = lengths(out, ends)
-        assert rows == [sum(n > step for n in found) for step in range(1, max(found))]
+        ended_at = lengths(out, ends)
+        assert rows == [sum(n > step for n in ended_at) for step in range(1, max(ended_at))]
 
 
 def test_beams_move_only_what_is_new() -> None:
@@ -260,24 +267,26 @@ def test_beams_move_only_what_is_new() -> None:
     torch.manual_seed(0)
     read = [torch.randn(2, 3, 4, 5) for _ in range(2)]
     ours, theirs = DynamicCache(), DynamicCache()
-    for one in (ours, theirs):
-        one.update(*(x.clone() for x in read), 0)
-    wide = torch.tensor([0, 0, 0, 1, 1, 1])
-    kv_cache.widen(ours, wide, 3)
-    kv_cache.select(theirs, wide)
+    for cache in (ours, theirs):
+        cache.update(*(x.clone() for x in read), 0)
+    continuation = Continuation(None, torch.zeros(2, V), ours, None, torch.tensor([4, 4]))
+    parents = torch.tensor([0, 0, 0, 1, 1, 1])
+    continuation.widen(parents, 3)
+    theirs.batch_select_indices(parents)
     start = ours.layers[0].buffers[0].data_ptr()
     for index in ([1, 1, 0, 5, 3, 3], [0, 2, 2, 4, 4, 5]):
         new = [torch.randn(6, 3, 1, 5) for _ in range(2)]
-        for found, wanted in zip(ours.update(*new, 0), theirs.update(*new, 0), strict=True):
-            assert torch.equal(found, wanted)
-        kv_cache.reorder(ours, torch.tensor(index))
-        kv_cache.reorder(theirs, torch.tensor(index))
+        for got, expected in zip(ours.update(*new, 0), theirs.update(*new, 0), strict=True):
+            assert torch.equal(got, expected)
+        continuation.reorder(torch.tensor(index))
+        theirs.reorder_cache(torch.tensor(index))
         assert torch.equal(ours.layers[0].keys, theirs.layers[0].keys)
         assert torch.equal(ours.layers[0].values, theirs.layers[0].values)
         assert ours.get_seq_length() == theirs.get_seq_length()
     assert ours.layers[0].buffers[0].data_ptr() == start
-    for one in (ours, theirs):
-        kv_cache.select(one, torch.tensor([4, 3, 5]))
+    left = torch.tensor([4, 3, 5])
+    continuation.select(left)
+    theirs.batch_select_indices(left)
     assert torch.equal(ours.layers[0].keys, theirs.layers[0].keys)
     assert len(ours.layers[0].keys) == 3
 
@@ -314,7 +323,7 @@ def test_transformers_writes_where_the_cache_cannot_widen() -> None:
 def test_a_sample_does_not_depend_on_who_has_left() -> None:
     scores = torch.randn(6, V)
     torch.manual_seed(3)
-    whole = beam_search._draw(scores, torch.arange(6), 6)
+    whole = generation._draw(scores, torch.arange(6), 6)
     torch.manual_seed(3)
-    left = beam_search._draw(scores[[1, 4]], torch.tensor([1, 4]), 6)
+    left = generation._draw(scores[[1, 4]], torch.tensor([1, 4]), 6)
     assert left.tolist() == whole[[1, 4]].tolist()

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig, OPTConfig, T5Config
 
 from blip2.configs import DecodingConfig
-from blip2.models.language.interleave import generate_after, interleave, interleaved_loss
+from blip2.models.language.interleave import interleave, interleaved_loss
 from blip2.models.language.loading import language_model_from_config
 from blip2.models.language.model import LanguageModel
 
@@ -130,7 +130,7 @@ def test_generation_after_examples(kind: str, beams: int) -> None:
     nothing = torch.zeros_like(mask)
     examples = interleave(model, soft[:3], ids[:3], mask[:3], nothing[:3], 3)
     config = DecodingConfig(beams=beams, min_tokens=2, max_tokens=5)
-    made = generate_after(model, examples.embeds, soft[3:], ids[3:], mask[3:], config, end_id=2, pad_id=0)
+    made = model.generate(soft[3:], ids[3:], mask[3:], config, end_id=2, pad_id=0, examples_1SH=examples.embeds)
     for row in range(3):
         text = model.embed(ids[3 + row, : LENGTHS[3 + row]])
         whole = torch.cat([examples.embeds[0], soft[3 + row], text])[None]

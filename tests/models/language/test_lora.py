@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CohereConfig, GPT2Config, LlamaConfig, OPTConfig, T5Config
 
-from blip2.configs import LoraConfig
+from blip2.configs import DecodingConfig, LoraConfig
 from blip2.errors import ConfigError, RunError
 from blip2.models.freezing import assert_frozen, is_adapter, parameter_table, weights_digest
 from blip2.models.language.loading import language_model_from_config
@@ -129,11 +129,9 @@ def test_the_formula(kind: str) -> None:
     plain = merged_by_hand(kind, model, scale=2.0)
     torch.testing.assert_close(loss(model), loss(plain), rtol=1e-5, atol=1e-5)
     assert (loss(model) - loss(base(kind))).abs() > 1e-3
-    options: dict[str, Any] = {"end_id": 2, "pad_id": 0, "beams": 2, "min_tokens": 5, "max_tokens": 5}
     prompt, nothing = torch.randn(2, 3, H), torch.zeros(2, 0, dtype=torch.int64)
-    assert torch.equal(
-        model.generate(prompt, nothing, nothing, **options), plain.generate(prompt, nothing, nothing, **options)
-    )
+    data = (prompt, nothing, nothing, DecodingConfig(beams=2, min_tokens=5, max_tokens=5))
+    assert torch.equal(model.generate(*data, end_id=2, pad_id=0), plain.generate(*data, end_id=2, pad_id=0))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

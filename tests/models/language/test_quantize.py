@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import GPT2Config, LlamaConfig, OPTConfig, T5Config
 
-from blip2.configs import LanguageConfig, LoraConfig, RunConfig, TrainConfig
+from blip2.configs import DecodingConfig, LanguageConfig, LoraConfig, RunConfig, TrainConfig
 from blip2.errors import ConfigError
 from blip2.models.freezing import assert_frozen, parameter_table, weights_digest
 from blip2.models.language import quantize
@@ -188,10 +188,8 @@ def test_it_generates_what_the_rounded_weights_do(folder: Path, kind: str) -> No
         for name, module in quantized(model.model).items():
             plain.model.get_submodule(name).weight.copy_(floats(module))
     ids, mask = torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.int64)
-    options: dict[str, Any] = {"end_id": 2, "pad_id": 0, "beams": 3, "min_tokens": 6, "max_tokens": 6}
-    assert torch.equal(
-        model.generate(prompts()[:1], ids, mask, **options), plain.generate(prompts()[:1], ids, mask, **options)
-    )
+    data = (prompts()[:1], ids, mask, DecodingConfig(beams=3, min_tokens=6, max_tokens=6))
+    assert torch.equal(model.generate(*data, end_id=2, pad_id=0), plain.generate(*data, end_id=2, pad_id=0))
 
 
 @pytest.mark.parametrize("folder", ["gpt2"], indirect=True)

@@ -1,40 +1,27 @@
-"""Text after soft prompts: each prompt is read once, then widened to its beams or samples.
+"""Text after soft prompts: greedy search, nucleus sampling and beam search, with the ids of transformers' `generate`.
 
-transformers' `generate` widens first, so that five beams pay five times for the image. The ids
-written are the same.
+Each prompt is read once and then widened to its beams or samples, where transformers widens first: five beams
+pay five times for the image there. Rows that are done leave the batch.
 
-Shape letters: I images, B rows, Q queries, T text tokens, S prompts and text together, L new tokens,
-H width of the input embeddings, V vocabulary.
+Shape letters: I images, B prompts, N rows of the model, A prompts not yet done, Q queries, T text tokens, S soft
+prompts and text together, K beams, C candidates, L tokens written (a decoder's start token included), H width of the
+input embeddings, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from blip2.configs import DecodingConfig
 from blip2.models import hub
-from blip2.models.generation.beam_search import Rules, search_beams, search_one
 from blip2.models.generation.prefill import Continuation, is_supported, read, read_encoded, read_shared
 
-
-@dataclass(frozen=True)
-class Options:
-    """How text is written; `LanguageModel.generate` says what each means."""
-
-    ends: tuple[int, ...]
-    pad_id: int
-    beams: int
-    num: int
-    min_tokens: int
-    max_tokens: int
-    length_penalty: float
-    sample: bool
-    top_p: float
-    temperature: float
-    repetition_penalty: float
+_NEVER = -1.0e9  # the score of what may not be chosen, as in transformers
 
 
 @dataclass(frozen=True)
@@ -43,7 +30,7 @@ class Prompts:
 
     Args:
         soft: [I, Q, H], in the dtype of the embeddings.
-        text, mask: [B, T, H] and [B, T], embedded text, padded on either side.
+        text, mask: [B, T, H] and [B, T], embedded text and its int64 mask, padded on either side.
         image: [B], the image of each text; None where every text has its own, in order.
     """
 
@@ -65,87 +52,281 @@ class Prompts:
         return several and self.mask.shape[1] > 0 and bool(self.mask.any(dim=1).all())
 
 
-def generate(model: Any, prompts: Prompts, options: Options, *, encoder_decoder: bool) -> Tensor:
-    """New token ids [B * num, L] of a language model of transformers.
+def generate(model: Any, prompts: Prompts, decoding: DecodingConfig, *, ends: tuple[int, ...], pad_id: int) -> Tensor:
+    """New token ids [B * num, at most `max_tokens`] of a language model of transformers.
 
     Models that transformers' `generate` treats in a way of their own, or whose cache cannot be
     widened (recurrent layers), go through it.
+
+    Args:
+        ends: ids that end a row.
+        pad_id: fills the rest of a row.
     """
-    start = _start_id(model) if encoder_decoder else None
-    found = _prefill(model, prompts, start) if is_supported(model) else None
-    if found is None:
-        return _by_transformers(model, *prompts.joined(left=not encoder_decoder), options)[:, int(encoder_decoder) :]
-    rules = Rules(
-        start=() if start is None else (start,),
-        ends=options.ends,
-        pad_id=options.pad_id,
-        limit=options.max_tokens,
-        process=_processors(options, starts=int(encoder_decoder), device=prompts.mask.device),
-    )
-    if options.sample or options.beams == 1:
-        return search_one(found, options.num, rules, sample=options.sample)
-    return search_beams(found, options.beams, options.num, rules, length_penalty=options.length_penalty)
+    start = _start_ids(model)
+    continuation = _prefill(model, prompts, start) if is_supported(model) else None
+    if continuation is None:
+        embeds_BSH, mask_BS = prompts.joined(left=not start)
+        return _by_transformers(model, embeds_BSH, mask_BS, decoding, ends, pad_id)[:, len(start) :]
+    process = _processors(decoding, ends, starts=len(start), device=prompts.mask.device)
+    rules = Rules(decoding, start, ends, pad_id, process)
+    if decoding.sample or decoding.beams == 1:
+        return search_one(continuation, rules)
+    return search_beams(continuation, rules)
 
 
-def _prefill(model: Any, prompts: Prompts, start: int | None) -> Continuation | None:
-    if start is not None:  # an encoder sees image and text at once: what it read cannot be shared
-        return read_encoded(model, *prompts.joined(left=False), start)
+def _prefill(model: Any, prompts: Prompts, start: tuple[int, ...]) -> Continuation | None:
+    if start:  # an encoder sees image and text at once: what it read cannot be shared
+        return read_encoded(model, *prompts.joined(left=False), start[0])
     if prompts.shared:
         assert prompts.image is not None
         text_BTH, mask_BT = _moved(prompts.text, prompts.mask, left=True)
-        found = read_shared(model, prompts.soft, text_BTH, mask_BT, prompts.image)
-        if found is not None:
-            return found
+        continuation = read_shared(model, prompts.soft, text_BTH, mask_BT, prompts.image)
+        if continuation is not None:
+            return continuation
     return read(model, *prompts.joined(left=True))
 
 
-def _processors(options: Options, *, starts: int, device: torch.device) -> Any:
-    """transformers' own processors of scores, in its order."""
-    from transformers import generation as hf
-
-    found = hf.LogitsProcessorList()
-    if options.repetition_penalty != 1.0:
-        found.append(hf.RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty)))
-    if options.min_tokens > 0:
-        ends = torch.tensor(options.ends, device=device)
-        found.append(hf.MinNewTokensLengthLogitsProcessor(starts, options.min_tokens, ends, device=str(device)))
-    if options.sample and options.temperature != 1.0:
-        found.append(hf.TemperatureLogitsWarper(float(options.temperature)))
-    if options.sample and options.top_p < 1.0:
-        found.append(hf.TopPLogitsWarper(options.top_p))
-    return found
-
-
-def _by_transformers(model: Any, embeds_BSH: Tensor, mask_BS: Tensor, options: Options) -> Tensor:
-    """The same by transformers' `generate`, start token included."""
-    chosen: dict[str, Any] = {"do_sample": False, "num_beams": options.beams}
-    if options.sample:
-        chosen = {"do_sample": True, "num_beams": 1, "top_p": options.top_p, "top_k": 0}
-        chosen["temperature"] = float(options.temperature)
-    elif options.beams > 1:
-        chosen["length_penalty"] = options.length_penalty
-    with hub.quiet():
-        out: Tensor = model.generate(
-            inputs_embeds=embeds_BSH,
-            attention_mask=mask_BS,
-            eos_token_id=list(options.ends),
-            pad_token_id=options.pad_id,
-            num_return_sequences=options.num,
-            min_new_tokens=options.min_tokens,
-            max_new_tokens=options.max_tokens,
-            repetition_penalty=float(options.repetition_penalty),
-            **chosen,
-        )
-    return out
-
-
-def _start_id(model: Any) -> int:
-    """Start token of a decoder behind an encoder."""
+def _start_ids(model: Any) -> tuple[int, ...]:
+    """The start token of a decoder behind an encoder; empty for a decoder-only model."""
+    if not model.config.is_encoder_decoder:
+        return ()
     own = model.generation_config.decoder_start_token_id
-    return int(model.config.decoder_start_token_id if own is None else own)
+    return (int(model.config.decoder_start_token_id if own is None else own),)
 
 
 def _moved(embeds_BSH: Tensor, mask_BS: Tensor, *, left: bool) -> tuple[Tensor, Tensor]:
     """Decoders continue at the right end, so their padding moves to the left; encoders are trained the other way."""
     order_BS = torch.argsort(mask_BS, dim=1, stable=True, descending=not left)
     return embeds_BSH.gather(1, order_BS[..., None].expand_as(embeds_BSH)), mask_BS.gather(1, order_BS)
+
+
+def _processors(decoding: DecodingConfig, ends: tuple[int, ...], *, starts: int, device: torch.device) -> Any:
+    """transformers' own processors of scores, in its order."""
+    from transformers import generation as hf
+
+    out = hf.LogitsProcessorList()
+    if decoding.repetition_penalty != 1.0:
+        out.append(hf.RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty)))
+    if decoding.min_tokens > 0:
+        end_ids = torch.tensor(ends, device=device)
+        out.append(hf.MinNewTokensLengthLogitsProcessor(starts, decoding.min_tokens, end_ids, device=str(device)))
+    if decoding.sample and decoding.temperature != 1.0:
+        out.append(hf.TemperatureLogitsWarper(float(decoding.temperature)))
+    if decoding.sample and decoding.top_p < 1.0:
+        out.append(hf.TopPLogitsWarper(decoding.top_p))
+    return out
+
+
+def _by_transformers(
+    model: Any, embeds_BSH: Tensor, mask_BS: Tensor, decoding: DecodingConfig, ends: tuple[int, ...], pad_id: int
+) -> Tensor:
+    """The same by transformers' `generate`, start token included."""
+    options: dict[str, Any] = {"do_sample": False, "num_beams": decoding.beams}
+    if decoding.sample:
+        options = {"do_sample": True, "num_beams": 1, "top_p": decoding.top_p, "top_k": 0}
+        options["temperature"] = float(decoding.temperature)
+    elif decoding.beams > 1:
+        options["length_penalty"] = decoding.length_penalty
+    with hub.quiet():
+        out: Tensor = model.generate(
+            inputs_embeds=embeds_BSH,
+            attention_mask=mask_BS,
+            eos_token_id=list(ends),
+            pad_token_id=pad_id,
+            num_return_sequences=decoding.num,
+            min_new_tokens=decoding.min_tokens,
+            max_new_tokens=decoding.max_tokens,
+            repetition_penalty=float(decoding.repetition_penalty),
+            **options,
+        )
+    return out
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What may be written, and when it ends.
+
+    Args:
+        start: ids that stand before the first new token: none, or a decoder's start token.
+        ends: ids that end a row.
+        pad_id: fills the rest of a row.
+        process: scores [N, V] of the next token, given ids [N, L] and scores.
+    """
+
+    decoding: DecodingConfig
+    start: tuple[int, ...]
+    ends: tuple[int, ...]
+    pad_id: int
+    process: Callable[[Tensor, Tensor], Tensor]
+
+    def blank(self, shape: tuple[int, ...], fill: int, device: torch.device) -> Tensor:
+        """Ids [*shape, L] with the start tokens in place."""
+        ids = torch.full((*shape, len(self.start) + self.decoding.max_tokens), fill, dtype=torch.int64, device=device)
+        for place, token in enumerate(self.start):
+            ids[..., place] = token
+        return ids
+
+    def ending(self, tokens: Tensor) -> Tensor:
+        """Which tokens end a row."""
+        return torch.isin(tokens, torch.tensor(self.ends, device=tokens.device))
+
+
+def search_one(model: Continuation, rules: Rules) -> Tensor:
+    """New token ids [B * num, longest of them] by greedy search, or of `num` samples per prompt.
+
+    Samples are those of transformers from the same seed: every row draws at every step, done or not.
+    """
+    device = model.logits.device
+    start = torch.arange(len(model.logits), device=device).repeat_interleave(rules.decoding.num)
+    logits_NV = model.logits[start]
+    model.widen(start, rules.decoding.max_tokens)
+    ids_NL = rules.blank((len(start),), rules.pad_id, device)
+    rows = torch.arange(len(start), device=device)  # not done yet
+    first = len(rules.start)
+    for length in range(first, ids_NL.shape[1]):
+        scores_NV = rules.process(ids_NL[rows, :length], logits_NV)
+        tokens_N = _draw(scores_NV, rows, len(ids_NL)) if rules.decoding.sample else scores_NV.argmax(dim=-1)
+        ids_NL[rows, length] = tokens_N
+        left = (~rules.ending(tokens_N)).nonzero().squeeze(1)
+        if not len(left) or length + 1 == ids_NL.shape[1]:
+            break
+        if len(left) < len(rows):
+            rows, tokens_N = rows[left], tokens_N[left]
+            model.select(left)
+        logits_NV = model.step(tokens_N)
+    return ids_NL[:, first : length + 1]
+
+
+def search_beams(model: Continuation, rules: Rules) -> Tensor:
+    """New token ids [B * num, longest of them] by beam search, the best of a prompt first.
+
+    A prompt ends once no running beam can beat its worst finished one. Running beams are compared at
+    their present length (`early_stopping=False` in transformers).
+    """
+    device, B = model.logits.device, len(model.logits)
+    beams, length_penalty = rules.decoding.beams, rules.decoding.length_penalty
+    # transformers fills with the end token where the padding's id is 0
+    fill = rules.pad_id or rules.ends[0]
+    ids_BKL = rules.blank((B, beams), fill, device)
+    lengths_BK = torch.zeros(B, beams, dtype=torch.int64, device=device)
+    rows = torch.arange(B, device=device)  # not done yet
+    state = _Beams.start(ids_BKL, rules)
+    # the first step has one row per prompt; its beams are all alike
+    scores_BV = rules.process(state.ids[:, 0, : state.length], model.logits.log_softmax(dim=-1))
+    scores_AKV = scores_BV[:, None].expand(-1, beams, -1)
+    model.widen(rows.repeat_interleave(beams), rules.decoding.max_tokens)
+    while True:
+        parents_AK = state.advance(scores_AKV, rules, length_penalty)
+        going = state.can_improve(length_penalty)
+        if state.length == ids_BKL.shape[2]:
+            going = torch.zeros_like(going)
+        done, left = (~going).nonzero().squeeze(1), going.nonzero().squeeze(1)
+        if len(done):
+            ids_BKL[rows[done]], lengths_BK[rows[done]] = state.done_ids[done], state.done_lengths[done]
+        if not len(left):
+            break
+        places_AK = parents_AK + beams * torch.arange(len(parents_AK), device=device)[:, None]
+        if len(done):
+            rows = rows[left]
+            state.keep(left)
+            model.select(places_AK[left].flatten())
+        else:
+            model.reorder(places_AK.flatten())
+        logits_NV = model.step(state.ids[..., state.length - 1].flatten())
+        scores_NV = rules.process(state.ids[..., : state.length].flatten(0, 1), logits_NV.log_softmax(dim=-1))
+        scores_AKV = scores_NV.view(-1, beams, scores_NV.shape[-1])
+    num = rules.decoding.num
+    return ids_BKL[:, :num, len(rules.start) :].flatten(0, 1)[:, : int(lengths_BK[:, :num].max())]
+
+
+@dataclass
+class _Beams:
+    """Running and finished beams of the prompts not yet done.
+
+    Args:
+        ids, scores: [A, K, L] and [A, K], running beams, best first, and the sums of their
+            log-probabilities.
+        done_ids, done_scores, done_lengths, done: finished beams, best first; slots not yet taken
+            score `_NEVER`.
+        length: tokens of a running beam, start tokens included.
+        first: start tokens.
+    """
+
+    ids: Tensor
+    scores: Tensor
+    done_ids: Tensor
+    done_scores: Tensor
+    done_lengths: Tensor
+    done: Tensor
+    length: int
+    first: int
+
+    @classmethod
+    def start(cls, blank_BKL: Tensor, rules: Rules) -> _Beams:
+        """Only the first beam may be chosen from at the first step, for all are alike."""
+        never_BK = torch.full(blank_BKL.shape[:2], _NEVER, device=blank_BKL.device)
+        scores_BK = never_BK.clone()
+        scores_BK[:, 0] = 0.0
+        none_BK = torch.zeros_like(never_BK, dtype=torch.bool)
+        first = len(rules.start)
+        return cls(blank_BKL.clone(), scores_BK, blank_BKL.clone(), never_BK, none_BK.long(), none_BK, first, first)
+
+    def advance(self, scores_AKV: Tensor, rules: Rules, length_penalty: float) -> Tensor:
+        """Take the best continuations; returns the beam [A, K] that each running one comes from."""
+        K, V = scores_AKV.shape[1:]
+        total_AC = (scores_AKV + self.scores[:, :, None]).flatten(1)
+        # enough that K go on even where every beam may end in each of the end tokens
+        best_AC, place_AC = total_AC.topk(max(2, 1 + len(rules.ends)) * K)
+        parents_AC, tokens_AC = place_AC // V, place_AC % V
+        ids_ACL = _gather(self.ids, parents_AC)
+        ids_ACL[..., self.length] = tokens_AC
+        self.length += 1
+        ended_AC = rules.ending(tokens_AC)
+        if self.length == ids_ACL.shape[2]:
+            ended_AC = torch.ones_like(ended_AC)
+        self._finish(ids_ACL, best_AC, ended_AC, length_penalty)
+        running_AC = best_AC + ended_AC.float() * _NEVER
+        chosen_AK = running_AC.topk(K).indices
+        self.ids, self.scores = _gather(ids_ACL, chosen_AK), _gather(running_AC, chosen_AK)
+        return _gather(parents_AC, chosen_AK)
+
+    def _finish(self, ids_ACL: Tensor, best_AC: Tensor, ended_AC: Tensor, length_penalty: float) -> None:
+        """Of the K best continuations those that have ended join the finished beams, best K of all."""
+        K, new = self.done.shape[1], self.length - self.first
+        ended_AC = ended_AC & (torch.arange(ended_AC.shape[1], device=ended_AC.device) < K)
+        score_AC = best_AC / new**length_penalty + ~ended_AC * _NEVER
+        scores = torch.cat([self.done_scores, score_AC], dim=1)
+        chosen_AK = scores.topk(K).indices
+        lengths = torch.cat([self.done_lengths, torch.full_like(ended_AC, new, dtype=torch.int64)], dim=1)
+        self.done_ids = _gather(torch.cat([self.done_ids, ids_ACL], dim=1), chosen_AK)
+        self.done_scores, self.done_lengths = _gather(scores, chosen_AK), _gather(lengths, chosen_AK)
+        self.done = _gather(torch.cat([self.done, ended_AC], dim=1), chosen_AK)
+
+    def can_improve(self, length_penalty: float) -> Tensor:
+        """Prompts [A] whose best running beam would, ended now, beat their worst finished one."""
+        best_A1 = self.scores[:, :1] / (self.length - self.first) ** length_penalty
+        worst_AK = torch.where(self.done, self.done_scores.amin(dim=1, keepdim=True), _NEVER)
+        return (best_A1 > worst_AK).any(dim=1)
+
+    def keep(self, left: Tensor) -> None:
+        """Drop all prompts but these."""
+        self.ids, self.scores = self.ids[left], self.scores[left]
+        self.done_ids, self.done_scores = self.done_ids[left], self.done_scores[left]
+        self.done_lengths, self.done = self.done_lengths[left], self.done[left]
+
+
+def _gather(x: Tensor, index_AK: Tensor) -> Tensor:
+    """Entries of the second axis of [A, C, ...]."""
+    return torch.take_along_dim(x, index_AK[..., None] if x.ndim == 3 else index_AK, dim=1)
+
+
+def _draw(scores_NV: Tensor, rows: Tensor, total: int) -> Tensor:
+    """One token per row, as if all `total` rows drew: what a row draws does not depend on who has left."""
+    probs_NV = scores_NV.softmax(dim=-1)
+    if len(rows) < total:
+        all_NV = probs_NV.new_zeros(total, probs_NV.shape[1])
+        all_NV[:, 0] = 1.0
+        all_NV[rows] = probs_NV
+        probs_NV = all_NV
+    drawn_N = torch.multinomial(probs_NV, num_samples=1).squeeze(1)
+    return drawn_N[rows]

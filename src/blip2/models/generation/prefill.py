@@ -1,5 +1,8 @@
 """A language model that has read its prompts once, and goes on from them token by token.
 
+transformers' own cache is concatenated anew at every token and copied whole when beams change
+places. Rows that go on from one prompt have the prompt in common, so only their new tokens move.
+
 Shape letters: B prompts (rows read), N rows that go on, I images, Q queries (soft prompts),
 T text tokens, S tokens read, H width of the input embeddings, V vocabulary.
 """
@@ -12,8 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from blip2.models.generation import kv_cache
+from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
 # Settings of a model's own generation config that change what is written, unless they have a neutral value.
 _TOKENS = ("bad_words_ids", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")
@@ -58,17 +60,26 @@ class Continuation:
 
     def widen(self, index_N: Tensor, room: int) -> None:
         """Let N rows go on from the B rows read, with room for so many new tokens."""
-        kv_cache.widen(self.past, index_N, room)
-        self._take(index_N)
+        for number, part in enumerate(_parts(self.past)):
+            own = room if number == 0 else 0  # an encoder's output does not grow
+            for n, layer in enumerate(part.layers):
+                if type(layer) is DynamicLayer:
+                    part.layers[n] = WideLayer(layer, index_N, own)
+                else:
+                    layer.batch_select_indices(index_N.to(layer.keys.device))
+        self._select_rest(index_N)
 
     def select(self, index_N: Tensor) -> None:
-        """Keep only these rows, in this order; logits excepted."""
-        kv_cache.select(self.past, index_N)
-        self._take(index_N)
+        """Keep only these rows, in this order, repeats allowed; logits excepted."""
+        for part in _parts(self.past):
+            for layer in part.layers:
+                layer.batch_select_indices(index_N.to(layer.keys.device))
+        self._select_rest(index_N)
 
     def reorder(self, index_N: Tensor) -> None:
         """Rows change places with rows that go on from the same prompt."""
-        kv_cache.reorder(self.past, index_N)
+        for layer in _parts(self.past)[0].layers:
+            layer.reorder_cache(index_N)
 
     def step(self, tokens_N: Tensor) -> Tensor:
         """Append one token to every row; returns the logits [N, V] of the next, in float32."""
@@ -86,7 +97,7 @@ class Continuation:
         self.length = self.length + 1
         return _last_logits(out, tokens_N.device)
 
-    def _take(self, index_N: Tensor) -> None:
+    def _select_rest(self, index_N: Tensor) -> None:
         self.length = self.length[index_N]
         if self.mask is not None:
             self.mask = self.mask[index_N]
@@ -94,13 +105,34 @@ class Continuation:
             self.encoder = self.encoder[index_N]
 
 
-def read(model: Any, embeds_BSH: Tensor, mask_BS: Tensor) -> Continuation | None:
+def read(model: Any, embeds_BTH: Tensor, mask_BS: Tensor, past: Any = None) -> Continuation | None:
     """Read prompts that end at the right edge, with a decoder-only model.
+
+    Args:
+        embeds_BTH: the last T of the S tokens of `mask_BS`; those before them are in `past`.
 
     Returns:
         None where the model keeps what it read in a form that cannot be widened.
     """
-    return _read(model, embeds_BSH, mask_BS, None)
+    padded = not bool(mask_BS.all())
+    options: dict[str, Any] = {"past_key_values": past} if past is not None else {}
+    if _accepts(model, "position_ids"):
+        place_BS = (mask_BS.cumsum(dim=1) - 1).clamp(min=0)
+        options["position_ids"] = place_BS[:, -embeds_BTH.shape[1] :]
+    if _accepts(model, "logits_to_keep"):
+        options["logits_to_keep"] = 1
+    out = model(
+        inputs_embeds=embeds_BTH,
+        attention_mask=mask_BS if padded else None,
+        use_cache=True,
+        return_dict=True,
+        **options,
+    )
+    past = getattr(out, "past_key_values", None)
+    if not can_widen(past):
+        return None
+    logits_BV = _last_logits(out, mask_BS.device)
+    return Continuation(model, logits_BV, past, mask_BS if padded else None, mask_BS.sum(dim=1))
 
 
 def read_shared(
@@ -117,12 +149,12 @@ def read_shared(
         count the padding between image and text.
     """
     images, queries = prompt_IQH.shape[:2]
-    found = _read(model, prompt_IQH, torch.ones(images, queries, dtype=torch.int64, device=mask_BT.device), None)
-    if found is None or not kv_cache.is_plain(found.past):
+    continuation = read(model, prompt_IQH, mask_BT.new_ones(images, queries))
+    if continuation is None or not is_plain(continuation.past):
         return None
-    found.select(image_B)
-    whole_BS = torch.cat([torch.ones(len(mask_BT), queries, dtype=torch.int64, device=mask_BT.device), mask_BT], dim=1)
-    return _read(model, text_BTH, whole_BS, found.past)
+    continuation.select(image_B)
+    mask_BS = torch.cat([mask_BT.new_ones(len(mask_BT), queries), mask_BT], dim=1)
+    return read(model, text_BTH, mask_BS, continuation.past)
 
 
 def read_encoded(model: Any, embeds_BSH: Tensor, mask_BS: Tensor, start_id: int) -> Continuation | None:
@@ -139,38 +171,10 @@ def read_encoded(model: Any, embeds_BSH: Tensor, mask_BS: Tensor, start_id: int)
         return_dict=True,
     )
     past = out.past_key_values
-    if not kv_cache.is_supported(past):
+    if not can_widen(past):
         return None
     return Continuation(
         model, _last_logits(out, mask_BS.device), past, mask_BS, torch.ones_like(start_B1[:, 0]), encoder_BSH
-    )
-
-
-def _read(model: Any, embeds_BTH: Tensor, mask_BS: Tensor, past: Any) -> Continuation | None:
-    """Read T tokens behind the S - T in `past`."""
-    padded = not bool(mask_BS.all())
-    options: dict[str, Any] = {"past_key_values": past} if past is not None else {}
-    if _accepts(model, "position_ids"):
-        place_BS = (mask_BS.cumsum(dim=1) - 1).clamp(min=0)
-        options["position_ids"] = place_BS[:, -embeds_BTH.shape[1] :]
-    if _accepts(model, "logits_to_keep"):
-        options["logits_to_keep"] = 1
-    out = model(
-        inputs_embeds=embeds_BTH,
-        attention_mask=mask_BS if padded else None,
-        use_cache=True,
-        return_dict=True,
-        **options,
-    )
-    now = getattr(out, "past_key_values", None)
-    if not kv_cache.is_supported(now):
-        return None
-    return Continuation(
-        model,
-        _last_logits(out, mask_BS.device),
-        now,
-        mask_BS if padded else None,
-        mask_BS.sum(dim=1),
     )
 
 
@@ -187,3 +191,70 @@ def _encoded(encoder_NSH: Tensor) -> Any:
 
 def _accepts(model: Any, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
+
+
+class WideLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of N rows that go on from the B rows read; new tokens are written in place.
+
+    Args:
+        layer: of B rows.
+        index_N: which of them each row goes on from.
+        room: new tokens that will follow, at most.
+    """
+
+    def __init__(self, layer: Any, index_N: Tensor, room: int) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
+        self.read = self.length = layer.keys.shape[-2]
+        self.buffers = [_with_room(x, index_N.to(x.device), room) for x in (layer.keys, layer.values)]
+        self._show()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append new tokens; returns all keys and values so far."""
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start : self.length] = new
+        self._show()
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows change places with rows of the same prompt: what was read stays where it is."""
+        if self.length > self.read:
+            for buffer in self.buffers:
+                new = buffer[:, :, self.read : self.length]
+                new.copy_(new.index_select(0, beam_idx.to(buffer.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows, in this order."""
+        self.buffers = [buffer.index_select(0, indices.to(buffer.device)) for buffer in self.buffers]
+        self._show()
+
+    def _show(self) -> None:
+        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
+
+
+def can_widen(cache: Any) -> bool:
+    """Whether a cache consists of layers that can be widened; recurrent and quantized ones cannot."""
+    return all(
+        isinstance(part, DynamicCache) and all(isinstance(layer, DynamicLayer) for layer in part.layers)
+        for part in _parts(cache)
+    )
+
+
+def is_plain(cache: Any) -> bool:
+    """Whether every layer sees all that was read: no sliding windows."""
+    return all(type(layer) is DynamicLayer for part in _parts(cache) for layer in part.layers)
+
+
+def _parts(cache: Any) -> list[Any]:
+    """The decoder's own part, and that of the encoder's output where there is one."""
+    if isinstance(cache, EncoderDecoderCache):
+        return [cache.self_attention_cache, cache.cross_attention_cache]
+    return [cache]
+
+
+def _with_room(x_BhSd: Tensor, index_N: Tensor, room: int) -> Tensor:
+    _, heads, read, width = x_BhSd.shape
+    buffer = x_BhSd.new_empty(len(index_N), heads, read + room, width)
+    buffer[:, :, :read] = x_BhSd[index_N]
+    return buffer

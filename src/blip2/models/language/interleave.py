@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blip2.configs import DecodingConfig
-from blip2.models.generation.generate import Options, Prompts, generate
 from blip2.models.language.model import LanguageModel
 
 
@@ -81,57 +79,3 @@ def interleaved_loss(language_model: LanguageModel, sequences: Interleaved) -> T
     at_BS[:, :-1] = sequences.labels[:, 1:]
     targets_M = sequences.ids[sequences.labels]
     return language_model.losses_at(sequences.embeds, sequences.mask, at_BS, targets_M).mean()
-
-
-@torch.no_grad()
-def generate_after(
-    language_model: LanguageModel,
-    examples_1SH: Tensor,
-    prompt_BQH: Tensor,
-    ids_BT: Tensor,
-    mask_BT: Tensor,
-    config: DecodingConfig,
-    *,
-    end_id: int,
-    pad_id: int,
-) -> Tensor:
-    """New token ids [B x config.num, L] of images that all have the same examples in front of them.
-
-    A decoder-only model reads the examples once for all B; an encoder sees each sequence whole.
-
-    Args:
-        examples_1SH: the examples as `interleave` joins them, one sequence without padding.
-        prompt_BQH: soft prompts of the images asked about.
-        ids_BT, mask_BT: text after them (T may be 0), padded on either side.
-    """
-    text_BTH = language_model.embed(ids_BT)
-    ones_BQ = torch.ones(prompt_BQH.shape[:2], dtype=torch.int64, device=mask_BT.device)
-    prompts = Prompts(
-        examples_1SH.to(text_BTH.dtype),
-        torch.cat([prompt_BQH.to(text_BTH.dtype), text_BTH], dim=1),
-        torch.cat([ones_BQ, mask_BT.to(torch.int64)], dim=1),
-        torch.zeros(len(prompt_BQH), dtype=torch.int64, device=mask_BT.device),
-    )
-    return generate(
-        language_model.model,
-        prompts,
-        options_of(config, end_id, pad_id),
-        encoder_decoder=language_model.encoder_decoder,
-    )
-
-
-def options_of(config: DecodingConfig, end_id: int, pad_id: int) -> Options:
-    """How text is written, out of the decoding settings."""
-    return Options(
-        ends=(end_id,),
-        pad_id=pad_id,
-        beams=1 if config.sample else config.beams,
-        num=config.num,
-        min_tokens=config.min_tokens,
-        max_tokens=config.max_tokens,
-        length_penalty=config.length_penalty,
-        sample=config.sample,
-        top_p=config.top_p,
-        temperature=config.temperature,
-        repetition_penalty=config.repetition_penalty,
-    )

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from blip2.configs import DecodingConfig
 from blip2.errors import ConfigError
 from blip2.models.freezing import is_adapter
-from blip2.models.generation.generate import Options, Prompts, generate
+from blip2.models.generation.generate import Prompts, generate
 from blip2.models.language import shared_prefix
 from blip2.ops.bucketing import bucket, length_groups
 from blip2.ops.host import to_list
@@ -206,19 +207,12 @@ class LanguageModel(nn.Module):
         prompt_BQH: Tensor,
         ids_BT: Tensor,
         mask_BT: Tensor,
+        decoding: DecodingConfig,
         *,
         end_id: int | Sequence[int],
         pad_id: int,
         images_B: Tensor | None = None,
-        beams: int = 5,
-        num_return: int = 1,
-        min_tokens: int = 1,
-        max_tokens: int = 30,
-        length_penalty: float = 1.0,
-        sample: bool = False,
-        top_p: float = 0.9,
-        temperature: float = 1.0,
-        repetition_penalty: float = 1.0,
+        examples_1SH: Tensor | None = None,
     ) -> Tensor:
         """New tokens after soft prompts and text, without gradient.
 
@@ -229,42 +223,26 @@ class LanguageModel(nn.Module):
             prompt_BQH: soft prompts, a row for each of `ids_BT` unless `images_B` is given.
             ids_BT, mask_BT: text (T may be 0) and its mask, padded on either side; the padding is
                 moved so that each row's soft prompts and text are adjacent.
+            decoding: beams or sampling, lengths and penalties; `min_tokens` and `max_tokens` count the end token.
             end_id: token or tokens that end a row; part of the result.
             pad_id: fills the rest of a row (beam search fills with the end where it is 0).
             images_B: the row of `prompt_BQH` that each text is about; a decoder-only model then
                 reads the soft prompts of an image once for all its texts.
-            beams: beams of beam search; ignored when sampling.
-            num_return: results per row, best first.
-            min_tokens, max_tokens: bounds of L, end token included.
-            length_penalty: beam scores are divided by length to this power.
-            sample: nucleus sampling from `top_p` at `temperature`, instead of beam search.
-            repetition_penalty: above 1 makes tokens already produced less likely.
+            examples_1SH: one sequence that stands in front of every row, as `interleave` joins it; a decoder-only
+                model reads it once for all B.
 
         Returns:
-            ids [B * num_return, L], the results of a row next to each other.
-
-        Raises:
-            ConfigError: more results asked than beams.
+            ids [B * decoding.num, at most decoding.max_tokens], the results of a row next to each other.
         """
-        if not sample and num_return > beams:
-            raise ConfigError(f"{num_return} results asked of {beams} beams: beams must be as many or more")
         self._check_width(prompt_BQH)
-        text_BTH = self.embed(ids_BT)
-        prompts = Prompts(prompt_BQH.to(text_BTH.dtype), text_BTH, mask_BT.to(torch.int64), images_B)
-        options = Options(
-            ends=(end_id,) if isinstance(end_id, int) else tuple(end_id),
-            pad_id=pad_id,
-            beams=beams,
-            num=num_return,
-            min_tokens=min_tokens,
-            max_tokens=max_tokens,
-            length_penalty=length_penalty,
-            sample=sample,
-            top_p=top_p,
-            temperature=temperature,
-            repetition_penalty=repetition_penalty,
-        )
-        return generate(self.model, prompts, options, encoder_decoder=self.encoder_decoder)
+        if examples_1SH is None:
+            soft, (text, mask) = prompt_BQH, (self.embed(ids_BT), mask_BT.to(torch.int64))
+        else:
+            soft, (text, mask) = examples_1SH, self._join(prompt_BQH, ids_BT, mask_BT)
+            images_B = torch.zeros(len(ids_BT), dtype=torch.int64, device=ids_BT.device)
+        prompts = Prompts(soft.to(text.dtype), text, mask, images_B)
+        ends = (end_id,) if isinstance(end_id, int) else tuple(end_id)
+        return generate(self.model, prompts, decoding, ends=ends, pad_id=pad_id)
 
     def _target_losses(self, prompt_BQH: Tensor, ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor) -> Tensor:
         """Cross-entropy [M] of the labelled tokens, in the order of `ids_BT[labels_BT]`."""

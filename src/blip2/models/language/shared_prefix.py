@@ -1,7 +1,7 @@
 """Reading the soft prompts of an image once for all of its texts, with gradients.
 
 A causal model's keys and values of the soft prompts do not depend on what follows: the texts about
-an image differ only behind them. `cache` and `continuation` do the same for generation, in place and
+an image differ only behind them. `generation.prefill` does the same for generation, in place and
 without gradients.
 
 Shape letters: B images, N texts, T text tokens, S tokens of a prefix, H width of the hidden states.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from blip2.models.generation import kv_cache
+from blip2.models.generation.prefill import can_widen, is_plain
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def read(decoder: Any, embeds_BSH: Tensor) -> Prefix | None:
     """Read prefixes without padding; None where the model keeps them in a form that texts cannot share."""
     out = decoder(inputs_embeds=embeds_BSH, use_cache=True)
     past = getattr(out, "past_key_values", None)
-    if not kv_cache.is_supported(past) or not kv_cache.is_plain(past) or not isinstance(past, DynamicCache):
+    if not can_widen(past) or not is_plain(past) or not isinstance(past, DynamicCache):
         return None
     return Prefix(past, out.last_hidden_state[:, -1], embeds_BSH.shape[1])
 

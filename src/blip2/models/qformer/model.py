@@ -8,7 +8,7 @@ values once (`project_image`); every pass over it takes that `ImageKV`:
     queries, cache = qformer.encode_queries(image_kv)         # ITC, stage 2: queries alone
     cls = qformer.encode_text(ids, mask)                      # ITC: text alone
     queries = qformer.encode_pair(ids, mask, image_kv)        # ITM: all see all
-    hidden = qformer.decode_text(ids, mask, cache)            # ITG: causal, on the cached queries
+    logits = qformer.decode_text(ids, mask, cache, at)        # ITG: causal, on the cached queries
 
 Text is held packed: the linear layers run on real tokens only, attention alone sees the padded
 shape. Where several passes read the same text, `embed_tokens` it once and give them word vectors in place
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from blip2.models.qformer.layers import Attention, FeedForward, KeyValue, Packing, QFormerLayer
+from blip2.ops.host import to_list
 from blip2.ops.masks import bidirectional_mask, multimodal_causal_mask
 
 
@@ -284,6 +285,31 @@ class QFormer(nn.Module):
         for layer, before in zip(self._layers(), cache, strict=True):
             x_MD = self._run(QFormerLayer.text, layer, x_MD, packing, mask, before=before)
         return x_MD[packing.pack(at_BT)]
+
+    @torch.no_grad()
+    def generate(
+        self, image_kv: ImageKV, *, dec_id: int, end_id: int, min_tokens: int = 5, max_tokens: int = 24
+    ) -> list[list[int]]:
+        """Greedy ITG captions: what the Q-Former alone says of B images, before any language model.
+
+        Returns:
+            Token ids per image, without [DEC] and the end token.
+        """
+        _, cache = self.encode_queries(image_kv)
+        ids_BT = torch.full((len(image_kv), 1), dec_id, dtype=torch.int64, device=self.query_tokens.device)
+        ended_B = torch.zeros_like(ids_BT[:, 0], dtype=torch.bool)
+        for length in range(max_tokens):
+            at_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+            at_BT[:, -1] = True
+            logits_BV = self.decode_text(ids_BT, torch.ones_like(at_BT), cache, at_BT)
+            if length < min_tokens:
+                logits_BV[:, end_id] = -torch.inf
+            token_B = logits_BV.argmax(dim=-1).masked_fill(ended_B, end_id)
+            ended_B |= token_B == end_id
+            ids_BT = torch.cat([ids_BT, token_B[:, None]], dim=1)
+            if bool(ended_B.all()):
+                break
+        return [row[: row.index(end_id)] if end_id in row else row for row in to_list(ids_BT[:, 1:])]
 
     def predict(self, x_MD: Tensor) -> Tensor:
         """Logits [M, V] of the next token."""

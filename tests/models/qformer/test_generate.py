@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-from blip2.configs import DecodingConfig
-from blip2.models.generation.decode import generate, generate_with_qformer
 from blip2.models.qformer.model import QFormer
 
 DEC, END, V = 12, 2, 13
@@ -43,8 +39,8 @@ def slow(qformer: QFormer, features: Tensor, min_tokens: int, max_tokens: int) -
 @pytest.mark.parametrize(("min_tokens", "max_tokens"), [(0, 8), (3, 8), (0, 1), (12, 12)])
 def test_a_batch_equals_one_image_at_a_time(min_tokens: int, max_tokens: int) -> None:
     qformer, features = make()
-    got = generate_with_qformer(
-        qformer, qformer.project_image(features), dec_id=DEC, end_id=END, min_tokens=min_tokens, max_tokens=max_tokens
+    got = qformer.generate(
+        qformer.project_image(features), dec_id=DEC, end_id=END, min_tokens=min_tokens, max_tokens=max_tokens
     )
     assert got == [slow(qformer, image, min_tokens, max_tokens) for image in features]
     assert all(min_tokens <= len(row) <= max_tokens for row in got)
@@ -54,32 +50,5 @@ def test_a_batch_equals_one_image_at_a_time(min_tokens: int, max_tokens: int) ->
 def test_rows_end_at_different_lengths() -> None:
     """The check above would be weak if all rows ended together."""
     qformer, features = make()
-    rows = generate_with_qformer(
-        qformer, qformer.project_image(features), dec_id=DEC, end_id=END, min_tokens=0, max_tokens=8
-    )
+    rows = qformer.generate(qformer.project_image(features), dec_id=DEC, end_id=END, min_tokens=0, max_tokens=8)
     assert len({len(row) for row in rows}) > 1
-
-
-class Recorder:
-    def generate(self, *args: Any, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, options
-
-
-@pytest.mark.parametrize(("config", "beams"), [(DecodingConfig(beams=3, num=2), 3), (DecodingConfig(sample=True), 1)])
-def test_every_setting_reaches_the_language_model(config: DecodingConfig, beams: int) -> None:
-    args, options = generate(Recorder(), "prompts", "ids", "mask", config, end_id=5, pad_id=6)  # type: ignore[arg-type,misc]
-    assert args == ("prompts", "ids", "mask")
-    assert options == {
-        "beams": beams,
-        "num_return": config.num,
-        "min_tokens": 8,
-        "max_tokens": 30,
-        "length_penalty": 1.0,
-        "end_id": 5,
-        "pad_id": 6,
-        "sample": config.sample,
-        "top_p": 0.9,
-        "temperature": 1.0,
-        "repetition_penalty": 1.0,
-        "images_B": None,
-    }
