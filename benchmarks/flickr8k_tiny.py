@@ -28,7 +28,7 @@ from blip2.data.loader import dev_batches
 from blip2.data.sources import open_collection
 from blip2.inference import Blip2
 from blip2.io.paths import cache_folder
-from blip2.metrics.captioning import bleu, cider, shuffled_image_check
+from blip2.metrics.captioning import bleu, cider
 from blip2.metrics.retrieval import recall_at_k
 from blip2.ops.contrastive import query_text_similarity
 
@@ -73,6 +73,23 @@ def main() -> None:
     print(text)
     if options.out is not None:
         options.out.write_text(text + "\n", "utf-8")
+
+
+def shuffled_image_check(captions: list[str], references: list[list[str]], seed: int = 0) -> dict[str, float]:
+    """CIDEr in percent against the `right` image's references and another's (`shuffled`): do captions see the image?
+
+    Captions that ignore their image score about the same on both sides; two or more images.
+    """
+    other = [references[n] for n in derangement(len(captions), seed)]
+    return {"right": cider(captions, references), "shuffled": cider(captions, other)}
+
+
+def derangement(count: int, seed: int) -> list[int]:
+    """A seeded permutation of `count` (2 or more) indices that leaves none in place: one random cycle."""
+    order = np.random.default_rng(seed).permutation(count)
+    result = np.empty(count, dtype=np.int64)
+    result[order] = np.roll(order, 1)
+    return [int(i) for i in result]
 
 
 def dev_features(model: Blip2, dev: Collection) -> FeatureCache:

@@ -14,9 +14,11 @@ import pytest
 import torch
 from benchmarks import bench_growth, capfilt_rate, capfilt_training, on_card, profiling, run
 from benchmarks.common import SIZES, BenchmarkError, Peer, captions, compare, settings_of, text_lengths
+from benchmarks.flickr8k_tiny import derangement, shuffled_image_check
 
 from blip2.data.shards.reader import read_entries
 from blip2.data.shards.writer import write_shard
+from blip2.metrics.captioning import cider
 
 TINY = SIZES["tiny"]
 JPEG = b"\xff\xd8\xff of nothing"
@@ -179,3 +181,25 @@ def test_a_part_that_fails_on_a_card_is_named_and_the_others_go_on(
     assert "not done after" in found["slow"]["failed"]
     assert "| bad | failed: blip2: the reason |" in path.with_suffix(".md").read_text()
     assert "slow: failed: it was not done after" in capsys.readouterr().out
+
+
+def test_derangement_leaves_none_in_place() -> None:
+    for count in range(2, 12):
+        for seed in range(20):
+            order = derangement(count, seed)
+            assert sorted(order) == list(range(count))
+            assert all(i != j for i, j in enumerate(order))
+    assert derangement(50, 1) == derangement(50, 1) != derangement(50, 2)
+
+
+CAPTIONS = ["a dog runs on the beach", "two men play a guitar", "a red car in the snow", "the child eats an apple"]
+
+
+def test_shuffled_image_check_tells_seeing_from_guessing() -> None:
+    references = [[c, f"{c} today"] for c in CAPTIONS]
+    seeing = shuffled_image_check(CAPTIONS, references, seed=3)
+    assert seeing["right"] == pytest.approx(cider(CAPTIONS, references))
+    assert seeing["right"] > 10 * seeing["shuffled"]
+    blind = shuffled_image_check(["a dog runs on the beach"] * 4, references, seed=3)
+    # One caption for all: the mean over images is the same whichever references each meets.
+    assert blind["right"] == pytest.approx(blind["shuffled"])

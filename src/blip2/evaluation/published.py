@@ -31,7 +31,7 @@ _RETRIEVAL: dict[tuple[str, str], dict[str, float]] = {
     ("blip2-itm-vit-g-coco", "coco"): {"i2t_r1": 85.4, "t2i_r1": 68.3},
     ("blip2-itm-vit-g-coco", "flickr30k"): {"i2t_r1": 97.6, "t2i_r1": 89.7},
 }
-_TASKS = {"caption": _CAPTION, "vqa": _VQA, "retrieval": _RETRIEVAL}
+TASKS = {"caption": _CAPTION, "vqa": _VQA, "retrieval": _RETRIEVAL}
 
 
 def published(task: str, model: str, data: str) -> Mapping[str, float]:
@@ -43,7 +43,7 @@ def published(task: str, model: str, data: str) -> Mapping[str, float]:
     """
     name = model.rstrip("/").rsplit("/", 1)[-1].lower()
     where = data.lower().replace("-", "").replace("_", "")
-    for (their_model, their_data), values in _TASKS.get(task, {}).items():
+    for (their_model, their_data), values in TASKS.get(task, {}).items():
         if name == their_model and their_data in where:
             return values
     return {}

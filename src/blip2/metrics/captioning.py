@@ -1,4 +1,4 @@
-"""Caption metrics in plain Python: BLEU, CIDEr, ROUGE-L, and the shuffled-image check.
+"""Caption metrics in plain Python: BLEU, CIDEr, ROUGE-L.
 
 All take one candidate per image and that image's references, and answer in percent as papers
 print them (BLEU-4 43.7, CIDEr 145.8). The formulas are those of pycocoevalcap 1.2; only its
@@ -131,37 +131,6 @@ def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> f
         if precision and recall:
             total += (1 + ROUGE_BETA**2) * precision * recall / (recall + ROUGE_BETA**2 * precision)
     return 100.0 * total / len(candidates)
-
-
-def shuffled_image_check(
-    candidates: Sequence[str], references: Sequence[Sequence[str]], seed: int = 0
-) -> dict[str, float]:
-    """CIDEr against the right image's references and against another image's: do captions see the image?
-
-    The other images are a seeded derangement, so no caption meets its own references. Captions
-    that ignore their image score about the same on both sides.
-
-    Returns:
-        `right` and `shuffled`, in percent.
-
-    Raises:
-        ValueError: as `cider`, or fewer than two images.
-    """
-    if len(candidates) < 2:
-        raise ValueError(f"{len(candidates)} images: a shuffled-image check needs two or more")
-    other = derangement(len(candidates), seed)
-    return {
-        "right": cider(candidates, references),
-        "shuffled": cider(candidates, [references[i] for i in other]),
-    }
-
-
-def derangement(count: int, seed: int) -> list[int]:
-    """A seeded permutation of `count` (2 or more) indices that leaves none in place: one random cycle."""
-    order = np.random.default_rng(seed).permutation(count)
-    result = np.empty(count, dtype=np.int64)
-    result[order] = np.roll(order, 1)
-    return [int(i) for i in result]
 
 
 class _Vector:

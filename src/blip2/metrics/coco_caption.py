@@ -16,6 +16,14 @@ from typing import Any
 
 _NO_PACKAGE = "pycocoevalcap is not installed: pip install --no-deps pycocoevalcap==1.2"
 _NO_JAVA = "needs Java on the PATH"
+# Module and class of each scorer, and the metrics that it gives.
+_SCORERS = (
+    ("bleu.bleu", "Bleu", ("bleu1", "bleu2", "bleu3", "bleu4")),
+    ("meteor.meteor", "Meteor", ("meteor",)),
+    ("rouge.rouge", "Rouge", ("rouge_l",)),
+    ("cider.cider", "Cider", ("cider",)),
+    ("spice.spice", "Spice", ("spice",)),
+)
 _SPICE_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 
 
@@ -31,33 +39,27 @@ def official_scores(
     Returns:
         Scores by metric, and the reason by metric for those that cannot be had here.
     """
-    metrics = ("bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "cider", "spice")
+    metrics = [key for _, _, keys in _SCORERS for key in keys]
     if importlib.util.find_spec("pycocoevalcap") is None:
         return {}, dict.fromkeys(metrics, _NO_PACKAGE)
     if shutil.which("java") is None:
         return {}, dict.fromkeys(metrics, _NO_JAVA)
     truth = {n: [{"caption": text} for text in texts] for n, texts in enumerate(references)}
-    said = {n: [{"caption": text}] for n, text in enumerate(candidates)}
+    guesses = {n: [{"caption": text}] for n, text in enumerate(candidates)}
     scores: dict[str, float] = {}
     missing: dict[str, str] = {}
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             tokenizer = _scorer("tokenizer.ptbtokenizer", "PTBTokenizer")
-            truth, said = tokenizer.tokenize(truth), tokenizer.tokenize(said)
+            truth, guesses = tokenizer.tokenize(truth), tokenizer.tokenize(guesses)
         except Exception as error:  # the scorers run Java and raise anything
             return {}, dict.fromkeys(metrics, _reason(error))
-        for module, name, keys in (
-            ("bleu.bleu", "Bleu", ("bleu1", "bleu2", "bleu3", "bleu4")),
-            ("meteor.meteor", "Meteor", ("meteor",)),
-            ("rouge.rouge", "Rouge", ("rouge_l",)),
-            ("cider.cider", "Cider", ("cider",)),
-            ("spice.spice", "Spice", ("spice",)),
-        ):
+        for module, name, keys in _SCORERS:
             if name == "Spice" and (reason := _spice_missing()):
                 missing["spice"] = reason
                 continue
             try:
-                value, _ = _scorer(module, name).compute_score(truth, said)
+                value, _ = _scorer(module, name).compute_score(truth, guesses)
             except Exception as error:
                 missing |= dict.fromkeys(keys, _reason(error))
                 continue
@@ -72,8 +74,8 @@ def _scorer(module: str, name: str) -> Any:
 
 def _spice_missing() -> str | None:
     """Why SPICE cannot run: its scorer would download 400 MB by itself."""
-    found = importlib.util.find_spec("pycocoevalcap.spice")
-    places = list(found.submodule_search_locations or ()) if found else []
+    spec = importlib.util.find_spec("pycocoevalcap.spice")
+    places = list(spec.submodule_search_locations or ()) if spec else []
     folder = Path(places[0]) / "lib" if places else Path("lib")
     absent = [jar for jar in _SPICE_JARS if not (folder / jar).is_file()]
     return f"needs {absent[0]} in {folder} (Stanford CoreNLP 3.6.0)" if absent else None

@@ -45,7 +45,7 @@ def recall_at_k(
 ) -> dict[str, float]:
     """Recall@k and median rank in both directions; recall in percent.
 
-    Image to text counts an image as found when any of its texts is among the k best. Ties are
+    An image counts as right when any of its texts is among the k best. Ties are
     counted pessimistically, see `retrieval_ranks`.
 
     Args:

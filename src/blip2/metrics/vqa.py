@@ -93,10 +93,10 @@ def vqa_accuracy(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -
         ValueError: different numbers of questions, or one without answers.
     """
     _same_length(predictions, answers)
-    return [_one(p, list(a)) for p, a in zip(predictions, answers, strict=True)]
+    return [_official_accuracy(p, list(a)) for p, a in zip(predictions, answers, strict=True)]
 
 
-def _one(prediction: str, answers: list[str]) -> float:
+def _official_accuracy(prediction: str, answers: list[str]) -> float:
     prediction = prediction.replace("\n", " ").replace("\t", " ").strip()
     answers = [answer.replace("\n", " ").replace("\t", " ").strip() for answer in answers]
     if len(set(answers)) > 1:
@@ -116,7 +116,22 @@ def exact_match(predictions: Sequence[str], answers: Sequence[Sequence[str]]) ->
     def plain(text: str) -> str:
         return normalise_words(normalise_punctuation(text.strip()))
 
-    return [float(plain(p) in {plain(a) for a in found}) for p, found in zip(predictions, answers, strict=True)]
+    return [float(plain(p) in {plain(a) for a in right}) for p, right in zip(predictions, answers, strict=True)]
+
+
+def answer_scores(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
+    """`vqa_accuracy` where a question has the answers of several people, else `exact_match`."""
+    return (vqa_accuracy if several_people(answers) else exact_match)(predictions, answers)
+
+
+def accuracy(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
+    """Mean of `answer_scores`, in percent."""
+    return 100.0 * sum(answer_scores(predictions, answers)) / len(predictions)
+
+
+def several_people(answers: Sequence[Sequence[str]]) -> bool:
+    """Whether a question has more than one answer."""
+    return any(len(given) > 1 for given in answers)
 
 
 def answer_type(answers: Sequence[str]) -> str:
@@ -128,13 +143,13 @@ def answer_type(answers: Sequence[str]) -> str:
 
 
 def majority_answer(answers: Sequence[Sequence[str]]) -> str:
-    """The single answer that is right most often: the score of one who never looks."""
-    return Counter(answer for found in answers for answer in found).most_common(1)[0][0]
+    """The most frequent answer: its score is that of a model that never sees the image."""
+    return Counter(answer for given in answers for answer in given).most_common(1)[0][0]
 
 
 def _same_length(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> None:
     if len(predictions) != len(answers):
         raise ValueError(f"{len(predictions)} predictions for {len(answers)} questions")
-    empty = next((n for n, found in enumerate(answers) if not found), None)
+    empty = next((n for n, given in enumerate(answers) if not given), None)
     if empty is not None:
         raise ValueError(f"question {empty} has no answer")

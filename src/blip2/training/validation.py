@@ -20,9 +20,8 @@ from blip2.data.images import decode_image
 from blip2.data.loader import dev_batches
 from blip2.inference import Blip2
 from blip2.io.atomic import write_text
-from blip2.metrics import vqa
-from blip2.metrics.captioning import cider
 from blip2.metrics.retrieval import bidirectional_recall, candidate_pairs, recall_at_k, reranked_scores
+from blip2.metrics.table import METRICS, measure
 from blip2.ops import distributed
 from blip2.ops.contrastive import query_text_similarity
 from blip2.ops.host import to_numpy
@@ -68,7 +67,7 @@ class DevEvaluator:
         settings, losses = self.config.eval, _Means()
         pool = _Pool()
         shown: list[dict[str, Any]] = []
-        wanted = self.config.eval.images if settings.best in ("cider", "accuracy") else settings.samples
+        wanted = self.config.eval.images if settings.best in METRICS else settings.samples
         for batch in self._batches():
             features = self._features(batch)
             batch.features, batch.pixels = features, None
@@ -82,8 +81,9 @@ class DevEvaluator:
         numbers: dict[str, Any] = losses.means()
         if pool.images:
             numbers |= pool.recall(self.model)
-        if settings.best in ("cider", "accuracy") and shown:
-            numbers[settings.best] = _score(settings.best, shown)
+        if settings.best in METRICS and shown:
+            texts = [entry.get("answer", entry["caption"]) for entry in shown]
+            numbers |= measure([settings.best], texts, [entry["references"] for entry in shown])
         self._write(step, shown[: settings.samples])
         numbers["captions"] = [f"{entry['key']}: {entry['caption']}" for entry in shown[:2]]
         return numbers
@@ -203,17 +203,6 @@ class _Pool:
 
 def _entry(key: str, text: str, references: Sequence[str]) -> dict[str, Any]:
     return {"key": key, "image": f"thumbs/{_file_name(key)}.jpg", "caption": text, "references": list(references)}
-
-
-def _score(name: str, shown: list[dict[str, Any]]) -> float:
-    """CIDEr of captions, or accuracy of answers in percent."""
-    references = [entry["references"] for entry in shown]
-    if name == "cider":
-        return cider([entry["caption"] for entry in shown], references)
-    said = [entry["answer"] for entry in shown]
-    several = any(len(found) > 1 for found in references)
-    scores = vqa.vqa_accuracy(said, references) if several else vqa.exact_match(said, references)
-    return 100.0 * sum(scores) / len(scores)
 
 
 def write_thumbnail(sample: Sample, target: Path) -> None:
