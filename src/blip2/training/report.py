@@ -1,31 +1,46 @@
 """`report.html` of a run folder: one self-contained page with curves, sample captions and cost.
 
-Reads what a run leaves (`config.yaml`, `metrics.jsonl`, `summary.json`, `samples/`); whatever is
-missing, as in a run that was stopped, is left out of the page.
+Reads what a run leaves (`config.yaml`, `metrics.jsonl`, `summary.json`, `samples/`); whatever is missing or damaged,
+as after a kill, is left out of the page. Curves need matplotlib (extra `train`), imported on the first drawing.
 """
 
 from __future__ import annotations
 
 import base64
+import io
+import itertools
 import json
-import os
+import math
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import yaml
 
-from blip2.errors import CheckpointError, RunError
-from blip2.io.html import environment
-from blip2.training.plots import LOSSES, RECALL, Curve, Line, draw_curves, is_number, points
+from blip2.errors import CheckpointError
+from blip2.io.html import environment, write
+from blip2.training.run_log import format_seconds
+
+Line = dict[str, float]
+Points = list[tuple[float, float]]
+T = TypeVar("T")
 
 REPORT = "report.html"
-_TEMPLATE = "report.html.j2"
-_MIME = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
-# Captions shown open per photograph, and rows of the table of evaluations; always with first and last.
-_CAPTIONS, _EVALUATIONS = 6, 12
+LOSSES = ("loss", "itc", "itm", "itg", "lm")
+RECALL = re.compile(r"(i2t|t2i)_r(\d+)")
+DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
+# Names of dev numbers that are written otherwise in a metrics file.
+SCORES = {"cider": "CIDEr", "accuracy": "Accuracy", "recall": "Re-ranked R@1"}
+# Captions shown per image, and rows of the table of evaluations; always with first and last.
+CAPTIONS, EVALUATIONS = 6, 12
 # The closing loss is the mean of this many steps: a single batch says little.
-_LAST_STEPS = 50
+LAST_STEPS = 50
+# More points than this cannot be told apart at the width of a page.
+POINTS = 300
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,7 @@ class Run:
     Args:
         config: the resolved config as a nested dict; empty where it cannot be read.
         config_text: `config.yaml` as it stands.
-        train, dev: lines of `metrics.jsonl` by kind, one per step, sorted.
+        train, dev: finite numbers of the lines of `metrics.jsonl` by kind, one per step, sorted.
         summary: `summary.json`; empty until a run ends.
         samples: (step, captioned images) of every evaluation, sorted.
     """
@@ -48,6 +63,26 @@ class Run:
     summary: dict[str, Any]
     samples: list[tuple[int, list[dict[str, Any]]]]
 
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(max([self.summary.get("steps", 0)] + [line["step"] for line in self.train[-1:] + self.dev[-1:]]))
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training: the summary's or all steps', whichever is more (a killed call left no summary)."""
+        return max(self.summary.get("seconds", 0.0), sum(line.get("time", 0.0) for line in self.train))
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a figure, in matplotlib's `style`; `smooth` draws the values faintly behind their moving average."""
+
+    label: str
+    points: Points
+    style: str = "C0-"
+    smooth: bool = False
+
 
 def write_report(folder: Path) -> Path:
     """Write `report.html` into a run folder and return its path; an older one is replaced whole.
@@ -56,15 +91,8 @@ def write_report(folder: Path) -> Path:
         CheckpointError: `folder` is not a run folder.
         RunError: the page cannot be written.
     """
-    page = render(read_run(Path(folder)))
     path = Path(folder) / REPORT
-    beside = path.with_suffix(".html.tmp")
-    try:
-        beside.write_text(page, encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise RunError(f"{path}: cannot be written ({error.strerror}); make room or give a writable folder") from None
+    write(path, render(read_run(Path(folder))))
     return path
 
 
@@ -83,42 +111,119 @@ def read_run(folder: Path) -> Run:
     except yaml.YAMLError:
         values = None
     lines = [_json(line) for line in _text(metrics).splitlines()]
-    summary = _json(_text(folder / "summary.json"))
+    samples = {path.stem.removeprefix("step-"): _json(_text(path)) for path in folder.glob("samples/step-*.json")}
     return Run(
         folder=folder,
         config=values if isinstance(values, dict) else {},
         config_text=text,
-        train=_by_step(lines, "train"),
-        dev=_by_step(lines, "dev"),
-        summary=summary if isinstance(summary, dict) else {},
-        samples=_samples(folder / "samples"),
+        train=_numbers(lines, "train"),
+        dev=_numbers(lines, "dev"),
+        summary=_json(_text(folder / "summary.json")) or {},
+        samples=sorted((int(step), entries) for step, entries in samples.items() if entries),
     )
 
 
 def render(run: Run) -> str:
     """The page as HTML; every text from the run is escaped."""
-    templates = environment(Path(__file__).parent)
-    templates.filters |= {"count": _count, "duration": _duration}
-    curves, note = _curves(run)
-    return templates.get_template(_TEMPLATE).render(
-        title=str(run.config.get("recipe") or run.folder.resolve().name),
-        stage={"stage1": "representation learning", "stage2": "generative learning"}.get(
-            str(run.config.get("stage")), ""
-        ),
+    figures, missing = figures_of(run), ""
+    try:
+        curves = [(title, draw(lines), _alt(title, lines)) for title, lines in figures.items()]
+    except ImportError:
+        curves, missing = [], "Curves need matplotlib: pip install 'blip2[train]', then write the report again."
+    template = environment(Path(__file__).parent).get_template("report.html.j2")
+    return template.render(
+        run=run,
+        title=run.config.get("recipe") or run.folder.resolve().name,
         status=_status(run),
         headlines=_headlines(run),
+        images=_images(run),
         curves=curves,
-        curves_note=note,
-        photographs=_photographs(run),
-        evaluations=_evaluations(run.dev),
-        parameters=_parameters(run.summary),
-        loaded=_loaded(run.summary),
+        curves_missing=missing,
+        losses=LOSSES,
+        evaluations=_spread(run.dev, EVALUATIONS),
+        names=_names(run.dev),
         cost=_cost(run),
-        skipped=_mapping(run.summary, "skipped"),
-        lost_shards=_mapping(run.summary, "lost_shards"),
-        finished="skipped" in run.summary,
-        config=run.config_text,
     )
+
+
+def figures_of(run: Run) -> dict[str, list[Series]]:
+    """Titles and lines of the figures that there are numbers for, in the order of the page."""
+
+    def train(name: str, label: str, color: int = 0, smooth: bool = True) -> Series:
+        return Series(label, points(run.train, name), f"C{color}-", smooth)
+
+    def dev(name: str, label: str, style: str) -> Series:
+        return Series(label, points(run.dev, name), style)
+
+    parts = [name for name in LOSSES[1:] if points(run.train, name)]
+    pairs = [[train(n, f"{n} train", i), dev(n, f"{n} dev", f"C{i}--")] for i, n in enumerate(parts)]
+    recalls = sorted((m for m in map(RECALL.fullmatch, _names(run.dev)) if m), key=lambda m: int(m[2]))
+    depths = list(dict.fromkeys(m[2] for m in recalls))
+    figures = {
+        "Loss": [train("loss", "train"), dev("loss", "dev", "C1-")],
+        "Losses by objective": [line for pair in pairs for line in pair] if len(pairs) > 1 else [],
+        "Recall on dev, %": [
+            dev(m[0], f"{DIRECTIONS[m[1]]} @{m[2]}", f"C{depths.index(m[2])}{'--' if m[1] == 't2i' else '-'}")
+            for m in recalls
+        ],
+        "Scores on dev": [dev(n, SCORES.get(n, n), f"C{i}-") for i, n in enumerate(_scores(run.dev))],
+        "Learning rate": [train("lr", "learning rate", 0, smooth=False)],
+        "Gradient norm": [train("grad_norm", "gradient norm", 2)],
+        "Pairs per second": [train("pairs_per_s", "pairs/s", 3)],
+    }
+    drawn = {title: [line for line in lines if line.points] for title, lines in figures.items()}
+    return {title: lines for title, lines in drawn.items() if lines}
+
+
+def draw(lines: Sequence[Series]) -> str:
+    """Curves over steps as the data address of an SVG: black on nothing, which a dark page inverts.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {"font.size": 9, "svg.fonttype": "none", "axes.formatter.limits": (-3, 6)}
+    with matplotlib.rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(4.7, 3.1), layout="constrained")
+        axes = figure.add_subplot(xlabel="step")
+        for line in lines:
+            steps, values = thinned(line.points).T
+            if line.smooth:
+                axes.plot(steps, values, line.style, alpha=0.25, linewidth=0.9)
+                values = smoothed(values, len(values) // 25)
+            axes.plot(steps, values, line.style, marker="." if len(steps) <= 30 else "", label=line.label)
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.02)
+        if len(lines) > 1:  # under the axes, where no curve can run through it
+            columns = 2 if len(lines) in (2, 4) else 3
+            figure.legend(frameon=False, fontsize=8, ncols=columns, loc="outside lower center")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", transparent=True)
+    return _data_address("image/svg+xml", buffer.getvalue())
+
+
+def points(lines: Iterable[Line], name: str) -> Points:
+    """(step, value) of every line that has a number of this name."""
+    return [(line["step"], line[name]) for line in lines if name in line]
+
+
+def thinned(series: Points, limit: int = POINTS) -> npt.NDArray[np.float64]:
+    """At most `limit` points [N, 2]: means over neighbours."""
+    return np.array([part.mean(0) for part in np.array_split(np.array(series), min(limit, len(series)))])
+
+
+def smoothed(values: npt.NDArray[np.float64], reach: int) -> npt.NDArray[np.float64]:
+    """Mean of each value and its neighbours up to `reach` away on both sides, so that it does not lag behind."""
+    window, whole = np.ones(2 * reach + 1), slice(reach, reach + len(values))
+    return np.convolve(values, window)[whole] / np.convolve(np.ones(len(values)), window)[whole]
+
+
+def _alt(title: str, lines: Sequence[Series]) -> str:
+    """The words for those who do not see a figure."""
+    ends = "; ".join(f"{line.label} from {line.points[0][1]:.3g} to {line.points[-1][1]:.3g}" for line in lines)
+    return f"Curve of {title[0].lower()}{title[1:]} over steps: {ends}."
 
 
 def _text(path: Path) -> str:
@@ -136,221 +241,91 @@ def _json(text: str) -> Any:
         return None
 
 
-def _by_step(lines: list[Any], kind: str) -> list[Line]:
-    """Lines of a kind in the order of their steps; a step repeated after a resumption counts once, the later."""
-    found = {
-        line["step"]: line
-        for line in lines
-        if isinstance(line, dict) and line.get("kind") == kind and is_number(line.get("step"))
-    }
-    return [found[step] for step in sorted(found)]
+def _numbers(lines: list[Any], kind: str) -> list[Line]:
+    """Lines of a kind in the order of their steps; of a step repeated after a resumption, the later."""
+    chosen = [line for line in lines if isinstance(line, dict) and line.get("kind") == kind]
+    numbers = [{k: v for k, v in line.items() if type(v) in (int, float) and math.isfinite(v)} for line in chosen]
+    by_step = {line["step"]: line for line in numbers if "step" in line}
+    return [by_step[step] for step in sorted(by_step)]
 
 
-def _samples(folder: Path) -> list[tuple[int, list[dict[str, Any]]]]:
-    found = []
-    for path in folder.glob("step-*.json"):
-        number, entries = path.stem.removeprefix("step-"), _json(_text(path))
-        if number.isdigit() and isinstance(entries, list):
-            kept = [e for e in entries if isinstance(e, dict) and "key" in e]
-            found.append((int(number), kept))
-    return sorted(found, key=lambda pair: pair[0])
+def _names(lines: Sequence[Line]) -> list[str]:
+    """Names of numbers, in the order in which they first appear."""
+    return list(dict.fromkeys(name for line in lines for name in line if name not in ("step", "time")))
 
 
-def _mapping(summary: dict[str, Any], name: str) -> dict[str, Any]:
-    value = summary.get(name)
-    return {str(k): v for k, v in value.items()} if isinstance(value, dict) else {}
-
-
-def _number(values: dict[str, Any], name: str) -> float | None:
-    value = values.get(name)
-    return float(value) if is_number(value) else None
-
-
-def _last_step(run: Run) -> int:
-    return int(max([_number(run.summary, "steps") or 0] + [line["step"] for line in run.train[-1:] + run.dev[-1:]]))
-
-
-def _planned_steps(run: Run) -> int | None:
-    train = run.config.get("train")
-    steps = _number(train, "steps") if isinstance(train, dict) else None
-    return None if steps is None else int(steps)
+def _scores(dev: Sequence[Line]) -> list[str]:
+    """Names of dev numbers that are neither losses nor recall by ITC."""
+    return [n for n in _names(dev) if n not in LOSSES and not RECALL.fullmatch(n) and not n.endswith("_median_rank")]
 
 
 def _status(run: Run) -> str:
-    step, planned = _last_step(run), _planned_steps(run)
+    planned = (run.config.get("train") or {}).get("steps")
     if planned is None:
-        return f"{step:,} steps"
-    return f"all {planned:,} steps done" if step >= planned else f"stopped or running: {step:,} of {planned:,} steps"
+        return f"{run.step:,} steps"
+    done = run.step >= planned
+    return f"all {planned:,} steps done" if done else f"stopped or running: {run.step:,} of {planned:,} steps"
 
 
 def _headlines(run: Run) -> list[tuple[str, str, str]]:
     """(label, value, remark) of the numbers on top of the page."""
-    found = []
+    depth = max((int(m[2]) for m in map(RECALL.fullmatch, _names(run.dev)) if m), default=0)
+    recalls = {f"{way}_r{depth}": f"{name.capitalize()} R@{depth}" for way, name in reversed(DIRECTIONS.items())}
     losses = points(run.train, "loss")
-    if losses:
-        last = [value for _, value in losses[-_LAST_STEPS:]]
-        found.append(
-            ("Training loss", f"{sum(last) / len(last):.3f}", f"{losses[0][1]:.3f} at step {losses[0][0]:.0f}")
-        )
-    dev = points(run.dev, "loss")
-    if dev:
-        found.append(("Dev loss", f"{dev[-1][1]:.3f}", f"{dev[0][1]:.3f} at step {dev[0][0]:.0f}"))
-    for key, label in (("t2i_r", "Text to image"), ("i2t_r", "Image to text")):
-        depths = sorted({int(m[2]) for line in run.dev for m in map(RECALL.match, line) if m and m[1] == key[:3]})
-        series = points(run.dev, f"{key}{depths[-1]}") if depths else []
-        if series:
-            remark = f"{series[0][1]:.1f}% at step {series[0][0]:.0f}"
-            found.append((f"{label} R@{depths[-1]}", f"{series[-1][1]:.1f}%", remark))
-    for key, label in (("cider", "CIDEr"), ("bleu4", "BLEU-4"), ("accuracy", "Accuracy")):
-        series = points(run.dev, key)
-        if series:
-            found.append((label, f"{series[-1][1]:.1f}", f"{series[0][1]:.1f} at step {series[0][0]:.0f}"))
-    seconds = _seconds(run)
-    if seconds:
-        found.append(("Time", _duration(seconds), _text_of(run.summary.get("hardware"))))
-    return found
-
-
-def _seconds(run: Run) -> float | None:
-    """Seconds of training: the summary's or all steps', whichever is more (a killed call left no summary)."""
-    steps = sum(value for _, value in points(run.train, "time"))
-    return max(_number(run.summary, "seconds") or 0.0, steps) or None
+    closing = sum(value for _, value in losses[-LAST_STEPS:]) / max(len(losses[-LAST_STEPS:]), 1)
+    series = {"Training loss": [*losses[:1], (run.step, closing)] if losses else []}
+    series |= {label: points(run.dev, n) for n, label in {"loss": "Dev loss", **recalls, **SCORES}.items()}
+    tiles = []
+    for label, values in series.items():
+        form, unit = ".3f" if "loss" in label else ".1f", "%" if "R@" in label else ""
+        if values:
+            step, first = values[0]
+            tiles.append((label, f"{values[-1][1]:{form}}{unit}", f"{first:{form}}{unit} at step {step}"))
+    time = [("Time", format_seconds(run.seconds), run.summary.get("hardware", ""))] if run.seconds else []
+    return tiles + time
 
 
 def _cost(run: Run) -> list[tuple[str, str]]:
-    speed = [value for _, value in points(run.train, "pairs_per_s")]
-    wait = [value for _, value in points(run.train, "data_wait")]
-    seconds, pairs = _seconds(run), _number(run.summary, "pairs")
+    speed, wait = ([value for _, value in points(run.train, name)] for name in ("pairs_per_s", "data_wait"))
     rows = [
-        ("Time", _duration(seconds) if seconds else ""),
-        ("Steps", f"{_last_step(run):,}"),
-        ("Image-text pairs", f"{int(pairs):,}" if pairs is not None else ""),
+        ("Time", format_seconds(run.seconds) if run.seconds else ""),
+        ("Steps", f"{run.step:,}"),
+        ("Image-text pairs", f"{run.summary['pairs']:,}" if "pairs" in run.summary else ""),
         ("Pairs per second, mean of steps", f"{sum(speed) / len(speed):.1f}" if speed else ""),
         ("Waiting for data", f"{100 * sum(wait) / len(wait):.1f}% of the time" if wait else ""),
-        ("Finished", _text_of(run.summary.get("finished"))),
-        ("Hardware", _text_of(run.summary.get("hardware"))),
-        ("Versions", ", ".join(f"{k} {v}" for k, v in _mapping(run.summary, "versions").items())),
+        ("Finished", run.summary.get("finished", "")),
+        ("Hardware", run.summary.get("hardware", "")),
+        ("Versions", ", ".join(f"{k} {v}" for k, v in run.summary.get("versions", {}).items())),
     ]
     return [(name, value) for name, value in rows if value]
 
 
-def _parameters(summary: dict[str, Any]) -> dict[str, Any] | None:
-    rows = [r for r in summary.get("parameters") or [] if isinstance(r, dict) and "name" in r]
-    parts = [
-        {"name": str(r["name"]), "trainable": int(r.get("trainable") or 0), "frozen": int(r.get("frozen") or 0)}
-        for r in rows
-    ]
-    if not parts:
-        return None
-    return {
-        "parts": parts,
-        "trainable": sum(p["trainable"] for p in parts),
-        "frozen": sum(p["frozen"] for p in parts),
-    }
+def _images(run: Run) -> list[dict[str, Any]]:
+    """Per image of the last evaluation: a thumbnail, its references, and the captions it was given, by step."""
+    shown = []
+    for entry in run.samples[-1][1] if run.samples else []:
+        captions = [(step, e["caption"]) for step, entries in run.samples for e in entries if e["key"] == entry["key"]]
+        changes = captions[:1] + [new for old, new in itertools.pairwise(captions) if old[1] != new[1]]
+        earlier = _spread(changes[:-1], CAPTIONS - 1)
+        thumbnail = _thumbnail(run.folder / "samples", entry["image"])
+        shown.append({**entry, "image": thumbnail, "step": changes[-1][0], "earlier": earlier})
+    return shown
 
 
-def _loaded(summary: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """(part, lines) on where weights came from; plain lines stand under no part."""
-    loaded = summary.get("loaded")
-    if isinstance(loaded, list):
-        return [("", [str(line)]) for line in loaded]
-    return [
-        (name, [str(line) for line in lines] if isinstance(lines, list) else [_text_of(lines)])
-        for name, lines in _mapping(summary, "loaded").items()
-    ]
-
-
-def _evaluations(dev: list[Line]) -> dict[str, Any] | None:
-    """Table of dev numbers: a row per evaluation, evenly thinned where there are many."""
-    names = list(
-        dict.fromkeys(k for line in dev for k, v in line.items() if is_number(v) and k not in ("step", "time"))
-    )
-    if not names:
-        return None
-    formats = {k: _format(k, [line[k] for line in dev if is_number(line.get(k))]) for k in names}
-    rows = [
-        (int(line["step"]), [format(line[k], formats[k]) if is_number(line.get(k)) else "" for k in names])
-        for line in dev
-    ]
-    return {"names": names, "rows": _spread(rows, _EVALUATIONS), "all": len(rows)}
-
-
-def _format(name: str, values: list[float]) -> str:
-    """One format for a column: losses to three decimals, percentages and ranks to one, whole numbers as they are."""
-    if name in LOSSES:
-        return ".3f"
-    if all(value == int(value) for value in values):
-        return ".0f"
-    return ".1f" if max(map(abs, values)) >= 1 else ".3g"
-
-
-def _photographs(run: Run) -> list[dict[str, Any]]:
-    """Per image of the last evaluation: its picture, references, and what was said of it at which step."""
-    if not run.samples:
-        return []
-    said: dict[str, list[tuple[int, str]]] = {}
-    for step, entries in run.samples:
-        for entry in entries:
-            said.setdefault(str(entry["key"]), []).append((step, _text_of(entry.get("caption"))))
-    found = []
-    for entry in run.samples[-1][1]:
-        captions = said[str(entry["key"])]
-        references = entry.get("references")
-        found.append(
-            {
-                "key": str(entry["key"]),
-                "image": _data_uri(run.folder / "samples", _text_of(entry.get("image"))),
-                "caption": captions[-1][1],
-                "step": _changes(captions)[-1][0],
-                "earlier": _spread(_changes(captions)[:-1], _CAPTIONS - 1),
-                "references": [str(r) for r in references] if isinstance(references, list) else [],
-            }
-        )
-    return found
-
-
-def _changes(captions: list[tuple[int, str]]) -> list[tuple[int, str]]:
-    """Captions that differ from the one before, with the step at which each first appeared."""
-    return [new for old, new in zip([None, *captions], captions, strict=False) if old is None or old[1] != new[1]]
-
-
-def _data_uri(samples: Path, name: str) -> str | None:
-    """A picture below `samples` as a data address; None where it is missing, foreign or outside."""
+def _thumbnail(samples: Path, name: str) -> str | None:
+    """A JPEG below `samples` as a data address; None where it is missing, another kind of file or outside."""
     path = (samples / name).resolve()
-    mime = _MIME.get(path.suffix.lower())
-    if not name or mime is None or not path.is_relative_to(samples.resolve()) or not path.is_file():
+    if path.suffix != ".jpg" or not path.is_relative_to(samples.resolve()) or not path.is_file():
         return None
-    return f"data:{mime};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    return _data_address("image/jpeg", path.read_bytes())
 
 
-def _curves(run: Run) -> tuple[list[Curve], str]:
-    try:
-        return draw_curves(run.train, run.dev), ""
-    except ImportError:
-        return [], "Curves need matplotlib: pip install 'blip2[train]', then write the report again."
+def _data_address(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _spread(items: list[Any], limit: int) -> list[Any]:
+def _spread(items: list[T], limit: int) -> list[T]:
     """At most `limit` items evenly over the list, first and last among them."""
     if len(items) <= limit:
         return items
     return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
-
-
-def _text_of(value: Any) -> str:
-    return "" if value is None else str(value)
-
-
-def _count(value: int) -> str:
-    """A parameter count as people say it: 30.3M, 512."""
-    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return str(value)
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
