@@ -78,7 +78,7 @@ def test_sidecars(photos: Path) -> None:
     caption._open_sink(options(sidecar=True))(todo[0], ["one", "two"])
     assert (photos / "a.txt").read_text() == "one\ntwo\n"
     assert (photos / "b.txt").read_text() == "mine"
-    assert not list(photos.glob(".*.tmp"))
+    assert not list(photos.glob(".*.tmp*"))
 
 
 def test_lines_for_people_and_for_scripts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,18 +96,18 @@ def test_adding_and_removing_are_one_step(tmp_path: Path, monkeypatch: pytest.Mo
     first = next(image for image, _ in store.items())
     after = {**{k: v for k, v in before.items() if k != "k0"}, **dict.fromkeys(f"k{n}" for n in range(50, 53))}
     calls = 0
-    write = module.write_synced
+    write = Path.write_bytes
     for stop in range(1, 20):
         calls = 0
 
-        def failing(path: Path, data: object, stop: int = stop) -> None:
+        def failing(path: Path, data: bytes, stop: int = stop) -> int:
             nonlocal calls
             calls += 1
             if calls == stop:
                 raise OSError(28, "No space left on device")
-            write(path, data)
+            return write(path, data)
 
-        monkeypatch.setattr(module, "write_synced", failing)
+        monkeypatch.setattr(Path, "write_bytes", failing)
         fresh = Store(tmp_path / "i")
         with fresh.writing():
             if stop == 8:
@@ -122,7 +122,7 @@ def test_adding_and_removing_are_one_step(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_leftovers_of_a_killed_writer_are_swept(tmp_path: Path) -> None:
     store = filled(tmp_path / "i")
-    for name in (".000005.tmp", "000005", "000099"):
+    for name in (".000005.tmp-1f2e3d4c", "000005", "000099"):
         (tmp_path / "i" / "segments" / name).mkdir()
         (tmp_path / "i" / "segments" / name / "vectors.f16").write_bytes(b"half")
     before = contents(Store(tmp_path / "i"))
@@ -158,7 +158,7 @@ def test_a_reader_goes_on_while_segments_are_replaced(tmp_path: Path) -> None:
 
 def test_a_creation_that_was_killed_can_be_done_again(tmp_path: Path) -> None:
     Store.create(tmp_path / "i", MODEL, "exact", None)
-    (tmp_path / "i" / "manifest.json").rename(tmp_path / "i" / ".manifest.json.tmp")
+    (tmp_path / "i" / "manifest.json").rename(tmp_path / "i" / ".manifest.json.tmp-1f2e3d4c")
     assert len(Store.create(tmp_path / "i", MODEL, "faiss", None, exact_below=7)) == 0
     assert Store(tmp_path / "i").manifest.engine == {"name": "faiss", "exact_below": 7}
 

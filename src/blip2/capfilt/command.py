@@ -13,9 +13,9 @@ from typing import Any
 from blip2.capfilt.engines import Engine
 from blip2.capfilt.settings import CapFiltSettings
 from blip2.capfilt.shards import RECORDS, Job, finished
-from blip2.data.shards.writer import write_json
+from blip2.data.shards.writer import write_record
 from blip2.data.sources import shard_paths
-from blip2.errors import ConfigError, DataError, RunError
+from blip2.errors import ConfigError, DataError, RunError, os_error_as
 
 MANIFEST = "manifest.json"
 
@@ -43,10 +43,8 @@ def capfilt(
         RunError: the folder cannot be written or holds shards of other settings.
     """
     out = Path(jobs[0].out)
-    try:
+    with os_error_as(RunError, f"{out}: cannot be written"):
         (out / RECORDS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{out}: cannot be written: {error.strerror}") from error
     todo = [job for job in mine if finished(job, settings) is None]
     if len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} of {len(mine)} shards are done already", file=sys.stderr)
@@ -56,7 +54,7 @@ def capfilt(
     records = [record for job in jobs if (record := finished(job, settings)) is not None]
     manifest = _manifest(records, settings)
     if len(records) == len(jobs):
-        write_json(out / MANIFEST, manifest)
+        write_record(out / MANIFEST, manifest)
     return manifest
 
 

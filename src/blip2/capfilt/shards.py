@@ -1,4 +1,4 @@
-"""CapFilt of one shard: read in batches, written beside its place, renamed when whole, with a record."""
+"""CapFilt of one shard: read in batches, written whole, with a record."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from blip2.capfilt.settings import CapFiltSettings
 from blip2.data.collection import BadSampleError, Sample
 from blip2.data.images import decode_image
 from blip2.data.shards.reader import Entry, read_entries, texts_of
-from blip2.data.shards.writer import read_record, write_json, write_shard
+from blip2.data.shards.writer import read_record, write_record, write_shard
 from blip2.errors import RunError
 
 RECORDS = ".capfilt"
@@ -104,7 +104,7 @@ def filter_shard(
         "input_bytes": Path(job.source).stat().st_size,
         "settings": dataclasses.asdict(settings),
     }
-    write_json(job.record, record)
+    write_record(job.record, record)
     return record
 
 

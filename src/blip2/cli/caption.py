@@ -17,10 +17,10 @@ from blip2.data.collection import printable
 from blip2.data.few_shot import read_shots
 from blip2.data.folders import find_images
 from blip2.data.image_inputs import open_image
-from blip2.errors import DataError, RunError
+from blip2.errors import DataError, RunError, os_error_as
 from blip2.inference.few_shot import Examples
 from blip2.inference.loading import load_model
-from blip2.io.atomic import write_text
+from blip2.io.atomic import write_bytes, write_text
 
 _START = b'{"image": "'  # of every line of a captions file
 
@@ -114,9 +114,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
         if rest:
             if not rest.startswith(_START[: len(rest)]):
                 raise _not_ours(path, len(lines) + 1)
-            beside = path.with_name(f".{path.name}.tmp")
-            beside.write_bytes(b"".join(line + b"\n" for line in lines))
-            beside.replace(path)
+            write_bytes(path, b"".join(line + b"\n" for line in lines))
     except OSError as error:
         raise DataError(f"{path}: cannot be read and continued: {error.strerror}") from error
     return entries
@@ -151,17 +149,13 @@ def _line(image: str, captions: list[str]) -> str:
 
 
 def _append(path: Path, image: str, captions: list[str]) -> None:
-    try:
+    with os_error_as(RunError, f"{path}: cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as handle:
             handle.write(_line(image, captions) + "\n")
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _write_sidecar(image: str, captions: list[str]) -> None:
     target = Path(image).with_suffix(".txt")
-    try:
+    with os_error_as(RunError, f"{target}: cannot be written"):
         write_text(target, "".join(f"{text}\n" for text in captions))
-    except OSError as error:
-        raise RunError(f"{target}: cannot be written: {error.strerror}") from error

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from blip2.data.collection import BadSample, BadSampleError, Collection
 from blip2.data.images import ImageSpec, decode_augmented, decode_image, plain_view
 from blip2.errors import DataError
+from blip2.io.atomic import write_json
 from blip2.ops.host import to_numpy
 
 try:
@@ -192,11 +193,11 @@ class _Builder:
                     for (place, _), row in zip(good, rows, strict=True):
                         raw[divmod(place, count)] = row
                     raw.flush()
-                self._write(_PROGRESS, {"done": places[-1] + 1, "bad": bad, "shape": shape})
+                write_json(self.folder / _PROGRESS, {"done": places[-1] + 1, "bad": bad, "shape": shape})
                 bar.update(len(places))
         if shape is None:
             raise DataError(f"{self.collection.name}: not one image can be decoded; run `blip2 data check` on it")
-        self._write(_META, {"shape": shape, "bad": bad})
+        write_json(self.folder / _META, {"shape": shape, "bad": bad})
         (self.folder / _PROGRESS).unlink(missing_ok=True)
 
     def _loaded(self, done: int, total: int) -> Generator[tuple[range, list[Tensor | str]], None, None]:
@@ -245,11 +246,6 @@ class _Builder:
         if shape is None or _size(self.folder / _FEATURES) != _bytes(shape):
             return {}
         return state
-
-    def _write(self, name: str, value: dict[str, object]) -> None:
-        beside = self.folder / f".{name}.tmp"
-        beside.write_text(json.dumps(value), "utf-8")
-        beside.replace(self.folder / name)
 
 
 def _reserve(path: Path, size: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from blip2.data.collection import BadSampleError, Collection
 from blip2.data.shards.reader import parse_json
-from blip2.errors import ConfigError, DataError
+from blip2.errors import ConfigError, DataError, os_error_as
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,8 @@ def read_shots(path: str | Path) -> list[Shot]:
         DataError: it cannot be read, is empty, or a line is not an example; names the line.
     """
     file = Path(path)
-    try:
+    with os_error_as(DataError, f"{file}: cannot be read"):
         lines = file.read_bytes().splitlines()
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
     found = []
     for number, line in enumerate(lines, 1):
         if line.strip():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from blip2.data.collection import BadSample, BadSampleError, Collection, Sample, printable
 from blip2.data.shards.reader import decode_text, image_id_of, lines_of, parse_json, texts_of
-from blip2.errors import DataError
+from blip2.errors import DataError, os_error_as
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -31,10 +31,8 @@ def read_jsonl(path: Path) -> Collection:
     Raises:
         DataError: the file cannot be read.
     """
-    try:
+    with os_error_as(DataError, f"{path}: cannot be read"):
         lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     collection = Collection(str(path), [])
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -30,7 +30,7 @@ from blip2.evaluation.tasks import (
 )
 from blip2.inference import Blip2
 from blip2.inference.loading import load_model
-from blip2.io.atomic import write_text
+from blip2.io.atomic import write_json
 from blip2.ops import distributed
 from blip2.ops.devices import pick_device
 from blip2.training.parallel import process_group
@@ -65,7 +65,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         "missing": outcome.missing,
         "published": dict(reference),
     }
-    write_text(folder.path / METRICS, json.dumps(result, indent=1))
+    write_json(folder.path / METRICS, result)
     page = write_page(folder.path, result, outcome, data)
     out = sys.stderr if options.json else sys.stdout
     print(_table(result, outcome), file=out)

@@ -15,8 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from blip2.errors import ConfigError, RunError
-from blip2.io.atomic import write_text
+from blip2.errors import ConfigError, RunError, os_error_as
+from blip2.io.atomic import write_json, write_json_lines
 from blip2.ops import distributed
 
 PREDICTIONS, SETTINGS = "predictions.jsonl", "settings.json"
@@ -44,7 +44,7 @@ class Folder:
             if known.is_file():
                 _same(json.loads(known.read_text("utf-8")), settings, path)
             if distributed.rank() == 0:
-                write_text(known, json.dumps(settings, indent=1))
+                write_json(known, settings)
         except ValueError as error:
             raise ConfigError(f"{path / SETTINGS}: not JSON: choose another --out") from error
         except OSError as error:
@@ -77,7 +77,7 @@ class Folder:
         entries = [found[name] for name in order]
         distributed.barrier()
         if distributed.rank() == 0:
-            write_text(self.path / PREDICTIONS, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries))
+            write_json_lines(self.path / PREDICTIONS, entries)
             for part in self.path.glob("predictions-*.jsonl"):
                 part.unlink()
         return entries
@@ -85,13 +85,10 @@ class Folder:
     def append(self, entries: Sequence[dict[str, Any]]) -> None:
         """Add predictions of this process, flushed to disk."""
         path = self.path / f"predictions-{distributed.rank()}.jsonl"
-        try:
-            with path.open("a", encoding="utf-8") as handle:
-                if handle.tell() and not _ends_in_newline(path):
-                    handle.write("\n")
-                handle.write("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries))
-        except OSError as error:
-            raise RunError(f"{path}: cannot be written: {error.strerror}") from error
+        with os_error_as(RunError, f"{path}: cannot be written"), path.open("a", encoding="utf-8") as handle:
+            if handle.tell() and not _ends_in_newline(path):
+                handle.write("\n")
+            handle.write("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries))
 
 
 def work_through(

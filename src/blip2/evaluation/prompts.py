@@ -19,7 +19,7 @@ from blip2.evaluation.report import picture_of
 from blip2.evaluation.tasks import Entries, decoding_settings
 from blip2.inference import Blip2
 from blip2.inference.loading import load_model
-from blip2.io.atomic import write_text
+from blip2.io.atomic import write_json_lines, write_text
 from blip2.io.html import environment
 from blip2.ops import distributed
 from blip2.ops.devices import pick_device
@@ -43,7 +43,7 @@ def prompts_command(options: argparse.Namespace) -> int:
         if distributed.rank() > 0:
             return 0
     rows = side_by_side(columns)
-    write_text(folder / ANSWERS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_json_lines(folder / ANSWERS, rows)
     page = _write_page(folder, rows, prompts, data, options.models)
     out = sys.stderr if options.json else sys.stdout
     for row in rows[: 3 * len(prompts)]:

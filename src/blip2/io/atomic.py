@@ -1,16 +1,74 @@
-"""Files that are whole or not there: written beside their place and renamed."""
+"""Files and folders that are whole or not there: written beside their place and renamed."""
 
 from __future__ import annotations
 
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
+    """A path beside `path` where the block writes a file or a folder, which is then renamed to `path`.
+
+    When the block fails, what it wrote is removed and `path` is left as it was. The name (`.NAME.tmp-` and 8 hex
+    digits) is new every time, so processes and threads do not meet; a killed process leaves it behind.
+
+    Args:
+        sync: flush everything to the disk first, so that `path` is whole after a power cut as well.
+
+    Raises:
+        OSError: it cannot be renamed: among others because `path` is a folder with something in it.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        yield temporary
+        if sync:
+            for written in (temporary, *temporary.rglob("*")):
+                _sync(written)
+        temporary.replace(path)
+        if sync:
+            _sync(path.parent)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                temporary.unlink()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file whole; its folder must be there."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, in UTF-8, beside its place and rename it; its folder must be there.
+    """Replace a text file whole, in UTF-8; bytes of file names that are not UTF-8 become question marks."""
+    write_bytes(path, text.encode("utf-8", "replace"))
 
-    Raises:
-        OSError: it cannot be written; what was there before is left.
-    """
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, "utf-8")
-    beside.replace(path)
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file whole."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Replace a file of a JSON value per line whole."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk."""
+    if path.is_dir() and os.name != "posix":
+        return
+    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blip2.errors import RunError
+from blip2.errors import RunError, os_error_as
+from blip2.io.atomic import write_text
 
 if TYPE_CHECKING:
     import jinja2
@@ -25,15 +26,11 @@ def environment(folder: Path) -> jinja2.Environment:
 
 
 def write(path: Path, page: str) -> None:
-    """Write a page beside its place and rename it; its folder is made.
+    """Replace a page whole; its folder is made.
 
     Raises:
         RunError: it cannot be written.
     """
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
+    with os_error_as(RunError, f"{path}: cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(page, "utf-8", "replace")
-        beside.replace(path)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
+        write_text(path, page)

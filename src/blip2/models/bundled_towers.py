@@ -10,15 +10,13 @@ import contextlib
 import importlib.util
 import io
 import json
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from blip2.errors import CheckpointError
+from blip2.io.atomic import replacing
 from blip2.io.paths import cache_folder
 from blip2.models.hub import quiet
 
@@ -81,29 +79,25 @@ def _wheel_file(package: str, path: str) -> Path:
 def _convert_once(name: str, title: str, seconds: int, convert: Callable[[Path], None]) -> Path:
     """The folder `towers/name` of the cache, made by `convert` where it is not there yet.
 
-    Written beside and renamed, so it is whole or absent; of two processes at once, one wins.
+    It is whole or absent; of two processes at once, one wins.
     """
     target = cache_folder() / "towers" / name
     if (target / "config.json").is_file():
         return target
     print(f"converting {title} once, about {seconds} s", file=sys.stderr, flush=True)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
-    except OSError as error:
-        raise CheckpointError(
-            f"{target.parent}: cannot be written ({error.strerror}); set BLIP2_CACHE to another folder"
-        ) from error
-    try:
-        convert(beside)
-        beside.chmod(0o755)
-        os.rename(beside, target)
+        with replacing(target) as temporary:
+            try:
+                temporary.mkdir(parents=True)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{target.parent}: cannot be written ({error.strerror}); set BLIP2_CACHE to another folder"
+                ) from error
+            convert(temporary)
     except (OSError, RuntimeError) as error:
         if not (target / "config.json").is_file():  # else another process finished first
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise CheckpointError(f"{target}: converting {title} failed ({reason}); is the disk full?") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return target
 
 

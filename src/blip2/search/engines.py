@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from blip2.errors import ConfigError, DataError
+from blip2.io.atomic import replacing
 from blip2.search.segments import Ids, Segment, Stamp, ends_of, image_id, stamp
 from blip2.search.store import Store, writable
 
@@ -234,12 +234,8 @@ class FaissEngine:
         self._write(index, name)
 
     def _write(self, index: Any, name: str) -> None:
-        with writable(self.folder):
-            beside = self.folder / f".{name}.tmp"
-            _faiss().write_index(index, str(beside))
-            with beside.open("rb") as handle:
-                os.fsync(handle.fileno())
-            beside.replace(self.folder / name)
+        with writable(self.folder), replacing(self.folder / name, sync=True) as temporary:
+            _faiss().write_index(index, str(temporary))
         self.notes["seals"] = {**self.notes.get("seals", {}), name: ends_of([self.folder / name])}
 
     def _note(self, store: Store, notes: dict[str, Any]) -> None:

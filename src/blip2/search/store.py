@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blip2.errors import DataError, RunError
+from blip2.io.atomic import replacing
 from blip2.ops.host import to_list
 from blip2.search.segments import Batch, Half, Ids, Row, Seal, Segment, image_id, sealed
 
@@ -44,7 +44,7 @@ FORMAT = 1
 FULL = 4096  # images of a segment: 64 MiB at 32 x 256
 _THINNED = 0.3  # share of removed rows from which a segment is copied
 _MANIFEST, _SEGMENTS = "manifest.json", "segments"
-_OURS = (_SEGMENTS, ".lock", f".{_MANIFEST}.tmp")  # what a creation that was killed leaves
+_OURS = (_SEGMENTS, ".lock", f".{_MANIFEST}.tmp*")  # what a creation that was killed leaves
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Store:
             RunError: it cannot be written.
         """
         path = Path(path)
-        if path.exists() and (not path.is_dir() or any(p.name not in _OURS for p in path.iterdir())):
+        if path.exists() and not (path.is_dir() and all(any(map(p.match, _OURS)) for p in path.iterdir())):
             raise DataError(f"{path}: is there already and is no index: choose another --out")
         with writable(path):
             (path / _SEGMENTS).mkdir(parents=True, exist_ok=True)
@@ -249,14 +249,12 @@ class Store:
 
     def _write_segment(self, serial: int, batch: Batch) -> Seal:
         final = self.path / _SEGMENTS / f"{serial:06d}"
-        beside = final.with_name(f".{final.name}.tmp")
-        shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(final, ignore_errors=True)  # of a writer killed before its manifest
-        with writable(self.path):
-            beside.mkdir(parents=True)
+        with writable(self.path), replacing(final, sync=True) as temporary:
+            temporary.mkdir(parents=True)
             lines = [json.dumps(dataclasses.asdict(row)).encode() + b"\n" for row in batch.rows]
             owners = np.repeat(np.arange(len(batch.rows)), [len(row.captions) for row in batch.rows])
-            files = {
+            files: dict[str, bytes | memoryview] = {
                 "rows.jsonl": b"".join(lines),
                 "rows.u64": np.cumsum([0, *map(len, lines)]).astype(np.uint64).tobytes(),
                 "hashes.u8": b"".join(bytes.fromhex(row.digest) for row in batch.rows),
@@ -265,10 +263,8 @@ class Store:
                 "captions.f16": np.ascontiguousarray(batch.caption_vectors, dtype=np.float16).tobytes(),
             }
             for name, data in files.items():
-                write_synced(beside / name, data)
-            seal = sealed(beside)
-            beside.rename(final)
-            _sync_folder(final.parent)
+                (temporary / name).write_bytes(data)
+            seal = sealed(temporary)
         return seal
 
     def _commit(self, manifest: Manifest) -> None:
@@ -296,6 +292,8 @@ class Store:
         for folder in (self.path / _SEGMENTS).iterdir():
             if folder.name not in wanted:
                 shutil.rmtree(folder, ignore_errors=True)
+        for left in self.path.glob(f".{_MANIFEST}.tmp*"):
+            left.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -308,23 +306,6 @@ def writable(path: Path) -> Iterator[None]:
         raise RunError(
             f"{path}: index cannot be written: {error.strerror or error}; what was there before is whole"
         ) from error
-
-
-def write_synced(path: Path, data: Any) -> None:
-    """Write a file down to the disk: renamed files must not be empty after a power cut."""
-    with path.open("wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
 
 
 def _with_removed(removed: Mapping[int, list[int]], ids: Sequence[int]) -> dict[int, list[int]]:
@@ -353,7 +334,5 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def _write_manifest(path: Path, manifest: Manifest) -> None:
-    beside = path / f".{_MANIFEST}.tmp"
-    write_synced(beside, json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1).encode())
-    beside.replace(path / _MANIFEST)
-    _sync_folder(path)
+    with replacing(path / _MANIFEST, sync=True) as temporary:
+        temporary.write_bytes(json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1).encode())

@@ -13,7 +13,7 @@ from typing import Any
 from blip2.configs import RunConfig
 from blip2.data.sources import NAMED, open_collection
 from blip2.errors import ConfigError
-from blip2.io.atomic import write_text
+from blip2.io.atomic import replacing, write_json, write_text
 from blip2.recipes.ablations import Variant, variants
 from blip2.training.run import train
 from blip2.training.run_log import format_seconds
@@ -58,7 +58,7 @@ def ablate_command(options: argparse.Namespace) -> int:
                 return code
     rows = [_row(variant, folder) for variant in chosen]
     table = _table(rows, chosen)
-    write_text(folder / NUMBERS, json.dumps([_plain(row) for row in rows], indent=1))
+    write_json(folder / NUMBERS, [_plain(row) for row in rows])
     write_text(folder / TABLE, table)
     _plot(rows, folder / PLOT)
     out = sys.stderr if options.json else sys.stdout
@@ -167,6 +167,5 @@ def _plot(rows: list[Row], target: Path) -> None:
     left.grid(alpha=0.3)
     right.invert_yaxis()
     right.set(xlabel="CIDEr of dev captions after stage 2 (percent)")
-    beside = target.with_name(f".{target.name}.tmp.png")
-    figure.savefig(beside, dpi=150)
-    beside.replace(target)
+    with replacing(target) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

@@ -9,7 +9,6 @@ gathering, the first one writes, and the result is the same file, whatever the n
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from blip2.errors import CheckpointError
+from blip2.io.atomic import replacing
 from blip2.ops import distributed
 from blip2.training.optim import flat_state, restore_packed
 from blip2.weights import native, runs
@@ -89,22 +89,18 @@ def _write(
     config: dict[str, Any],
     states: dict[str, dict[str, Any]],
 ) -> None:
-    """A folder with weights, optimizer state and JSON files, beside and renamed."""
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    """A folder with weights, optimizer state and JSON files, whole or not there."""
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        native.write_beside(temporary / MODEL, weights, {"format": "blip2", "config": json.dumps(config)})
-        if moments is not None:
-            native.write_beside(temporary / OPTIMIZER, moments)
-        for name, state in states.items():
-            (temporary / name).write_text(json.dumps(state))
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-        _sync_folder(target.parent)
+        with replacing(target, sync=True) as temporary:
+            temporary.mkdir(parents=True)
+            native.write_beside(temporary / MODEL, weights, {"format": "blip2", "config": json.dumps(config)})
+            if moments is not None:
+                native.write_beside(temporary / OPTIMIZER, moments)
+            for name, state in states.items():
+                (temporary / name).write_text(json.dumps(state))
+            if target.exists():
+                shutil.rmtree(target)
     except (OSError, CheckpointError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         last = newest(target.parent if target.name == runs.BEST else target.parents[1])
         intact = f"; {last.name} is intact" if last else ""
         cause = getattr(error, "strerror", None) or str(error).rsplit(": ", 1)[-1]
@@ -176,11 +172,3 @@ def _gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _as(value: Tensor, like: Tensor) -> Tensor:
     value = value.to(like.device)
     return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

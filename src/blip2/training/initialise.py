@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2.configs import RunConfig, to_dict
-from blip2.errors import ConfigError, RunError
+from blip2.errors import ConfigError, RunError, os_error_as
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.weights import runs
@@ -58,11 +58,9 @@ def claim(folder: Path, config: RunConfig) -> None:
         _same_run(folder, runs.read_config(known), config)
     elif folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder}: not empty and not a run folder: choose another --out")
-    try:
+    with os_error_as(RunError, f"{folder}: cannot be written"):
         folder.mkdir(parents=True, exist_ok=True)
         runs.write_config(folder, config)
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be written: {error.strerror}") from error
 
 
 def _same_run(folder: Path, before: RunConfig, now: RunConfig) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from blip2.errors import RunError
+from blip2.errors import RunError, os_error_as
+from blip2.io.atomic import write_text
 
 
 class RunLog:
@@ -32,11 +32,9 @@ class RunLog:
 
     def write(self, kind: str, step: int, numbers: dict[str, Any]) -> None:
         """Append one line (`kind` is `train` or `dev`) and mirror its numbers in TensorBoard."""
-        try:
+        with os_error_as(RunError, f"{self.path}: cannot be written"):
             self._file.write(json.dumps({"kind": kind, "step": step, **numbers}) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise RunError(f"{self.path}: cannot be written: {error.strerror}") from error
         if self._board is not None:
             for name, value in numbers.items():
                 if isinstance(value, int | float):
@@ -63,9 +61,7 @@ class RunLog:
             return
         lines = self.path.read_text("utf-8").splitlines() if step else []
         kept = [line for line in lines if _step_of(line) <= step]
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        beside.write_text("".join(f"{line}\n" for line in kept), "utf-8")
-        beside.replace(self.path)
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
 
 
 class ProgressLine:

@@ -18,7 +18,7 @@ from blip2 import __version__
 from blip2.configs import RunConfig
 from blip2.data.collection import Collection
 from blip2.data.loader import TrainingBatches
-from blip2.io.atomic import write_text
+from blip2.io.atomic import write_json
 from blip2.models.freezing import parameter_table
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
@@ -112,7 +112,7 @@ def finish(
         "lost_shards": _lost_shards(batches.collection),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    write_text(path, json.dumps(summary, indent=1))
+    write_json(path, summary)
     for entry in evaluator.last_samples[:4] if evaluator is not None else []:
         say(f"  {entry['key']}: {entry['caption']!r}  (reference: {entry['references'][0]!r})")
     for reason, count in skipped.items():

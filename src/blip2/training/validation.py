@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from blip2.data.feature_cache import FeatureCache
 from blip2.data.images import decode_image
 from blip2.data.loader import dev_batches
 from blip2.inference import Blip2
-from blip2.io.atomic import write_text
+from blip2.io.atomic import write_json
 from blip2.metrics.retrieval import bidirectional_recall, candidate_pairs, recall_at_k, reranked_scores
 from blip2.metrics.table import METRICS, measure
 from blip2.ops import distributed
@@ -139,7 +138,7 @@ class DevEvaluator:
             target = folder / entry["image"]
             if not target.exists():
                 write_thumbnail(self.by_key[entry["key"]], target)
-        write_text(folder / f"step-{step:06d}.json", json.dumps(shown, indent=1))
+        write_json(folder / f"step-{step:06d}.json", shown)
 
 
 class _Means:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from blip2.errors import CheckpointError
+from blip2.errors import CheckpointError, os_error_as
+from blip2.io.atomic import replacing
 from blip2.ops.host import to_numpy
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -133,7 +133,7 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Write a safetensors file tensor by tensor, beside `path`, and rename it.
+    """Write a safetensors file tensor by tensor, whole or not at all.
 
     Args:
         progress: called with the bytes of every tensor written.
@@ -151,23 +151,16 @@ def write_safetensors(
         offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as handle:
-            handle.write(len(encoded).to_bytes(8, "little") + encoded)
-            for name in order:
-                to_numpy(as_bytes(tensors[name].read())).tofile(handle)
-                if progress is not None:
-                    progress(tensors[name].nbytes)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with (
+        os_error_as(CheckpointError, f"{path}: cannot be written"),
+        replacing(path, sync=True) as temporary,
+        temporary.open("wb") as handle,
+    ):
+        handle.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in order:
+            to_numpy(as_bytes(tensors[name].read())).tofile(handle)
+            if progress is not None:
+                progress(tensors[name].nbytes)
 
 
 def write_folder(

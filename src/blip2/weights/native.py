@@ -8,7 +8,6 @@ train and are. Loading is strict; what a hand-over may leave out is named in the
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,21 +16,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from blip2.errors import CheckpointError
+from blip2.io.atomic import replacing
 from blip2.weights.loading import STAGE1_ONLY, STAGE2_ONLY, Allowed, LoadReport, fill, trained_state
 
 HAND_OVER = Allowed(left_out=STAGE1_ONLY, fresh=STAGE2_ONLY)
 
 
 def write_beside(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write safetensors beside `path`, flush to disk, and rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Replace a safetensors file whole, and flush it to the disk."""
     try:
-        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, temporary, metadata)
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
+        with replacing(path, sync=True) as temporary:
+            save_file({name: value.detach().contiguous() for name, value in tensors.items()}, temporary, metadata)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: cannot be written: {_cause(error)}") from error
 
 

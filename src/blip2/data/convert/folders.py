@@ -12,7 +12,7 @@ from blip2.data.convert.locate import Images, images_of
 from blip2.data.convert.records import Item, Request, Unit, clean_key, cut
 from blip2.data.folders import SUFFIXES
 from blip2.data.shards.reader import decode_text, parse_json
-from blip2.errors import DataError
+from blip2.errors import DataError, os_error_as
 
 
 def read_folder_units(request: Request) -> list[Unit]:
@@ -57,10 +57,8 @@ def _beside(path: Path, folder: Path) -> Item:
 
 
 def _lines(path: Path, images: Images) -> Iterator[Item]:
-    try:
+    with os_error_as(DataError, f"{path}: cannot be read"):
         lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

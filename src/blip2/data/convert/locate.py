@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2.data.convert.records import Request
-from blip2.errors import DataError
+from blip2.errors import DataError, os_error_as
 
 
 def annotation(request: Request, *names: str) -> Path:
@@ -39,9 +39,8 @@ def load_json(path: Path) -> Any:
         DataError: it cannot be read or is no JSON.
     """
     try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        with os_error_as(DataError, f"{path}: cannot be read"):
+            return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error})") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from blip2.data.convert.duplicates import Decision
 from blip2.data.convert.options import Options
 from blip2.data.convert.records import Request
 from blip2.data.convert.scan import Look
-from blip2.errors import RunError
+from blip2.errors import RunError, os_error_as
+from blip2.io.atomic import write_json_lines
 
 MANIFEST, REPORT = "manifest.json", "left_out.jsonl"
 
@@ -43,12 +43,8 @@ def write_report(out: Path, looks: list[Look], decision: Decision) -> None:
     """`left_out.jsonl`: a line per bad sample, near-duplicate and leak."""
     lines = [{"key": key, "bad": reason} for look in looks for key, reason in look.bad]
     lines += decision.lines(looks)
-    beside = out / f".{REPORT}.tmp"
-    try:
-        beside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
-        beside.replace(out / REPORT)
-    except OSError as error:
-        raise RunError(f"{out / REPORT}: cannot be written: {error.strerror or error}") from error
+    with os_error_as(RunError, f"{out / REPORT}: cannot be written"):
+        write_json_lines(out / REPORT, lines)
 
 
 def first_reason(looks: list[Look], decision: Decision) -> str:

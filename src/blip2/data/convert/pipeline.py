@@ -19,8 +19,8 @@ from blip2.data.convert.options import READERS, Options
 from blip2.data.convert.records import Item, Request, Unit, clean_key
 from blip2.data.convert.scan import Look, look_at, pictures_of
 from blip2.data.shards.reader import texts_of
-from blip2.data.shards.writer import read_record, write_json, write_shard
-from blip2.errors import DataError, RunError
+from blip2.data.shards.writer import read_record, write_record, write_shard
+from blip2.errors import DataError, RunError, os_error_as
 from blip2.io.workers import in_processes
 
 _RECORDS = ".convert"
@@ -45,7 +45,7 @@ def convert(request: Request, out: Path, options: Options) -> dict[str, Any]:
     shards = _write_all(units, looks, decision, out, name, options)
     manifest = manifest_of(request, options, looks, decision, shards)
     write_report(out, looks, decision)
-    write_json(out / MANIFEST, manifest)
+    write_record(out / MANIFEST, manifest)
     return manifest
 
 
@@ -56,7 +56,7 @@ def evaluation_pictures(options: Options) -> dict[str, dict[str, int]]:
 
 def _prepare(out: Path, units: list[Unit], name: str) -> None:
     """Make the folder; refuse one with shards of others, and remove what a longer conversion left."""
-    try:
+    with os_error_as(RunError, f"{out}: cannot be written"):
         (out / _RECORDS).mkdir(parents=True, exist_ok=True)
         expected = {f"{name}-{number:05d}.tar" for number in range(len(units))}
         for path in sorted(out.glob("*.tar")):
@@ -65,8 +65,6 @@ def _prepare(out: Path, units: list[Unit], name: str) -> None:
                     raise DataError(f"{out}: holds {path.name}, which no conversion wrote: choose another folder")
                 path.unlink()
                 _record(out, path.name).unlink()
-    except OSError as error:
-        raise RunError(f"{out}: cannot be written: {error.strerror or error}") from error
 
 
 def _look_all(units: list[Unit], out: Path, options: Options) -> list[Look]:
@@ -80,7 +78,7 @@ def _look_all(units: list[Unit], out: Path, options: Options) -> list[Look]:
     done = in_processes(work, [units[n] for n in todo], options.workers, "looking", options.progress)
     for place, look in done:
         looks[todo[place]] = look
-        write_json(_look_record(out, todo[place]), {"unit": prints[todo[place]], "look": vars(look)})
+        write_record(_look_record(out, todo[place]), {"unit": prints[todo[place]], "look": vars(look)})
     return [look for look in looks if look is not None]
 
 
@@ -97,7 +95,7 @@ def _write_all(
         if not (record and record.get("plan") == plan and _whole(path, record)):
             jobs.append((unit, path, set(kept), plan))
     for place, record in in_processes(_write, jobs, options.workers, "writing", options.progress):
-        write_json(_record(out, jobs[place][1].name), record)
+        write_record(_record(out, jobs[place][1].name), record)
     records = [read_record(_record(out, f"{name}-{number:05d}.tar")) for number in range(len(units))]
     return [record for record in records if record is not None and record["samples"]]
 

@@ -1,12 +1,10 @@
-"""Writing shards: the same samples give the same bytes, beside their place and renamed when whole."""
+"""Writing shards: the same samples give the same bytes."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-import os
-import socket
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +13,8 @@ from typing import IO, Any
 
 from blip2.data.collection import BadSampleError
 from blip2.data.images import decode_image
-from blip2.errors import RunError
+from blip2.errors import RunError, os_error_as
+from blip2.io.atomic import replacing, write_json
 
 
 @dataclass(frozen=True)
@@ -34,42 +33,28 @@ def write_shard(path: Path, samples: Iterable[tuple[str, bytes, dict[str, Any]]]
     Raises:
         RunError: it cannot be written.
     """
-    beside = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
-    try:
-        with beside.open("wb") as handle:
+    with os_error_as(RunError, f"{path}: cannot be written"):
+        with replacing(path, sync=True) as temporary, temporary.open("wb") as handle:
             out = _Hashing(handle)
             with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as tar:  # type: ignore[call-overload]
                 for key, image, entry in samples:
                     extension, data = stored_image(image)
                     _add(tar, f"{key}.{extension}", data)
                     _add(tar, f"{key}.json", json.dumps(entry, ensure_ascii=False).encode())
-            handle.flush()
-            os.fsync(handle.fileno())
-        beside.replace(path)
         for left in path.parent.glob(f".{path.name}.tmp-*"):  # of a process that was killed
             left.unlink(missing_ok=True)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
     return Written(out.count, out.digest.hexdigest())
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file beside its place and rename it.
+def write_record(path: Path, value: Any) -> None:
+    """Replace a JSON file whole; its folder is made.
 
     Raises:
         RunError: it cannot be written.
     """
-    beside = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
-    try:
+    with os_error_as(RunError, f"{path}: cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", "utf-8")
-        beside.replace(path)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
+        write_json(path, value)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

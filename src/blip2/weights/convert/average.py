@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from blip2.configs import to_dict
-from blip2.errors import CheckpointError, ConfigError
+from blip2.errors import CheckpointError, ConfigError, os_error_as
 from blip2.weights import runs
 from blip2.weights.checkpoint import Checkpoint
 from blip2.weights.formats import open_checkpoint
@@ -43,12 +43,10 @@ def average(sources: Sequence[str | Path], target: str | Path, weights: Sequence
         raise CheckpointError(f"{target}: exists already: give another name, or remove it")
     config = replace(found[0].config, out=None)
     tensors = {name: _mean(name, found, shares) for name in found[0].tensors}
-    try:
+    with os_error_as(CheckpointError, f"{target}: cannot be written"):
         target.mkdir(parents=True, exist_ok=True)
         write_safetensors(target / runs.WEIGHTS, tensors, {"format": "blip2", "config": json.dumps(to_dict(config))})
         runs.write_config(target, config)
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written: {error.strerror or error}") from error
     return target
 
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +22,8 @@ from tqdm import tqdm
 from blip2.configs import RunConfig, to_dict
 from blip2.data.sources import open_collection
 from blip2.data.tokenizers import QFormerTokenizer
-from blip2.errors import CheckpointError
+from blip2.errors import CheckpointError, os_error_as
+from blip2.io.atomic import replacing
 from blip2.models import towers
 from blip2.models.build import bert_config
 from blip2.weights import compact, names, runs
@@ -101,12 +100,15 @@ def convert(
     _require_possible(found, target, to)
     found = with_own_encoder(found) if to in ("hf", "lavis") else found
     writers = {"blip2": _write_blip2, "hf": write_huggingface, "lavis": _write_lavis}
-    with _beside(target) as place:
+    with os_error_as(CheckpointError, f"{target}: cannot be written"), replacing(target) as place:
+        target.parent.mkdir(parents=True, exist_ok=True)
         if to == "slim":
             written, notes = _write_slim(found, place, progress, words, stage1)
         else:
             written, notes = writers[to](found, place, progress)
         count, size = _verify(written, progress)
+        if target.is_dir():
+            target.rmdir()
     return Converted(target, count, size, tuple(notes))
 
 
@@ -158,25 +160,6 @@ def _open_any(path: Path) -> Tensors:
     if path.is_dir():
         return open_folder(path)
     return open_safetensors(path) if path.suffix == ".safetensors" else open_pickled(path)[0]
-
-
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A place beside the target that takes its name when all went well, and is gone otherwise."""
-    place = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield place
-        if target.is_dir():
-            target.rmdir()
-        place.replace(target)
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written: {error.strerror or error}") from error
-    finally:
-        if place.is_dir():
-            shutil.rmtree(place)
-        else:
-            place.unlink(missing_ok=True)
 
 
 # -- ours -----------------------------------------------------------------------------------------
