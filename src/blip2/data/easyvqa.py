@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
-import os
 import re
-import shutil
-import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from blip2.errors import DataError
+from blip2.data.shards.writer import write_shard
+from blip2.errors import DataError, os_error_as
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("green", "red", "gray", "teal", "black", "yellow", "brown", "blue")
@@ -29,40 +27,32 @@ def build_easy_vqa(split: str, folder: Path) -> Path:
     questions and answers.
 
     Raises:
-        DataError: the package is not installed, or the folder cannot be written.
+        DataError: the package is not installed, or the folder cannot be made.
+        RunError: a shard cannot be written.
     """
     if (folder / f"{split}-00000.tar").exists():
         return folder
-    found = importlib.util.find_spec("easy_vqa")
-    if found is None or not found.submodule_search_locations:
+    package = importlib.util.find_spec("easy_vqa")
+    if package is None or not package.submodule_search_locations:
         raise DataError("easy-vqa: not installed: pip install --no-deps easy-vqa==1.0")
-    source = Path(found.submodule_search_locations[0]) / "data" / split
+    source = Path(package.submodule_search_locations[0]) / "data" / split
     if not (source / "questions.json").is_file():
         raise DataError(f"{source}: the easy-vqa package has no questions.json here: install easy-vqa==1.0")
-    temporary = folder.with_name(f".{folder.name}-{split}.tmp-{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        _write(source, temporary, split)
+    with os_error_as(DataError, f"{folder}: cannot be written"):
         folder.mkdir(parents=True, exist_ok=True)
-        # The first shard is moved last: where it is, all are.
-        for shard in sorted(temporary.iterdir(), reverse=True):
-            shard.replace(folder / shard.name)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    _write(source, folder, split)
     return folder
 
 
 def captions_of(questions: list[tuple[str, str]]) -> list[str]:
     """Captions from an image's questions and answers; empty where they do not tell shape and colour."""
-    told: list[str] = []
+    words: list[str] = []
     for question, answer in questions:
         # "what color is the circle?" tells the shape as well.
         if answer not in ("yes", "no") or _affirms(question, answer):
-            told += _words(f"{question} {answer}")
-    shape = next((word for word in told if word in SHAPES), None)
-    color = next((word for word in told if word in COLORS), None)
+            words += re.findall(r"[a-z]+", f"{question} {answer}".lower())
+    shape = next((word for word in words if word in SHAPES), None)
+    color = next((word for word in words if word in COLORS), None)
     if shape and color:
         return [template.format(color, shape) for template in _TEMPLATES]
     if shape:
@@ -76,33 +66,20 @@ def _affirms(question: str, answer: str) -> bool:
     return answer in ("yes", "no") and (answer == "yes") != denies
 
 
-def _words(text: str) -> list[str]:
-    return [word for word in re.findall(r"[a-z]+", text.lower()) if word in SHAPES or word in COLORS]
-
-
 def _write(source: Path, folder: Path, split: str) -> None:
-    asked: dict[int, list[tuple[str, str]]] = {}
+    questions: dict[int, list[tuple[str, str]]] = {}
     for question, answer, image in json.loads((source / "questions.json").read_text("utf-8")):
-        asked.setdefault(int(image), []).append((str(question), str(answer)))
+        questions.setdefault(int(image), []).append((str(question), str(answer)))
     # Images come in no meaningful order; a seeded one makes the first N of them a fair sample.
-    order = [int(i) for i in np.random.default_rng(0).permutation(sorted(asked))]
-    for start in range(0, len(order), _PER_SHARD):
-        with tarfile.open(folder / f"{split}-{start // _PER_SHARD:05d}.tar", "w") as tar:
-            for image in order[start : start + _PER_SHARD]:
-                key = f"{split}-{image:05d}"
-                _add(tar, f"{key}.png", (source / "images" / f"{image}.png").read_bytes())
-                _add(tar, f"{key}.json", json.dumps(_entry(key, asked[image])).encode())
+    order = [int(i) for i in np.random.default_rng(0).permutation(sorted(questions))]
 
+    def samples(images: list[int]) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
+        for image in images:
+            key = f"{split}-{image:05d}"
+            qa = [{"question": question, "answers": [answer]} for question, answer in questions[image]]
+            entry = {"image_id": key, "captions": captions_of(questions[image]), "qa": qa}
+            yield key, (source / "images" / f"{image}.png").read_bytes(), entry
 
-def _entry(key: str, questions: list[tuple[str, str]]) -> dict[str, Any]:
-    return {
-        "image_id": key,
-        "captions": captions_of(questions),
-        "qa": [{"question": q, "answers": [a]} for q, a in questions],
-    }
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+    # The first shard is written last: where it is, all are.
+    for start in reversed(range(0, len(order), _PER_SHARD)):
+        write_shard(folder / f"{split}-{start // _PER_SHARD:05d}.tar", samples(order[start : start + _PER_SHARD]))
