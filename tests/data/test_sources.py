@@ -26,14 +26,19 @@ def test_paths_globs_braces_and_folders(shards: Path) -> None:
     assert open_collection(str(shards / "part-{00001,00000}.tar")).samples[0].key == "key007"
 
 
-def test_named_set_in_blip2_data_and_cache(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(shards, tmp_path / "data" / "flickr8k")
-    shard = tmp_path / "data" / "flickr8k" / "part-00000.tar"
-    shard.rename(shard.with_name("dev-00000.tar"))
+@pytest.mark.parametrize(
+    ("spec", "folder"), [("flickr8k:dev", "flickr8k"), ("coco:dev", "photos/coco"), ("daquar:test", "photos/daquar")]
+)
+def test_named_set_in_blip2_data(
+    spec: str, folder: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "data" / folder
+    shutil.copytree(shards, place)
+    (place / "part-00000.tar").rename(place / f"{spec.partition(':')[2]}-00000.tar")
     monkeypatch.setenv("BLIP2_DATA", str(tmp_path / "data"))
-    found = open_collection("flickr8k:dev")
-    assert found.name == "flickr8k:dev"
-    assert [Path(sample.path).parent for sample in found.samples] == [tmp_path / "data" / "flickr8k"] * 7
+    collection = open_collection(spec)
+    assert collection.name == spec
+    assert [Path(sample.path).parent for sample in collection.samples] == [place] * 7
 
 
 def test_named_set_that_is_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,20 @@ from blip2.data.shards.reader import read_shards
 from blip2.errors import DataError
 from blip2.io.paths import cache_folder
 
-NAMED = ("flickr8k:train", "flickr8k:dev", "easy-vqa:train", "easy-vqa:dev", "easy-vqa:test", "skimage")
+# Sets of local shards: the folder below a data folder, and the splits there are.
+_SHARDS = {
+    "flickr8k": ("flickr8k", ("train", "dev")),
+    "coco": ("photos/coco", ("train", "dev")),
+    "daquar": ("photos/daquar", ("train", "test")),
+    "scenes": ("photos/scenes", ("train",)),
+    "objects": ("photos/objects", ("train",)),
+    "imagenet": ("photos/imagenet", ("train",)),
+    "caltech101": ("photos/caltech101", ("train",)),
+}
+NAMED = (
+    *(f"{name}:{split}" for name, (_, splits) in _SHARDS.items() for split in splits),
+    *("easy-vqa:train", "easy-vqa:dev", "easy-vqa:test", "skimage"),
+)
 # Of easy-vqa's 4,000 training images, which the package does not split, the last ones are dev.
 _EASY_VQA_DEV = 400
 # Colour photographs that ship inside scikit-image's wheel.
@@ -30,7 +43,7 @@ def open_collection(spec: str) -> Collection:
     """Index a data set, or a mixture of several (`a.tar*2+b.tar`, see `mixture`).
 
     Args:
-        spec: `flickr8k:train|dev`, `easy-vqa:train|dev|test`, `skimage`, shards (a file, glob, brace
+        spec: a named set (`flickr8k:train`, `easy-vqa:test`, see `NAMED`), shards (a file, glob, brace
             range, address, or folder of .tar), a folder of images with sidecar texts, or a .jsonl file.
 
     Raises:
@@ -62,8 +75,8 @@ def _mixed(spec: str, parts: list[Part]) -> Collection:
 def index(spec: str) -> Collection:
     """As `open_collection`, but a data set may be empty or all bad (`blip2 data check` shows why)."""
     name, _, split = spec.partition(":")
-    if name == "flickr8k" and split in ("train", "dev"):
-        return read_shards(spec, _named_shards("flickr8k", split))
+    if name in _SHARDS and split in _SHARDS[name][1]:
+        return read_shards(spec, _named_shards(name, split))
     if name == "easy-vqa" and split in ("train", "dev", "test"):
         return _easy_vqa(spec, split)
     if spec == "skimage":
@@ -90,8 +103,8 @@ def shard_paths(spec: str) -> list[Path]:
         DataError: there are none.
     """
     name, _, split = spec.partition(":")
-    if name == "flickr8k" and split in ("train", "dev"):
-        return _named_shards("flickr8k", split)
+    if name in _SHARDS and split in _SHARDS[name][1]:
+        return _named_shards(name, split)
     path = Path(spec).expanduser()
     if spec.endswith(".tar"):
         return _expand(os.path.expanduser(spec))
@@ -133,14 +146,15 @@ def _named_shards(name: str, split: str) -> list[Path]:
     places = [Path("..") / "shared", repository.parent / "shared", cache_folder()]
     if os.environ.get("BLIP2_DATA"):
         places.insert(0, Path(os.environ["BLIP2_DATA"]).expanduser())
+    folder = _SHARDS[name][0]
     for place in places:
-        shards = sorted((place / name).glob(f"{split}-*.tar"))
+        shards = sorted((place / folder).glob(f"{split}-*.tar"))
         if shards:
             return shards
-    looked = ", ".join(dict.fromkeys(str(place / name) for place in places))
+    looked = ", ".join(dict.fromkeys(str(place / folder) for place in places))
     raise DataError(
         f"{name}:{split}: no shards {split}-*.tar found (looked in {looked}): put them there, or set BLIP2_DATA to the "
-        f"folder that holds {name}/"
+        f"folder that holds {folder}/"
     )
 
 
