@@ -27,7 +27,7 @@ from blip2.estimate.activations import PROMPT_TOKENS, Machine
 from blip2.estimate.optimizer_memory import state_bytes, step_bytes
 from blip2.estimate.step_memory import LONGER_BY, LiveBytes, step_curve, step_timeline
 from blip2.models.build import build_qformer
-from blip2.models.language.loading import language_model_from_config
+from blip2.models.language.model import language_model_from_config
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision.encoder import VisionEncoder, vision_encoder_from_config

@@ -15,7 +15,7 @@ from blip2.configs import LoraConfig, LossConfig, QFormerConfig, RunConfig
 from blip2.errors import CheckpointError, ConfigError
 from blip2.models import build as builder
 from blip2.models.freezing import is_adapter, trainable_parameters
-from blip2.models.language.loading import language_model_from_config
+from blip2.models.language.model import language_model_from_config
 
 BERT = BertConfig(
     vocab_size=17, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,

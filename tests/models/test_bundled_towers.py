@@ -20,7 +20,7 @@ from blip2.errors import CheckpointError
 from blip2.io.paths import cache_folder
 from blip2.models import bundled_towers
 from blip2.models.freezing import assert_frozen
-from blip2.models.language.loading import load_language_model
+from blip2.models.language.model import load_language_model
 from blip2.models.vision.encoder import VisionEncoder, load_vision_encoder
 
 

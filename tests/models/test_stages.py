@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from blip2.models.freezing import trainable_parameters
-from blip2.models.language.loading import language_model_from_config
+from blip2.models.language.model import language_model_from_config
 from blip2.models.qformer.model import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import T5Config
 
 from blip2.models import towers
-from blip2.models.language.loading import language_model_from_config
+from blip2.models.language.model import language_model_from_config
 from blip2.models.vision.encoder import vision_encoder_from_config
 
 MILLIONS = {
@@ -49,7 +52,10 @@ def test_folder_of_a_name_a_hub_id_and_a_path(monkeypatch: pytest.MonkeyPatch, t
     assert towers.folder("some/folder") == "some/folder"
 
 
-def test_flan_t5_runs_with_the_exact_gelu() -> None:
-    assert towers.overrides("flan-t5-xl") == {"dense_act_fn": "gelu"}
-    assert towers.TOWERS["flan-t5-xl"].config().dense_act_fn == "gelu"
-    assert towers.overrides("opt-2.7b") == {} == towers.overrides("a/folder")
+def test_flan_t5_runs_with_the_exact_gelu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tower = towers.TOWERS["flan-t5-xl"]
+    assert tower.config().dense_act_fn == "gelu"
+    T5Config(feed_forward_proj="gated-gelu").save_pretrained(tmp_path)
+    monkeypatch.setitem(towers.TOWERS, "flan-t5-xl", replace(tower, source=lambda: tmp_path))
+    assert towers.load_part_config(str(tmp_path), "text_config")[0].dense_act_fn == "gelu_new"
+    assert towers.load_part_config("flan-t5-xl", "text_config")[0].dense_act_fn == "gelu"

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tests import pretend
 
 from blip2.errors import ConfigError
 from blip2.ops.contrastive import query_text_similarity
-from blip2.ops.devices import autocast, fast_bf16, fast_dtype, pick_device, uses_bf16, without_autocast, writing_dtype
+from blip2.ops.devices import (
+    autocast,
+    fast_bf16,
+    fast_dtype,
+    pick_device,
+    to_host,
+    to_list,
+    to_numpy,
+    uses_bf16,
+    without_autocast,
+    writing_dtype,
+)
 
 CPU = torch.device("cpu")
 
@@ -91,3 +103,41 @@ def test_a_small_language_model_writes_in_float32_on_a_cpu(
     assert writing_dtype("cpu", 135_000_000) == small
     assert writing_dtype("cpu", 2_700_000_000) == fast_dtype("cpu")
     assert writing_dtype("cuda", 135_000_000) == fast_dtype("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_floats_arrive_as_float32(dtype: torch.dtype) -> None:
+    values = torch.tensor([[0.5, -2.0], [3.0, 0.25]], dtype=dtype, requires_grad=True)
+    found = to_numpy(values * 2)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, [[1.0, -4.0], [6.0, 0.5]])
+    assert to_list(values * 2) == [[1.0, -4.0], [6.0, 0.5]]
+    assert to_list((values * 2)[0, 0]) == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.float64])
+def test_other_types_are_kept(dtype: torch.dtype) -> None:
+    values = torch.tensor([0, 1, 1], dtype=dtype)
+    assert torch.from_numpy(to_numpy(values)).dtype == dtype
+    assert to_list(values) == [0, 1, 1]
+
+
+def test_numpy_arrays_are_listed_too() -> None:
+    found = to_list(np.array([1, 2], dtype=np.int64))
+    assert found == [1, 2]
+    assert type(found[0]) is int
+
+
+def test_float32_on_the_cpu_is_not_copied() -> None:
+    values = torch.zeros(3)
+    assert to_host(values).data_ptr() == values.data_ptr()
+
+
+@pytest.mark.skipif(pretend.UNAVAILABLE is not None, reason=str(pretend.UNAVAILABLE))
+def test_it_brings_tensors_from_an_accelerator() -> None:
+    with pretend.pretend() as device:
+        values = torch.arange(4, device=device).to(torch.bfloat16) / 2
+        with pytest.raises(RuntimeError):
+            values.numpy()
+        assert to_host(values).device.type == "cpu"
+        np.testing.assert_array_equal(to_numpy(values), np.array([0, 0.5, 1, 1.5], np.float32))

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, T5Config
 
 from blip2.data.batch import Batch
-from blip2.models.language.loading import language_model_from_config
+from blip2.models.language.model import language_model_from_config
 from blip2.models.qformer.model import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2

@@ -47,8 +47,7 @@ from transformers import LlamaConfig, T5Config, ViTConfig
 from blip2.configs import DataConfig, DecodingConfig, LanguageConfig, LoraConfig, LossConfig, OptimConfig
 from blip2.configs import QFormerConfig, RunConfig, TrainConfig
 from blip2.data.batch import Batch
-from blip2.models.language.loading import language_model_from_config, load_language_model
-from blip2.models.language.model import LanguageModel
+from blip2.models.language.model import LanguageModel, language_model_from_config, load_language_model
 from blip2.models.qformer.model import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2

@@ -12,7 +12,7 @@ from transformers import Dinov2Config, Gemma2Config
 
 from blip2.configs import LanguageConfig, LossConfig, OptimConfig, RunConfig, TrainConfig
 from blip2.errors import ConfigError
-from blip2.models.language.loading import language_model_from_config
+from blip2.models.language.model import language_model_from_config
 from blip2.models.qformer.layers import Attention
 from blip2.models.vision.encoder import vision_encoder_from_config
 from blip2.training import checkpoint

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from blip2.configs import LoraConfig
 from blip2.errors import CheckpointError
 from blip2.models.freezing import freeze, is_adapter
-from blip2.models.language.loading import language_model_from_config
+from blip2.models.language.model import language_model_from_config
 from blip2.models.qformer.model import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2

@@ -18,11 +18,10 @@ from blip2.configs import DecodingConfig
 from blip2.data.images import ImageSpec, plain_view
 from blip2.errors import ConfigError
 from blip2.inference import Blip2, load, torch_dtype
-from blip2.models import hub
+from blip2.models import towers
 from blip2.models.vision.encoder import normalisation
 from blip2.ops.contrastive import query_text_similarity
-from blip2.ops.devices import pick_device
-from blip2.ops.host import to_list
+from blip2.ops.devices import pick_device, to_list
 from blip2.weights.formats import located
 
 
@@ -95,7 +94,7 @@ class HuggingFaceBlip:
 
         self.settings, self.device = settings, device
         self.model, self.spec = _load(BlipForConditionalGeneration, source, settings.dtype, device)
-        with hub.readable(source):
+        with towers.readable(source):
             self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
 
     @torch.no_grad()
@@ -130,7 +129,7 @@ class HuggingFaceClip:
 
         self.source, self.device = source, device
         self.model, self.spec = _load(CLIPModel, source, settings.dtype, device)
-        with hub.readable(source):
+        with towers.readable(source):
             self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
         self.length = self.model.config.text_config.max_position_embeddings
 
@@ -181,8 +180,8 @@ def model_type(source: str) -> str | None:
     """`blip`, `clip`, `blip-2`, ... of a transformers folder or hub id; None for anything else."""
     path = Path(located(source))
     if path.is_dir():
-        return str(hub.load_config(source).model_type) if (path / "config.json").is_file() else None
-    return str(hub.load_config(source).model_type) if hub.is_id(source) and not path.suffix else None
+        return str(towers.load_config(source).model_type) if (path / "config.json").is_file() else None
+    return str(towers.load_config(source).model_type) if towers.is_id(source) and not path.suffix else None
 
 
 def _captioner(settings: CapFiltSettings, device: str) -> Captioner:
@@ -197,8 +196,8 @@ def _captioner(settings: CapFiltSettings, device: str) -> Captioner:
 
 def _load(kind: Any, source: str, dtype: str | None, device: str) -> tuple[Any, ImageSpec]:
     """A model of transformers in eval mode, and how it wants its images."""
-    config = hub.load_config(source)
-    model = hub.load_model(kind, source, config, torch_dtype(dtype) or torch.float32).to(device).eval()
+    config = towers.load_config(source)
+    model = towers.load_model(kind, source, config, torch_dtype(dtype) or torch.float32).to(device).eval()
     part = config.vision_config
     mean, std = normalisation(part, source)
     resize = "crop" if config.model_type == "clip" else "squash"

@@ -18,7 +18,7 @@ from blip2.explain.attention import Attention
 from blip2.inference import Blip2, load
 from blip2.io.figures import jpeg, overlay, png, seen
 from blip2.io.html import environment, write
-from blip2.ops.host import to_numpy
+from blip2.ops.devices import to_numpy
 from blip2.search.build import Builder, list_samples
 from blip2.search.model_id import identify
 from blip2.search.query import Hit, Index

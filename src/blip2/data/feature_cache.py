@@ -25,7 +25,7 @@ from blip2.data.collection import BadSample, BadSampleError, Collection
 from blip2.data.images import ImageSpec, decode_augmented, decode_image, plain_view
 from blip2.errors import DataError
 from blip2.io.atomic import write_json
-from blip2.ops.host import to_numpy
+from blip2.ops.devices import to_numpy
 
 try:
     import fcntl

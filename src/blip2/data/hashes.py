@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from blip2.ops.host import to_list
+from blip2.ops.devices import to_list
 
 BITS = 64
 # Bits in which copies may differ. Of 250 photographs of Flickr8k re-encoded, scaled, made brighter or cropped by 2%,

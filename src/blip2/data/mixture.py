@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from blip2.errors import ConfigError
-from blip2.ops.host import to_list
+from blip2.ops.devices import to_list
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from blip2.errors import ConfigError
 from blip2.estimate.activations import LONGEST_TEXT, TEXT_TOKENS, Machine
 from blip2.estimate.optimizer_memory import state_bytes, step_bytes
 from blip2.estimate.step_memory import step_curve
-from blip2.models import hub, towers
+from blip2.models import towers
 from blip2.models.build import build_qformer
 from blip2.models.freezing import parameter_table
-from blip2.models.language.loading import language_model_from_config
 from blip2.models.language.lora import add_lora
+from blip2.models.language.model import language_model_from_config
 from blip2.models.language.quantize import quantized_bytes, quantized_layers
 from blip2.models.qformer.model import QFormer
 from blip2.models.stage1 import Stage1
@@ -149,7 +149,7 @@ def build_on_meta(config: RunConfig) -> Stage1 | Stage2:
     """The model of a run's stage in train mode and without memory, its towers from their configs alone."""
     vision, bert = _tower(config.vision.name, "vision"), _tower(config.qformer.init, "bert")
     language = _tower(config.language.name, "language") if config.stage == "stage2" else None
-    with torch.device("meta"), hub.quiet():
+    with torch.device("meta"), towers.quiet():
         encoder = vision_encoder_from_config(
             vision,
             layer=config.vision.layer,
@@ -226,7 +226,7 @@ def _tower(name: str, kind: str) -> Any:
             f"{setting} is {name!r}: its config cannot be read here, for that is no folder and none of {known}; "
             "download the model and give its folder"
         )
-    config = hub.load_config(name)
+    config = towers.load_config(name)
     if kind == "bert" and config.model_type != "bert":
         raise ConfigError(f"{setting} is {name!r}: a {config.model_type} checkpoint, not a BERT-type one")
     return config

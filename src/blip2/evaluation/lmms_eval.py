@@ -18,7 +18,7 @@ from tqdm import tqdm
 from blip2.configs import DecodingConfig
 from blip2.errors import ConfigError
 from blip2.inference import Blip2, load
-from blip2.ops.host import to_list
+from blip2.ops.devices import to_list
 
 # lmms-eval's names of generation settings; those that are not here (`until`, `do_sample`) are read apart.
 _SETTINGS = {"max_new_tokens": "max_tokens", "num_beams": "beams", "top_p": "top_p", "temperature": "temperature"}

@@ -35,7 +35,7 @@ from blip2.metrics.retrieval import (
 )
 from blip2.ops import distributed
 from blip2.ops.contrastive import query_text_similarity
-from blip2.ops.host import to_list, to_numpy
+from blip2.ops.devices import to_list, to_numpy
 
 Entries = list[dict[str, Any]]
 

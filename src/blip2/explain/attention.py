@@ -25,7 +25,7 @@ from blip2.explain.types import Explainable
 from blip2.models.qformer.model import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
-from blip2.ops.host import to_host, to_list
+from blip2.ops.devices import to_host, to_list
 
 
 @dataclass

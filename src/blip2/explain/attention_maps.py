@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from blip2.models.language.model import LanguageModel
 from blip2.models.qformer.layers import QFormerLayer
 from blip2.models.qformer.model import QFormer
-from blip2.ops.host import to_host
+from blip2.ops.devices import to_host
 
 
 @dataclass

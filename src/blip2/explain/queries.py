@@ -20,7 +20,7 @@ from blip2.explain.query_statistics import Example, Specialisation, Word, specia
 from blip2.explain.types import Explainable
 from blip2.io.figures import colours, overlay, png, seen
 from blip2.io.html import environment, write
-from blip2.ops.host import to_list, to_numpy
+from blip2.ops.devices import to_list, to_numpy
 
 # The model that a command's options name, and that name.
 Load = Callable[[argparse.Namespace], tuple[Explainable, str]]

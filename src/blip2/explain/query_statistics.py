@@ -27,7 +27,7 @@ from blip2.errors import DataError
 from blip2.explain.attention import cross_layers, grid_of, qformer_of
 from blip2.explain.attention_maps import recording
 from blip2.explain.types import Explainable
-from blip2.ops.host import to_host, to_list
+from blip2.ops.devices import to_host, to_list
 
 WORDS, LEAST_Z, LEAST_IMAGES = 8, 3.0, 3  # of a query's words: how many, how sure, in how many images
 _PRIOR = 100.0  # words of the data set as a whole that stand for what is known of a query before it is seen

@@ -18,7 +18,7 @@ from blip2.explain.attention import Attention, attend
 from blip2.explain.queries import Load, queries_command
 from blip2.io.figures import overlay, png, seen
 from blip2.io.html import environment, write
-from blip2.ops.host import to_list, to_numpy
+from blip2.ops.devices import to_list, to_numpy
 
 LARGE, SMALL = 280, 112  # sides of maps on the page
 

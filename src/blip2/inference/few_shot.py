@@ -21,7 +21,7 @@ from blip2.data.few_shot import Shot, as_shot
 from blip2.errors import ConfigError, DataError
 from blip2.inference.types import Model
 from blip2.models.language.interleave import interleave
-from blip2.ops.host import to_list
+from blip2.ops.devices import to_list
 
 ShotLike = Shot | Mapping[str, Any]
 

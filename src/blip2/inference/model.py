@@ -24,7 +24,7 @@ from blip2.errors import ConfigError
 from blip2.inference.loaded import Loaded
 from blip2.models.qformer.model import ImageKV
 from blip2.ops.contrastive import query_text_similarity
-from blip2.ops.host import to_host, to_list
+from blip2.ops.devices import to_host, to_list
 
 if TYPE_CHECKING:
     from blip2.explain.attention import Attention

@@ -19,7 +19,7 @@ from blip2.data.image_inputs import ImageLike
 from blip2.explain.attention import Attention
 from blip2.inference.types import Model
 from blip2.io.figures import jpeg, overlay, png, seen
-from blip2.ops.host import to_numpy
+from blip2.ops.devices import to_numpy
 
 _SIDE, _SMALL = 320, 112  # pixels of a picture, and of a word's map
 _CARD = "flex:0 1 340px;min-width:0;margin:0;font:14px/1.45 system-ui,sans-serif"

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from blip2.configs import BERT_WORDS, QFormerConfig, RunConfig
 from blip2.errors import CheckpointError, ConfigError
-from blip2.models import hub, towers
-from blip2.models.language.loading import load_language_model
+from blip2.models import towers
 from blip2.models.language.lora import add_lora
-from blip2.models.language.model import LanguageModel
-from blip2.models.qformer.bert_init import load_bert, qformer_sizes, text_tensors
+from blip2.models.language.model import LanguageModel, load_language_model
+from blip2.models.qformer.bert_init import load_bert, text_tensors
 from blip2.models.qformer.model import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import LinearBridge, Stage2
@@ -33,13 +32,16 @@ def build_qformer(config: QFormerConfig, image_width: int, bert: Any, *, text: b
     Raises:
         ConfigError: its heads do not divide its width.
     """
-    sizes = qformer_sizes(bert)
-    if sizes["width"] % sizes["heads"]:
-        raise ConfigError(
-            f"qformer.init is {config.init!r}: {sizes['width']} wide, which {sizes['heads']} heads do not divide"
-        )
+    width, heads = bert.hidden_size, bert.num_attention_heads
+    if width % heads:
+        raise ConfigError(f"qformer.init is {config.init!r}: {width} wide, which {heads} heads do not divide")
     return QFormer(
-        **sizes,
+        width=width,
+        depth=bert.num_hidden_layers,
+        heads=heads,
+        inner=bert.intermediate_size,
+        positions=bert.max_position_embeddings,
+        eps=bert.layer_norm_eps,
         image_width=image_width,
         queries=config.queries,
         cross_every=config.cross_every,
@@ -139,9 +141,9 @@ def bert_config(name: str, *, weights: bool = True) -> Any:
     """
     if not weights and name in towers.TOWERS:
         return towers.TOWERS[name].config()
-    config = hub.load_config(towers.folder(name))
-    if config.model_type in ("blip-2", "blip_2_qformer"):
-        return _bert_of(hub.part_of_blip2(config, "qformer_config"))
+    config, _ = towers.load_part_config(name, "qformer_config")
+    if config.model_type == "blip_2_qformer":
+        return _bert_of(config)
     if config.model_type != "bert":
         raise CheckpointError(f"{name}: a {config.model_type} checkpoint; the Q-Former starts from a BERT-type one")
     return config
@@ -149,7 +151,7 @@ def bert_config(name: str, *, weights: bool = True) -> Any:
 
 def is_bert(name: str) -> bool:
     """Whether a name has BERT weights to start from; a transformers BLIP-2 checkpoint gives sizes only."""
-    return name in towers.TOWERS or hub.load_config(name).model_type == "bert"
+    return name in towers.TOWERS or towers.load_config(name).model_type == "bert"
 
 
 def _bert_of(qformer: Any) -> Any:
@@ -180,7 +182,7 @@ def _bert_state(name: str) -> dict[str, Tensor]:
     source = towers.folder(name)
     if not is_bert(name):
         raise CheckpointError(f"{name}: a BLIP-2 checkpoint: it gives sizes here, and its weights as --init")
-    with hub.readable(source):
+    with towers.readable(source):
         model, info = BertForMaskedLM.from_pretrained(source, output_loading_info=True)
     headless = any("cls.predictions.transform" in key for key in info["missing_keys"])
     drop = "cls." if headless else "cls.predictions.decoder."

@@ -18,7 +18,6 @@ from typing import Any
 from blip2.errors import CheckpointError
 from blip2.io.atomic import replacing
 from blip2.io.paths import cache_folder
-from blip2.models.hub import quiet
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -161,7 +160,7 @@ def _convert_smollm2(source: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's own progress bar
+    with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's own progress bar
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float16)
         # the loaded model counts as quantised and would be saved so: move its weights to a plain one

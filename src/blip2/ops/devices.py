@@ -1,9 +1,15 @@
-"""Which device work runs on, and in which precision: what `auto` means, decided in one place."""
+"""Devices and precisions, decided in one place: what `auto` means, and the one way out of torch.
+
+bfloat16 has no numpy type and a card's memory no numpy view, so whatever leaves torch goes through `to_host`,
+`to_numpy` or `to_list`: floats of less than 32 bits become float32, all else keeps its type. `tests/test_layers.py`
+holds the code to it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,3 +113,21 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     """Every operator in the precision of what it is given, inside autocast too."""
     known = torch.amp.autocast_mode.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
+
+
+def to_host(values: Tensor) -> Tensor:
+    """The same values on the CPU, without their graph; half precision becomes float32.
+
+    One transfer, in the tensor's own precision; a float32 tensor that is on the CPU already is not copied.
+    """
+    return widened(values.detach().to("cpu"))
+
+
+def to_numpy(values: Tensor) -> Any:
+    """The values as a numpy array, float32 where they were floats of fewer bits; it may share their memory."""
+    return to_host(values).numpy()
+
+
+def to_list(values: Any) -> Any:
+    """The values of a tensor or a numpy array as nested lists of Python's numbers (a number where it has no axis)."""
+    return to_host(values).tolist() if isinstance(values, Tensor) else values.tolist()

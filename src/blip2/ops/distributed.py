@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_fn
 from torch import Tensor
 
-from blip2.ops.host import to_list
+from blip2.ops.devices import to_list
 
 _ALONE = False
 

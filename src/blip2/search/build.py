@@ -32,7 +32,7 @@ from blip2.data.images import ImageSpec, decode_image, plain_view
 from blip2.data.shards.reader import decode_text, lines_of
 from blip2.errors import DataError
 from blip2.inference import Blip2
-from blip2.ops.host import to_numpy
+from blip2.ops.devices import to_numpy
 from blip2.search.engines import open_engine
 from blip2.search.segments import Batch, Half, Row
 from blip2.search.store import Store

@@ -6,7 +6,7 @@ import hashlib
 
 from blip2.errors import ConfigError
 from blip2.inference import Blip2
-from blip2.ops.host import to_host, to_numpy
+from blip2.ops.devices import to_host, to_numpy
 from blip2.search.store import ModelId, Store
 
 # The image encoder, and what no embedding depends on (a checkpoint may lack it, to be filled at random).

@@ -24,7 +24,7 @@ from blip2.data.collection import BadSampleError, Sample
 from blip2.data.image_inputs import ImageLike, open_image
 from blip2.errors import ConfigError, DataError
 from blip2.inference import Blip2, load
-from blip2.ops.host import to_list, to_numpy
+from blip2.ops.devices import to_list, to_numpy
 from blip2.search.engines import open_engine
 from blip2.search.model_id import identify, require_same
 from blip2.search.scores import Scores, caption_scores, caption_top, exact_top, scores_of, top

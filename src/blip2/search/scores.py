@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from blip2.ops.host import to_numpy
+from blip2.ops.devices import to_numpy
 from blip2.search.segments import Half, Ids, Segment
 from blip2.search.store import Store
 

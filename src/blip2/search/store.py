@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from blip2.errors import DataError, RunError
 from blip2.io.atomic import replacing
-from blip2.ops.host import to_list
+from blip2.ops.devices import to_list
 from blip2.search.segments import Batch, Half, Ids, Row, Seal, Segment, image_id, sealed
 
 try:

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from torch import Tensor
 
 from blip2.configs import DecodingConfig
-from blip2.ops.host import to_list, to_numpy
+from blip2.ops.devices import to_list, to_numpy
 from blip2.server.chat import Completion, conversation
 from blip2.server.errors import bad
 from blip2.server.images import view_of

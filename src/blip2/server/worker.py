@@ -18,7 +18,7 @@ from blip2.configs import DecodingConfig
 from blip2.errors import Blip2Error, ConfigError, DataError, RunError
 from blip2.inference import Blip2
 from blip2.models.qformer.model import QFormer
-from blip2.ops.host import to_host, to_list
+from blip2.ops.devices import to_host, to_list
 from blip2.search.query import Hit, Index
 from blip2.server.errors import RequestError, bad, broken_index, other_index
 

@@ -27,8 +27,7 @@ from blip2.errors import RunError
 from blip2.models.freezing import assert_frozen, weights_digest
 from blip2.models.vision.encoder import VisionEncoder
 from blip2.ops import distributed
-from blip2.ops.devices import autocast
-from blip2.ops.host import to_list
+from blip2.ops.devices import autocast, to_list
 from blip2.training import checkpoint
 from blip2.training.optim import build_optimizer, learning_rate, set_learning_rate
 from blip2.training.parallel import unsharded, unused_parameters, wrap

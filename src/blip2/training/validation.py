@@ -23,7 +23,7 @@ from blip2.metrics.retrieval import bidirectional_recall, candidate_pairs, recal
 from blip2.metrics.table import METRICS, measure
 from blip2.ops import distributed
 from blip2.ops.contrastive import query_text_similarity
-from blip2.ops.host import to_numpy
+from blip2.ops.devices import to_numpy
 
 THUMB = 224
 # Dev images of stage 2 at a time.

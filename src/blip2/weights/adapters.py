@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blip2.configs import LoraConfig
 from blip2.errors import CheckpointError
-from blip2.models import hub
+from blip2.models import towers
 from blip2.models.freezing import is_adapter
 from blip2.weights.checkpoint import Checkpoint
 from blip2.weights.frozen_towers import Tower
@@ -67,6 +67,6 @@ def _turned(config: Any) -> set[str]:
     from transformers.pytorch_utils import Conv1D
 
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device("meta"), hub.quiet():
+    with torch.device("meta"), towers.quiet():
         model = kind.from_config(config)
     return {name for name, module in model.named_modules() if isinstance(module, Conv1D)}

@@ -10,7 +10,7 @@ import torch
 from blip2.errors import CheckpointError
 from blip2.models.build import build_stage1, build_stage2
 from blip2.models.freezing import freeze
-from blip2.models.language.loading import load_language_model, parameter_count
+from blip2.models.language.model import load_language_model, parameter_count
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision.encoder import VisionEncoder, load_vision_encoder, vision_encoder_from_config

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from blip2.errors import CheckpointError
-from blip2.models import hub
+from blip2.models import towers
 from blip2.weights import compact, runs
 from blip2.weights.checkpoint import Checkpoint
 from blip2.weights.huggingface import open_huggingface
@@ -120,8 +120,8 @@ def _open(source: str | Path) -> Checkpoint:
         tensors = compact.whole(open_safetensors(run.weights), run.config.qformer, str(run.weights))
         return Checkpoint(str(run.weights), "blip2", run.config, tensors)
     name = PRESETS.get(str(source), str(source))
-    if hub.is_id(name) and not Path(name).suffix:
-        return open_huggingface(name, hub.snapshot(name))
+    if towers.is_id(name) and not Path(name).suffix:
+        return open_huggingface(name, towers.snapshot(name))
     presets = ", ".join(["tiny", *PRESETS])
     raise CheckpointError(
         f"{source}: no such run folder or checkpoint file, and no preset ({presets}) or hub id (OWNER/NAME)"

@@ -13,8 +13,8 @@ import torch
 
 from blip2.configs import RunConfig
 from blip2.errors import CheckpointError
-from blip2.models import hub, towers
-from blip2.models.language.loading import load_language_model
+from blip2.models import towers
+from blip2.models.language.model import load_language_model
 from blip2.weights.checkpoint import Checkpoint
 from blip2.weights.lazy_tensors import LazyTensor, Tensors, open_folder
 
@@ -42,9 +42,9 @@ def folder_of(name: str) -> Path:
     source = towers.folder(name)
     if Path(source).is_dir():
         return Path(source)
-    if not hub.is_id(source):
+    if not towers.is_id(source):
         raise CheckpointError(f"{name}: no such folder, and no hub id (OWNER/NAME)")
-    return hub.snapshot(source)
+    return towers.snapshot(source)
 
 
 def vision_tower(found: Checkpoint) -> Tower:
@@ -56,10 +56,10 @@ def vision_tower(found: Checkpoint) -> Tower:
         _require_complete(found.source, config, found.vision | norm)
         return Tower(config, found.vision | norm, None)
     folder = folder_of(settings.name)
-    config = hub.load_config(str(folder))
-    part = hub.part_of_blip2(config, "vision_config")
+    part, inside = towers.load_part_config(str(folder), "vision_config")
     tensors = open_folder(folder)
-    tensors = tensors if part is config else _below(tensors, "vision_model.")
+    if inside:
+        tensors = _below(tensors, "vision_model.")
     if part.model_type == "blip_2_vision_model":
         _require_complete(str(folder), part, tensors)
     return Tower(part, tensors, folder)
@@ -75,7 +75,7 @@ def with_own_encoder(found: Checkpoint) -> Checkpoint:
     own = {name.removeprefix(prefix): lazy for name, lazy in found.tensors.items() if name.startswith(prefix)}
     if not own:
         return found
-    part = hub.part_of_blip2(hub.load_config(str(folder_of(found.config.vision.name))), "vision_config")
+    part, _ = towers.load_part_config(str(folder_of(found.config.vision.name)), "vision_config")
     if part.model_type != "blip_2_vision_model":
         raise CheckpointError(
             f"{found.source}: it fine-tuned a {part.model_type} image encoder, and BLIP-2 of transformers and LAVIS "
@@ -93,11 +93,9 @@ def language_tower(config: RunConfig) -> Tower:
     Read from its files where their names are those of the class as it is now, else loaded whole.
     """
     folder = folder_of(config.language.name)
-    whole = hub.load_config(str(folder))
-    part = hub.part_of_blip2(whole, "text_config")
-    part.update(towers.overrides(config.language.name))
+    part, inside = towers.load_part_config(config.language.name, "text_config")
     tensors = open_folder(folder)
-    if part is not whole:
+    if inside:
         tensors = _below(tensors, "language_model.")
     shapes, tied = _shapes_of(part)
     if tensors.keys() <= shapes.keys() and shapes.keys() - tensors.keys() <= tied:
@@ -114,7 +112,7 @@ def language_config(name: str) -> Any:
     """transformers config of a language model by name, folder or hub id; a named one needs no hub."""
     if name in towers.TOWERS:
         return towers.TOWERS[name].config()
-    return hub.part_of_blip2(hub.load_config(str(folder_of(name))), "text_config")
+    return towers.load_part_config(str(folder_of(name)), "text_config")[0]
 
 
 def eva_config(found: Checkpoint) -> Any:
@@ -125,7 +123,7 @@ def eva_config(found: Checkpoint) -> Any:
     from transformers import Blip2VisionConfig
 
     if found.vision_config is not None:
-        with hub.readable(found.source):
+        with towers.readable(found.source):
             return Blip2VisionConfig(**found.vision_config)
     vision = found.vision
     config = towers.TOWERS["vitg"].config()
@@ -173,7 +171,7 @@ def _require_complete(source: str, vision: Any, tensors: Tensors) -> None:
     """Every tensor of the image encoder is there; what is there besides does no harm."""
     from transformers import Blip2VisionModel
 
-    with torch.device("meta"), hub.readable(source):
+    with torch.device("meta"), towers.readable(source):
         model: Any = Blip2VisionModel(vision)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     missing = [name for name in shapes if name not in tensors]
@@ -195,7 +193,7 @@ def _shapes_of(config: Any) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device("meta"), hub.quiet():
+    with torch.device("meta"), towers.quiet():
         model = kind.from_config(config)
     tied: Iterable[str] = getattr(model, "all_tied_weights_keys", None) or model._tied_weights_keys or ()
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}, set(tied)

@@ -8,7 +8,7 @@ from typing import Any
 
 from blip2.configs import LanguageConfig, QFormerConfig, RunConfig, VisionConfig
 from blip2.errors import CheckpointError, ConfigError
-from blip2.models import hub
+from blip2.models import towers
 from blip2.weights import names
 from blip2.weights.checkpoint import OPT_END, T5_QUESTION, Checkpoint, one_batch, renamed, stored_config
 from blip2.weights.lazy_tensors import Tensors, open_folder, open_safetensors
@@ -25,7 +25,7 @@ def open_huggingface(source: str, folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: not BLIP-2, incomplete, or with tensors that have no place.
     """
-    config = hub.load_config(str(folder))
+    config = towers.load_config(str(folder))
     if config.model_type == "blip_2_qformer":
         return _bare_qformer(source, config, open_folder(folder))
     if config.model_type != "blip-2":

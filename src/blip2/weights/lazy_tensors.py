@@ -21,7 +21,7 @@ from torch import Tensor
 
 from blip2.errors import CheckpointError, os_error_as
 from blip2.io.atomic import replacing
-from blip2.ops.host import to_numpy
+from blip2.ops.devices import to_numpy
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLED_INDEX, PICKLED = "pytorch_model.bin.index.json", "pytorch_model.bin"

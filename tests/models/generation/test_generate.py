@@ -24,8 +24,7 @@ from blip2.configs import DecodingConfig
 from blip2.models.generation import generate as generation
 from blip2.models.generation import prefill
 from blip2.models.generation.prefill import Continuation
-from blip2.models.language.loading import language_model_from_config
-from blip2.models.language.model import LanguageModel
+from blip2.models.language.model import LanguageModel, language_model_from_config
 
 V = 97
 SIZES: dict[str, Any] = {

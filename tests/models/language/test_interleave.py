@@ -12,8 +12,7 @@ from transformers import LlamaConfig, OPTConfig, T5Config
 
 from blip2.configs import DecodingConfig
 from blip2.models.language.interleave import interleave, interleaved_loss
-from blip2.models.language.loading import language_model_from_config
-from blip2.models.language.model import LanguageModel
+from blip2.models.language.model import LanguageModel, language_model_from_config
 
 Q, H = 3, 16
 LENGTHS = [4, 2, 5, 1, 3, 6]

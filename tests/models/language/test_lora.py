@@ -14,8 +14,7 @@ from transformers import CohereConfig, GPT2Config, LlamaConfig, OPTConfig, T5Con
 from blip2.configs import DecodingConfig, LoraConfig
 from blip2.errors import ConfigError, RunError
 from blip2.models.freezing import assert_frozen, is_adapter, parameter_table, weights_digest
-from blip2.models.language.loading import language_model_from_config
-from blip2.models.language.model import LanguageModel
+from blip2.models.language.model import LanguageModel, language_model_from_config
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'blip2[train]')")
 

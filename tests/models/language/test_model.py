@@ -28,8 +28,7 @@ from transformers import (
 from blip2.configs import DecodingConfig, LanguageConfig
 from blip2.errors import ConfigError
 from blip2.models.freezing import assert_frozen, weights_digest
-from blip2.models.language.loading import language_model_from_config, load_language_model, parameter_count
-from blip2.models.language.model import LanguageModel
+from blip2.models.language.model import LanguageModel, language_model_from_config, load_language_model, parameter_count
 
 V = 61
 SIZES: dict[str, Any] = {

@@ -17,8 +17,7 @@ from blip2.configs import DecodingConfig, LanguageConfig, LoraConfig, RunConfig,
 from blip2.errors import ConfigError
 from blip2.models.freezing import assert_frozen, parameter_table, weights_digest
 from blip2.models.language import quantize
-from blip2.models.language.loading import language_model_from_config, load_language_model
-from blip2.models.language.model import LanguageModel
+from blip2.models.language.model import LanguageModel, language_model_from_config, load_language_model
 
 V, H = 40, 64
 CPU = torch.device("cpu")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
+from blip2.configs import QFormerConfig
 from blip2.errors import CheckpointError
-from blip2.models.qformer.bert_init import load_bert, qformer_sizes
+from blip2.models.build import build_qformer
+from blip2.models.qformer.bert_init import load_bert
 from blip2.models.qformer.model import QFormer
 
 BERT = BertConfig(
@@ -39,9 +42,8 @@ def state_of(bert: BertForMaskedLM) -> dict[str, Tensor]:
     return {k: v for k, v in bert.state_dict().items() if "decoder" not in k}
 
 
-def fresh(*, text: bool = True) -> QFormer:
-    sizes = qformer_sizes(BERT)
-    return QFormer(**sizes, image_width=6, queries=2, vocab=BERT.vocab_size + 1 if text else None).eval()
+def fresh(*, text: bool = True, pool: Literal["cls", "mean"] = "cls") -> QFormer:
+    return build_qformer(QFormerConfig(queries=2, text_pool=pool), 6, BERT, text=text).eval()
 
 
 def ids_and_mask() -> tuple[Tensor, Tensor]:
@@ -67,7 +69,7 @@ def test_the_text_branch_alone_is_bert(bert: BertForMaskedLM) -> None:
 
 
 def test_the_mean_over_tokens_is_berts(bert: BertForMaskedLM) -> None:
-    qformer = QFormer(**qformer_sizes(BERT), image_width=6, queries=2, vocab=18, text_pool="mean").eval()
+    qformer = fresh(pool="mean")
     load_bert(qformer, state_of(bert), "bert")
     ids, mask = ids_and_mask()
     with torch.no_grad():

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from blip2.configs import DecodingConfig
-from blip2.models import hub
+from blip2.models import towers
 from blip2.models.generation.prefill import Continuation, is_supported, read, read_encoded, read_shared
 
 _NEVER = -1.0e9  # the score of what may not be chosen, as in transformers
@@ -127,7 +127,7 @@ def _by_transformers(
         options["temperature"] = float(decoding.temperature)
     elif decoding.beams > 1:
         options["length_penalty"] = decoding.length_penalty
-    with hub.quiet():
+    with towers.quiet():
         out: Tensor = model.generate(
             inputs_embeds=embeds_BSH,
             attention_mask=mask_BS,

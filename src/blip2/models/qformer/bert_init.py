@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -15,18 +13,6 @@ _POSITIONS, _TYPES = "embeddings.position.weight", "embeddings.token_type_embedd
 _UNUSED = ("pooler.", "embeddings.position_ids", _TYPES, "cls.seq_relationship.")
 # Tensors with a row per word: the Q-Former's may have more ([DEC]).
 _BY_VOCABULARY = ("embeddings.word.weight", "head.bias")
-
-
-def qformer_sizes(bert: Any) -> dict[str, Any]:
-    """Constructor arguments of `QFormer` that follow a transformers BERT config."""
-    return {
-        "width": bert.hidden_size,
-        "depth": bert.num_hidden_layers,
-        "heads": bert.num_attention_heads,
-        "inner": bert.intermediate_size,
-        "positions": bert.max_position_embeddings,
-        "eps": bert.layer_norm_eps,
-    }
 
 
 def load_bert(qformer: QFormer, state: dict[str, Tensor], source: str) -> list[str]:

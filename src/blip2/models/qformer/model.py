@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from blip2.models.qformer.layers import Attention, FeedForward, KeyValue, Packing, QFormerLayer
-from blip2.ops.host import to_list
+from blip2.ops.devices import to_list
 from blip2.ops.masks import bidirectional_mask, multimodal_causal_mask
 
 

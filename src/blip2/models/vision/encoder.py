@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from blip2.configs import VisionConfig
 from blip2.errors import ConfigError
-from blip2.models import hub, towers
+from blip2.models import towers
 from blip2.models.bundled_towers import IMAGENET_MEAN, IMAGENET_STD
 from blip2.models.freezing import freeze
 
@@ -183,13 +183,13 @@ def load_vision_encoder(config: VisionConfig, dtype: torch.dtype = torch.float32
         ConfigError: `layer`, `pool` or `image_size` does not fit it.
     """
     source = towers.folder(config.name)
-    whole = hub.load_config(source)
+    whole = towers.load_config(config.name)
     part = _vision_part(whole, source)
     options: dict[str, Any] = {}
     if part is not whole:
         options["key_mapping"] = {r"^vision_model\.": ""}
     kind, extra = _model_class(part)
-    model = hub.load_model(kind, source, part, dtype, **extra, **options)
+    model = towers.load_model(kind, source, part, dtype, **extra, **options)
     mean, std = normalisation(part, source)
     encoder = _wrap(model, part, config.name, config.layer, config.pool, config.image_size, mean, std)
     freeze(encoder)
@@ -271,9 +271,9 @@ def _side(value: Any) -> int:
 
 def normalisation(part: Any, source: str) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and std of the checkpoint's own preprocessor, else those usual for its type."""
-    own = hub.read_json(source, "preprocessor_config.json")
+    own = towers.read_json(source, "preprocessor_config.json")
     if own is None:
-        own = (hub.read_json(source, "processor_config.json") or {}).get("image_processor")
+        own = (towers.read_json(source, "processor_config.json") or {}).get("image_processor")
     if own and "image_mean" in own and "image_std" in own:
         return own["image_mean"], own["image_std"]
     return _NORMALISATION.get(part.model_type, (IMAGENET_MEAN, IMAGENET_STD))

@@ -13,7 +13,7 @@ from torch import Tensor
 from blip2.configs import RunConfig, to_dict
 from blip2.data.tokenizers import LanguageTokenizer
 from blip2.errors import CheckpointError
-from blip2.models import hub, towers
+from blip2.models import towers
 from blip2.models.build import EXTRA_TOKENS, bert_config
 from blip2.models.vision.encoder import CLIP_MEAN, CLIP_STD, normalisation
 from blip2.weights import names
@@ -131,7 +131,7 @@ def _write_stage1(config: Any, run: RunConfig, place: Path) -> None:
 
     source = folder_of(run.qformer.init)
     require_tokenizer(source)
-    with hub.readable(str(source)):
+    with towers.readable(str(source)):
         tokenizer = AutoTokenizer.from_pretrained(source)
         if "[DEC]" not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"bos_token": "[DEC]"})
@@ -152,7 +152,7 @@ def _write_stage2(run: RunConfig, language: Tower, vision: Tower, place: Path) -
         max_text=run.language.max_text,
         encoder_decoder=language.config.is_encoder_decoder,
     ).end_id
-    with hub.readable(str(language.folder)):
+    with towers.readable(str(language.folder)):
         tokenizer = AutoTokenizer.from_pretrained(language.folder)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
