@@ -81,7 +81,7 @@ def test_no_upward_import(file: str) -> None:
         ("data/loader.py", "from blip2 import ops", 0),
         ("models/stage1.py", "from ..data import shards", 1),
         ("models/stage1.py", "from . import freezing\nfrom ..ops import masks", 0),
-        ("training/trainer.py", "from blip2.evaluation import tasks", 1),
+        ("training/trainer.py", "from blip2.evaluation import vqa", 1),
         ("data/loader.py", "from blip2 import load", 1),
         ("cli/main.py", "import blip2", 0),
         ("training/trainer.py", "from blip2 import __version__", 0),

@@ -18,9 +18,9 @@ from blip2.cli.main import main
 from blip2.configs import DecodingConfig
 from blip2.data.sources import open_collection
 from blip2.errors import ConfigError
-from blip2.evaluation import tasks
+from blip2.evaluation import retrieval
 from blip2.evaluation.published import published
-from blip2.evaluation.tasks import lemmatised
+from blip2.evaluation.vqa import lemmatised
 from blip2.metrics.captioning import bleu, cider
 from blip2.metrics.retrieval import candidate_pairs, fill_with_similarity, recall_at_k, reranked_scores
 
@@ -126,11 +126,11 @@ def test_ranking_follows_the_likelihood(hf: HF, data: Path, kind: str) -> None:
     assert model.rank_answers(picture, "what is it?", candidates) == [candidates[int(np.argmax(scores))]]
 
 
-@pytest.mark.parametrize("room", [tasks.KEPT_FEATURES, 0])
+@pytest.mark.parametrize("room", [retrieval.KEPT_FEATURES, 0])
 def test_retrieval(
     hf: HF, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "KEPT_FEATURES", room)
+    monkeypatch.setattr(retrieval, "KEPT_FEATURES", room)
     source = str(hf("itm")[0])
     command = ["evaluate", "retrieval", "--model", source, "--data", str(data), "--dtype", "fp32", "--json", "-k", "3"]
     assert main([*command, "--out", str(tmp_path / "e")]) == 0

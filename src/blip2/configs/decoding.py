@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from blip2.configs.checks import require
 
@@ -33,6 +34,11 @@ class DecodingConfig:
     top_p: float = 0.9
     temperature: float = 1.0
     rerank: int = 0
+
+    @classmethod
+    def for_answers(cls, **options: Any) -> DecodingConfig:
+        """The paper's for VQA: beam 5, length penalty -1, 1 to 10 tokens; `options` replace single fields."""
+        return cls(**{"min_tokens": 1, "max_tokens": 10, "length_penalty": -1.0, **options})
 
     def __post_init__(self) -> None:
         for name in ("beams", "num", "max_tokens"):

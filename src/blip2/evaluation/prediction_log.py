@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from tqdm import tqdm
 from blip2.errors import ConfigError, RunError, os_error_as
 from blip2.io.atomic import write_json, write_json_lines
 from blip2.ops import distributed
+
+Entries = list[dict[str, Any]]
 
 PREDICTIONS, SETTINGS = "predictions.jsonl", "settings.json"
 # What only weighs predictions that are there: it may change, and nothing is predicted again.
@@ -29,7 +32,7 @@ class Folder:
 
     Args:
         path: made when it is not there.
-        settings: what may move the number; a folder of others is refused, but for `WEIGHTS`.
+        settings: what can move the numbers; a folder with others, `WEIGHTS` aside, is refused.
 
     Raises:
         ConfigError: the folder is of an evaluation with other settings.
@@ -40,11 +43,11 @@ class Folder:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            known = path / SETTINGS
-            if known.is_file():
-                _same(json.loads(known.read_text("utf-8")), settings, path)
+            file = path / SETTINGS
+            if file.is_file():
+                _require_same(json.loads(file.read_text("utf-8")), settings, path)
             if distributed.rank() == 0:
-                write_json(known, settings)
+                write_json(file, settings)
         except ValueError as error:
             raise ConfigError(f"{path / SETTINGS}: not JSON: choose another --out") from error
         except OSError as error:
@@ -52,29 +55,29 @@ class Folder:
         distributed.barrier()
 
     def done(self) -> dict[str, dict[str, Any]]:
-        """Predictions so far by id, of all processes; a line cut short is not one."""
-        found: dict[str, dict[str, Any]] = {}
+        """Predictions so far by id, of all processes; a line that was cut short is left out."""
+        entries: dict[str, dict[str, Any]] = {}
         for file in sorted(self.path.glob("predictions*.jsonl")):
             for line in file.read_bytes().splitlines():
                 try:
                     entry = json.loads(line)
-                    found[entry["id"]] = entry
+                    entries[entry["id"]] = entry
                 except (ValueError, KeyError, TypeError):
                     continue
-        return found
+        return entries
 
-    def merged(self, order: Sequence[str]) -> list[dict[str, Any]]:
+    def merged(self, order: Sequence[str]) -> Entries:
         """All predictions in the order of the data; the first process writes them to `predictions.jsonl`.
 
         Raises:
             RunError: one is missing.
         """
         distributed.barrier()
-        found = self.done()
-        missing = [name for name in order if name not in found]
+        done = self.done()
+        missing = [name for name in order if name not in done]
         if missing:
             raise RunError(f"{self.path}: {len(missing)} predictions are missing, first {missing[0]}: run it again")
-        entries = [found[name] for name in order]
+        entries = [done[name] for name in order]
         distributed.barrier()
         if distributed.rank() == 0:
             write_json_lines(self.path / PREDICTIONS, entries)
@@ -82,8 +85,8 @@ class Folder:
                 part.unlink()
         return entries
 
-    def append(self, entries: Sequence[dict[str, Any]]) -> None:
-        """Add predictions of this process, flushed to disk."""
+    def append(self, entries: Entries) -> None:
+        """Add predictions of this process to its file."""
         path = self.path / f"predictions-{distributed.rank()}.jsonl"
         with os_error_as(RunError, f"{path}: cannot be written"), path.open("a", encoding="utf-8") as handle:
             if handle.tell() and not _ends_in_newline(path):
@@ -94,24 +97,24 @@ class Folder:
 def work_through(
     names: Sequence[str],
     folder: Folder,
-    predict: Callable[[list[int]], list[dict[str, Any]]],
+    predict: Callable[[list[int]], Entries],
     *,
     batch: int,
-    what: str,
-) -> list[dict[str, Any]]:
-    """Predict everything that is not there yet; returns all predictions in the order of `names`.
+    unit: str,
+) -> Entries:
+    """Predict what is not in the folder yet; returns all predictions in the order of `names`.
 
     Args:
-        names: ids of the samples, all different.
+        names: of the samples; a prediction's `id` is its sample's, with a number behind it where a name comes again.
         predict: takes positions in `names`, returns their entries without `id`.
         batch: samples per chunk.
-        what: unit on the progress bar.
+        unit: on the progress bar.
     """
-    done = folder.done()
+    names, done = _distinct(names), folder.done()
     mine = [c for n, c in enumerate(_chunks(len(names), batch)) if n % distributed.world_size() == distributed.rank()]
     todo = [c for c in mine if any(names[i] not in done for i in c)]
     total, left = sum(map(len, mine)), sum(map(len, todo))
-    with tqdm(total=total, initial=total - left, unit=what, disable=distributed.rank() > 0) as bar:
+    with tqdm(total=total, initial=total - left, unit=unit, disable=distributed.rank() > 0) as bar:
         for chunk in todo:
             entries = predict(chunk)
             folder.append([{"id": names[i], **entry} for i, entry in zip(chunk, entries, strict=True)])
@@ -124,7 +127,16 @@ def _chunks(count: int, size: int) -> Iterator[list[int]]:
         yield list(range(start, min(start + size, count)))
 
 
-def _same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+def _distinct(names: Sequence[str]) -> list[str]:
+    counts: Counter[str] = Counter()
+    distinct = []
+    for name in names:
+        counts[name] += 1
+        distinct.append(name if counts[name] == 1 else f"{name}~{counts[name]}")
+    return distinct
+
+
+def _require_same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     now = json.loads(json.dumps(now))
     for name in sorted((before.keys() | now.keys()).difference(WEIGHTS)):
         if before.get(name) != now.get(name):

@@ -1,7 +1,9 @@
-"""`report.html` of an evaluation: the numbers, the settings, and best, worst and random examples as pictures."""
+"""What an evaluation came to: its outcome, the table on the terminal, and `report.html`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,79 +11,102 @@ import numpy as np
 
 from blip2.data.collection import BadSampleError, Collection, Sample
 from blip2.data.images import decode_image
-from blip2.evaluation.tasks import Outcome
-from blip2.io.atomic import write_text
+from blip2.io import html
 from blip2.io.figures import jpeg
-from blip2.io.html import environment
 
 SHOWN, THUMB = 8, 256
 
 
-def write_page(folder: Path, result: dict[str, Any], outcome: Outcome, data: Collection) -> Path:
-    """Write `report.html` into an evaluation's folder; returns its path."""
-    by_key = {sample.key: sample for sample in data.samples}
-    groups = [
-        (title, [_example(result["task"], outcome.entries[n], by_key) for n in chosen])
-        for title, chosen in _chosen(outcome.entries)
+@dataclass(frozen=True)
+class Outcome:
+    """What a task measured.
+
+    Args:
+        metrics: by name, some of them nested; None where a metric is missing.
+        entries: predictions by sample, each with its `id` and `score` (higher is better).
+        missing: why, by metric.
+        notes: lines for the table.
+    """
+
+    metrics: dict[str, Any]
+    entries: list[dict[str, Any]]
+    missing: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def table(result: dict[str, Any], outcome: Outcome) -> str:
+    """The table for the terminal; `result` is what `metrics.json` holds."""
+    lines = [f"{result['task']}: {result['model']} on {result['data']}, {result['n']} samples", ""]
+    lines += [f"  {name:<20} {value}" for name, value in result["settings"].items() if name not in ("model", "data")]
+    lines += ["", f"  {'metric':<24}{'here':>10}{'paper':>10}"]
+    lines += [
+        f"  {name:<24}{here:>10}{paper:>10}" for name, here, paper in _rows(result["metrics"], result["published"])
     ]
-    page = (
-        environment(Path(__file__).parent)
-        .get_template("page.html.j2")
-        .render(result=result, rows=_rows(result), groups=groups, missing=outcome.missing, notes=outcome.notes)
-    )
+    lines += [f"  {name} is missing: {reason}" for name, reason in outcome.missing.items()]
+    return "\n".join([*lines, *(f"  {note}" for note in outcome.notes)])
+
+
+def write_page(
+    folder: Path,
+    result: dict[str, Any],
+    outcome: Outcome,
+    data: Collection,
+    example: Callable[[dict[str, Any]], dict[str, Any]],
+) -> Path:
+    """Write `report.html` with the numbers, the settings, and best, worst and random predictions; returns its path.
+
+    Args:
+        example: from a prediction to its `text`, `references` and, where it has them, `question` and `score`.
+    """
+    by_key = {sample.key: sample for sample in data.samples}
+
+    def card(entry: dict[str, Any]) -> dict[str, Any]:
+        key = entry.get("image", entry["id"])
+        sample = by_key.get(key) or by_key.get(key.split("~")[0])
+        return {"key": key, "image": thumbnail(sample), "question": None, "score": "", **example(entry)}
+
+    groups = [(title, [card(outcome.entries[n]) for n in rows]) for title, rows in _selection(outcome.entries)]
     path = folder / "report.html"
-    write_text(path, page)
+    html.write_page(
+        path,
+        Path(__file__).with_name("page.html.j2"),
+        result=result,
+        rows=_rows(result["metrics"], result["published"]),
+        groups=groups,
+        missing=outcome.missing,
+        notes=outcome.notes,
+    )
     return path
 
 
-def _chosen(entries: list[dict[str, Any]]) -> list[tuple[str, list[int]]]:
+def thumbnail(sample: Sample | None) -> str | None:
+    """A small JPEG of a sample as a data URL; None where it cannot be read."""
+    if sample is None:
+        return None
+    try:
+        return jpeg(decode_image(sample.read()), THUMB)
+    except BadSampleError:
+        return None
+
+
+def _selection(entries: list[dict[str, Any]]) -> list[tuple[str, list[int]]]:
     """Positions of the best, the worst and random entries, each shown once."""
     order = sorted(range(len(entries)), key=lambda n: -entries[n]["score"])
     shown = min(SHOWN, max(1, len(order) // 3))
     best, worst = order[:shown], order[-shown:][::-1] if len(order) > shown else []
     rest = [n for n in order[shown:-shown] if n not in worst]
     random = [rest[i] for i in np.random.default_rng(0).permutation(len(rest))[:shown]]
-    return [(title, found) for title, found in (("Best", best), ("Worst", worst), ("Random", random)) if found]
+    return [(title, rows) for title, rows in (("Best", best), ("Worst", worst), ("Random", random)) if rows]
 
 
-def _example(task: str, entry: dict[str, Any], by_key: dict[str, Sample]) -> dict[str, Any]:
-    key = entry.get("image", entry["id"])
-    sample = by_key.get(key) or by_key.get(key.split("~")[0])
-    out = {"key": key, "image": picture_of(sample), "question": None, "score": ""}
-    if task == "vqa":
-        return out | {"said": entry["answer"], "question": entry["question"], "wanted": sorted(set(entry["answers"]))}
-    if task == "retrieval":
-        return out | {
-            "said": entry["found"],
-            "wanted": entry["references"],
-            "score": f"its own text at rank {entry['rank']}",
-        }
-    return out | {"said": entry["caption"], "wanted": entry["references"], "score": f"CIDEr {entry['score']:.0f}"}
-
-
-def picture_of(sample: Sample | None) -> str | None:
-    """A small JPEG of a sample as a data URL; None where it cannot be read."""
-    if sample is None:
-        return None
-    try:
-        picture = decode_image(sample.read())
-    except BadSampleError:
-        return None
-    return jpeg(picture, THUMB)
-
-
-def _rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(metric, here, paper)."""
-    rows: list[tuple[str, str, str]] = []
-
-    def walk(values: dict[str, Any], prefix: str) -> None:
-        for name, value in values.items():
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{name} ")
-                continue
-            paper = result["published"].get(name)
+def _rows(metrics: dict[str, Any], published: dict[str, float], prefix: str = "") -> list[tuple[str, str, str]]:
+    """(metric, here, paper) as text; names of nested metrics follow those that hold them."""
+    rows = []
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            rows += _rows(value, published, f"{prefix}{name} ")
+        else:
+            paper = published.get(name)
             here = "missing" if value is None else f"{value:.2f}"
             rows.append((f"{prefix}{name}", here, "" if paper is None else f"{paper:.1f}"))
-
-    walk(result["metrics"], "")
     return rows

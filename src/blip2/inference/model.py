@@ -96,8 +96,7 @@ class Blip2(Loaded):
         Args:
             shots: examples in front of every image, `{"image", "question", "answer"}` each, as in `caption`.
         """
-        vqa = {"min_tokens": 1, "max_tokens": 10, "length_penalty": -1.0}
-        config = decoding or DecodingConfig(**{**vqa, **options})
+        config = decoding or DecodingConfig.for_answers(**options)
         pictures = listed(images)
         asked = [questions] * len(pictures) if isinstance(questions, str) else list(questions)
         if len(asked) != len(pictures):

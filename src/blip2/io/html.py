@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blip2.errors import RunError, os_error_as
 from blip2.io.atomic import write_text
@@ -23,6 +23,16 @@ def environment(folder: Path) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def write_page(path: Path, template: Path, **values: Any) -> None:
+    """Fill a template and write the page; see `write`.
+
+    Args:
+        template: a jinja2 file; what it includes lies beside it or in this room.
+        values: what its names stand for.
+    """
+    write(path, environment(template.parent).get_template(template.name).render(**values))
 
 
 def write(path: Path, page: str) -> None:

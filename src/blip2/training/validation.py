@@ -112,7 +112,7 @@ class DevEvaluator:
         keys, features, limits = batch.keys[:count], features_BPC[:count], self.config.eval
         if batch.questions is not None:
             asked = batch.questions[:count]
-            decoding = DecodingConfig(beams=limits.beams, min_tokens=1, max_tokens=10, length_penalty=-1.0)
+            decoding = DecodingConfig.for_answers(beams=limits.beams)
             prompts = [self.config.language.question.format(question) for question in asked]
             texts = self.model.generate(features, prompts, decoding, questions=asked)
             said = [f"{question} {text[0]}" for question, text in zip(asked, texts, strict=True)]
