@@ -29,9 +29,9 @@ import webdataset
 from blip2.data.collection import Collection
 from blip2.data.images import ImageSpec
 from blip2.data.loader import TrainingBatches
-from blip2.data.remote import fetch_all
 from blip2.data.shards.reader import read_shards
 from blip2.data.sources import shard_paths
+from blip2.io.remote import fetch_all
 
 SPEC = ImageSpec(224, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 BATCH = 64
@@ -76,10 +76,9 @@ def fetched(paths: list[Path]) -> float:
         with tempfile.TemporaryDirectory() as cache:
             os.environ["BLIP2_CACHE"] = cache
             began = time.monotonic()
-            got, bad = fetch_all([f"{address}/{path.name}" for path in paths], progress=False)
+            copies = fetch_all([f"{address}/{path.name}" for path in paths], progress=False)
             seconds = time.monotonic() - began
-            assert not bad, bad
-            return sum(path.stat().st_size for path in got) / seconds / 1e6
+            return sum(Path(copy).stat().st_size for copy in copies) / seconds / 1e6
     finally:
         server.terminate()
         server.wait()

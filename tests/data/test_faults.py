@@ -26,12 +26,12 @@ from typing import Any
 import pytest
 import torch
 
-from blip2.data import remote
 from blip2.data.batch import Batch
 from blip2.data.images import ImageSpec
 from blip2.data.loader import TrainingBatches
 from blip2.data.shards.writer import write_shard
 from blip2.data.sources import open_collection
+from blip2.io import remote
 
 SHARDS, SAMPLES = 40, 4
 DEAD, SLOW = "s-00013.tar", "s-00029.tar"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from blip2.configs import DataConfig, RunConfig
 from blip2.data.collection import Collection
-from blip2.data.folders import SUFFIXES
+from blip2.data.image_formats import SUFFIXES
 from blip2.data.sources import open_collection
 from blip2.errors import DataError
 from blip2.inference import Blip2, load

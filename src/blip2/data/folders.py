@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from blip2.data.collection import BadSample, BadSampleError, Collection, Sample, printable
+from blip2.data.image_formats import SUFFIXES
 from blip2.data.shards.reader import decode_text, image_id_of, lines_of, parse_json, texts_of
 from blip2.errors import DataError, os_error_as
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+def images_below(folder: Path) -> list[Path]:
+    """Every image file in a folder and below it, in a stable order."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def read_folder(folder: Path) -> Collection:
     """Every image below a folder, with the captions in the `.txt` of its name, one per line."""
     collection = Collection(str(folder), [])
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
+    for path in images_below(folder):
         key = printable(path.relative_to(folder).with_suffix("").as_posix())
         try:
             texts = lines_of(decode_text(_sidecar(path.with_suffix(".txt"))))
@@ -78,16 +82,16 @@ def find_images(names: list[str]) -> list[str]:
     Raises:
         DataError: a name does not exist, or a folder holds no image.
     """
-    found: dict[str, None] = {}
+    paths: dict[str, None] = {}
     for name in names:
         path = Path(name)
         if path.is_dir():
-            inside = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            inside = images_below(path)
             if not inside:
                 raise DataError(f"{name}: no image in this folder ({', '.join(sorted(SUFFIXES))})")
-            found |= dict.fromkeys(inside)
+            paths |= dict.fromkeys(map(str, inside))
         elif path.exists():
-            found[name] = None
+            paths[name] = None
         else:
             raise DataError(f"{name}: no such file or folder")
-    return list(found)
+    return list(paths)

@@ -20,11 +20,10 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from blip2.data.collection import BadSampleError
+from blip2.data.image_formats import FORMATS
 
 # Above this an image is refused from its header, before a pixel is decoded.
 MAX_PIXELS = 100_000_000
-# Rasters only: Pillow hands EPS to Ghostscript, which no downloaded file should reach.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "TGA", "ICO", "AVIF")
 # Longest side in shorter sides that a centre crop scales.
 _LONGEST = 16
 _BROKEN_EXIF = (SyntaxError, ValueError, TypeError, KeyError, IndexError, OSError, struct.error)
@@ -201,7 +200,7 @@ def _eight_bit(picture: Image.Image) -> Image.Image:
 
 def _opened(data: bytes) -> Image.Image:
     Image.init()  # registers every format: `open` refuses a name that it does not know yet
-    formats = [name for name in _FORMATS if name in Image.OPEN]
+    formats = [kind.name for kind in FORMATS if kind.name in Image.OPEN]
     with _WARNINGS, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(io.BytesIO(data), formats=formats)

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from blip2.data.collection import Collection, Sample
+from blip2.data.collection import BadSample, Collection, Sample
 from blip2.data.easyvqa import build_easy_vqa
 from blip2.data.folders import read_folder, read_jsonl
 from blip2.data.mixture import Part, parse_mixture
-from blip2.data.remote import fetch_all, is_remote
 from blip2.data.shards.reader import read_shards
 from blip2.errors import DataError
 from blip2.io.paths import cache_folder
+from blip2.io.remote import fetch_all, is_remote
 
 # Sets of local shards: the folder below a data folder, and the splits there are.
 _SHARDS = {
@@ -136,9 +136,10 @@ def _remote(spec: str) -> Collection:
         raise DataError(f"{spec}: not a brace pattern that can be expanded: {error}") from error
     if not all(url.endswith(".tar") for url in urls):
         raise DataError(f"{spec}: not shards: give addresses that end in .tar, with braces for several")
-    paths, bad = fetch_all(urls)
-    collection = read_shards(spec, paths)
-    return Collection(spec, collection.samples, [*bad, *collection.bad])
+    copies = fetch_all(urls)
+    collection = read_shards(spec, [copy for copy in copies if isinstance(copy, Path)])
+    lost = [BadSample(url, url, copy) for url, copy in zip(urls, copies, strict=True) if isinstance(copy, str)]
+    return Collection(spec, collection.samples, [*lost, *collection.bad])
 
 
 def _named_shards(name: str, split: str) -> list[Path]:

@@ -11,7 +11,6 @@ import struct
 import zlib
 from collections.abc import Iterator
 
-KINDS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 _MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
 _FOREIGN = re.compile(rb"<svg|<html|<script|<!doctype|<iframe|<\?php|<!entity|%pdf-|#!/", re.IGNORECASE)
 _ARCHIVE_END = b"PK\x05\x06"
@@ -19,17 +18,6 @@ _ARCHIVE_END = b"PK\x05\x06"
 
 class ContainerError(ValueError):
     """What is wrong with the file; for the user."""
-
-
-def kind_of(data: bytes) -> str | None:
-    """`JPEG`, `PNG` or `WEBP` by the first bytes."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WEBP"
-    return None
 
 
 def check_container(data: bytes, kind: str) -> None:

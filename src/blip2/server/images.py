@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from blip2.data.collection import BadSampleError
+from blip2.data.image_formats import MEDIA_TYPES, format_of
 from blip2.data.images import ImageSpec, decode_image, plain_view
 from blip2.server.errors import RequestError, bad
-from blip2.server.image_formats import KINDS, ContainerError, check_container, kind_of
+from blip2.server.image_formats import ContainerError, check_container
 
 _DATA_URL = re.compile(r"data:([a-z0-9.+/-]*)((?:;[a-z0-9=.+-]+)*),", re.IGNORECASE)
 _SIDE = 32768  # longest side in pixels
@@ -33,14 +34,14 @@ def checked_image(data: bytes, max_pixels: int) -> bytes:
     """
     if not data:
         raise bad("image is empty", "image", "invalid_image")
-    kind = kind_of(data)
+    kind = format_of(data)
     if kind is None:
         raise RequestError(
             415, "image is not a JPEG, PNG or WebP: convert it to one", code="unsupported_image", param="image"
         )
     try:
-        check_container(data, kind)
-        _check_header(data, kind, max_pixels)
+        check_container(data, kind.name)
+        _check_header(data, kind.name, max_pixels)
     except ContainerError as error:
         raise bad(str(error), "image", "invalid_image") from None
     return data
@@ -80,7 +81,7 @@ def from_data_url(url: str, param: str = "image") -> bytes:
     head = _DATA_URL.match(url[:200])
     if head is None or not head[2].lower().endswith(";base64"):
         raise bad("image must be a data URL: data:image/jpeg;base64,...", param, "invalid_image")
-    if head[1].lower() not in (*KINDS.values(), "image/jpg", "application/octet-stream", ""):
+    if head[1].lower() not in (*MEDIA_TYPES, "image/jpg", "application/octet-stream", ""):
         raise RequestError(
             415, "image is not a JPEG, PNG or WebP: convert it to one", code="unsupported_image", param=param
         )

@@ -10,7 +10,7 @@ from typing import Any
 from blip2.data.collection import BadSampleError
 from blip2.data.convert.locate import Images, images_of
 from blip2.data.convert.records import Item, Request, Unit, clean_key, cut
-from blip2.data.folders import SUFFIXES
+from blip2.data.folders import find_images
 from blip2.data.shards.reader import decode_text, parse_json
 from blip2.errors import DataError, os_error_as
 
@@ -24,10 +24,7 @@ def read_folder_units(request: Request) -> list[Unit]:
     folder = request.source
     if not folder.is_dir():
         raise DataError(f"{folder}: no such file or folder")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not paths:
-        raise DataError(f"{folder}: no image in this folder ({', '.join(SUFFIXES)})")
-    return cut((_beside(path, folder) for path in paths), request.size)
+    return cut((_beside(Path(path), folder) for path in find_images([str(folder)])), request.size)
 
 
 def read_lines(request: Request) -> list[Unit]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from blip2.data.collection import BadSample, BadSampleError, Sample
 from blip2.data.convert.records import Item, Unit
-from blip2.data.folders import SUFFIXES
+from blip2.data.folders import images_below
 from blip2.data.hashes import perceptual_hash
 from blip2.data.images import decode_image
 from blip2.data.shards.reader import image_id_of, texts_of
@@ -72,7 +72,7 @@ def pictures_of(spec: str, workers: int, progress: bool) -> dict[str, int]:
     folder = Path(spec).expanduser()
     samples: list[Sample] = []
     if folder.is_dir() and not any(folder.glob("*.tar")):
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        paths = images_below(folder)
         samples = [Sample(path.relative_to(folder).as_posix(), "", (), str(path)) for path in paths]
     else:
         samples = index(spec).samples

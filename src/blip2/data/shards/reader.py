@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from blip2.data.collection import BadSample, BadSampleError, Collection, Question, Sample, printable
+from blip2.data.image_formats import SHARD_FORMATS
 from blip2.errors import DataError
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+_IMAGES = tuple(suffix[1:] for kind in SHARD_FORMATS for suffix in kind.suffixes)
 _BLOCK = tarfile.BLOCKSIZE
 
 
@@ -177,7 +178,7 @@ def _add(found: dict[str, _Members], name: str, member: tarfile.TarInfo, handle:
     if not key or not extension:
         return
     parts = found.setdefault(key, _Members())
-    if extension in IMAGES and parts.image is None:
+    if extension in _IMAGES and parts.image is None:
         parts.image = (member.offset_data, member.size)
     elif extension in ("json", "txt"):
         handle.seek(member.offset_data)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from blip2.data.collection import BadSampleError
+from blip2.data.image_formats import format_of
 from blip2.data.images import decode_image
 from blip2.errors import RunError, os_error_as
 from blip2.io.atomic import replacing, write_json
@@ -38,8 +39,8 @@ def write_shard(path: Path, samples: Iterable[tuple[str, bytes, dict[str, Any]]]
             out = _Hashing(handle)
             with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as tar:  # type: ignore[call-overload]
                 for key, image, entry in samples:
-                    extension, data = stored_image(image)
-                    _add(tar, f"{key}.{extension}", data)
+                    suffix, data = stored_image(image)
+                    _add(tar, f"{key}{suffix}", data)
                     _add(tar, f"{key}.json", json.dumps(entry, ensure_ascii=False).encode())
         for left in path.parent.glob(f".{path.name}.tmp-*"):  # of a process that was killed
             left.unlink(missing_ok=True)
@@ -66,30 +67,21 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def stored_image(data: bytes) -> tuple[str, bytes]:
-    """Extension and bytes under which an image goes into a shard.
+    """Suffix and bytes under which an image goes into a shard.
 
     Raises:
         BadSampleError: an image of another kind cannot be decoded.
     """
-    if data.startswith(b"\xff\xd8\xff"):
-        return "jpg", data
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png", data
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp", data
+    kind = format_of(data)
+    if kind is not None:
+        return kind.suffixes[0], data
     buffer = io.BytesIO()
     try:
         decode_image(data).save(buffer, "PNG")
     except OSError:
         raise BadSampleError("image cannot be decoded") from None
-    return "png", buffer.getvalue()
+    return ".png", buffer.getvalue()
 
 
 class _Hashing:

@@ -12,20 +12,18 @@ import http.client
 import json
 import os
 import random
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from tqdm import tqdm
 
-from blip2.data.collection import BadSample
-from blip2.data.shards.writer import sha256_of
-from blip2.errors import DataError
+from blip2.errors import DataError, os_error_as
+from blip2.io.atomic import replacing
 from blip2.io.paths import cache_folder
 
 ATTEMPTS = 6
@@ -36,40 +34,29 @@ _AT_ONCE = 4
 _CHUNK = 1 << 20
 # What a flaky store raises; anything else is an error of ours.
 _FLAKY = (OSError, http.client.HTTPException, ValueError)
+T = TypeVar("T")
 
 
 class _NotThereError(Exception):
     """The store says that there is no such file: asking again is no use."""
 
 
-def is_remote(spec: str) -> bool:
-    """Whether a shard's name is an address."""
-    return "://" in spec
+def is_remote(name: str) -> bool:
+    """Whether a file's name is an address."""
+    return "://" in name
 
 
-def fetch_all(
-    urls: list[str], *, wait: float | None = None, progress: bool = True
-) -> tuple[list[Path], list[BadSample]]:
-    """Local copies of shards in order, without those that could not be had, which are reported.
-
-    Args:
-        wait: seconds before the second attempt; None is `FIRST_WAIT`.
+def fetch_all(urls: list[str], *, progress: bool = True) -> list[Path | str]:
+    """For each address its local copy, or the reason why it could not be had.
 
     Raises:
         DataError: the cache folder cannot be written, or a package for this kind of address is missing.
     """
-    paths: list[Path] = []
-    bad: list[BadSample] = []
-    wait = FIRST_WAIT if wait is None else wait
-    sums = _Sums(wait)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        results = pool.map(lambda url: _fetched(url, sums, wait), urls)
-        for url, found in zip(urls, tqdm(results, total=len(urls), unit="shard", disable=not progress), strict=True):
-            if isinstance(found, Path):
-                paths.append(found)
-            else:
-                bad.append(BadSample(url, url, found))
-    return paths, bad
+        folders = list(dict.fromkeys(_folder(url) for url in urls if not cached(url).is_file()))
+        checksums = dict(zip(folders, pool.map(_checksums, folders), strict=True))
+        results = pool.map(lambda url: _fetch(url, checksums), urls)
+        return list(tqdm(results, total=len(urls), unit="shard", disable=not progress))
 
 
 def cached(url: str) -> Path:
@@ -78,95 +65,66 @@ def cached(url: str) -> Path:
     return cache_folder() / "shards" / f"{digest}-{os.path.basename(url)}"
 
 
-def _fetched(url: str, sums: _Sums, wait: float) -> Path | str:
+def _folder(url: str) -> str:
+    return url.rpartition("/")[0]
+
+
+def _fetch(url: str, checksums: dict[str, dict[str, str]]) -> Path | str:
     """A local copy, or why there is none."""
     target = cached(url)
     if target.is_file():
         return target
-    try:
+    with os_error_as(DataError, f"{target.parent}: cannot be written"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        expected = sums.of(url)
-        beside = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-        beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(f"{target.parent}: cannot be written: {error.strerror or error}") from error
-
-    def once() -> Path:
-        _download(url, beside)
-        if expected and sha256_of(beside) != expected:
-            beside.unlink()
-            raise ValueError("checksum differs from the manifest's")
-        beside.replace(target)
-        return target
-
+    sha256 = checksums.get(_folder(url), {}).get(os.path.basename(url))
     try:
-        return _patiently(once, wait)
+        with replacing(target) as temporary:
+            _retry(lambda: _download(url, temporary, sha256))
+        return target
     except _NotThereError:
         return "shard is not there"
     except _FLAKY as error:
-        return f"shard cannot be fetched in {ATTEMPTS} attempts ({_cause(error)})"
-    finally:
-        beside.unlink(missing_ok=True)
+        cause = getattr(error, "reason", None) or str(error) or type(error).__name__
+        return f"shard cannot be fetched in {ATTEMPTS} attempts ({cause})"
 
 
-def _patiently(work: Callable[[], Any], wait: float) -> Any:
+def _retry(work: Callable[[], T]) -> T:
     """The result of work that may fail for a while: waits twice as long each time, a little at random."""
-    for attempt in range(ATTEMPTS):
+    for attempt in range(ATTEMPTS - 1):
         try:
             return work()
         except _FLAKY:
-            if attempt == ATTEMPTS - 1:
-                raise
-            time.sleep(wait * 2**attempt * random.uniform(0.5, 1.0))
+            time.sleep(FIRST_WAIT * 2**attempt * random.uniform(0.5, 1.0))
+    return work()
 
 
-class _Sums:
-    """SHA-256 by address out of the manifests beside shards; each manifest is fetched once."""
-
-    def __init__(self, wait: float) -> None:
-        self.wait, self.known, self.lock = wait, dict[str, dict[str, str]](), threading.Lock()
-
-    def of(self, url: str) -> str | None:
-        """The checksum of a shard; None where no manifest tells it."""
-        folder, _, name = url.rpartition("/")
-        with self.lock:
-            if folder not in self.known:
-                self.known[folder] = self._read(f"{folder}/manifest.json")
-        return self.known[folder].get(name)
-
-    def _read(self, url: str) -> dict[str, str]:
-        try:
-            shards = _patiently(lambda: json.loads(b"".join(_stream(url, 0)))["shards"], self.wait)
-            return {shard["file"]: shard["sha256"] for shard in shards}
-        except (_NotThereError, KeyError, TypeError, *_FLAKY):
-            return {}
+def _checksums(folder: str) -> dict[str, str]:
+    """SHA-256 by file out of the manifest beside shards; empty where there is none."""
+    try:
+        shards = _retry(lambda: json.loads(b"".join(_stream(f"{folder}/manifest.json", 0)))["shards"])
+        return {shard["file"]: shard["sha256"] for shard in shards}
+    except (_NotThereError, KeyError, TypeError, *_FLAKY):
+        return {}
 
 
-def _download(url: str, beside: Path) -> None:
-    """Append what is missing of a file."""
-    have = beside.stat().st_size if beside.exists() else 0
-    pace = _Pace()
-    with beside.open("ab") as handle:
-        for chunk in _stream(url, have):
+def _download(url: str, path: Path, sha256: str | None) -> None:
+    """Append what is missing of a file; one of another checksum is removed, and a crawling store is an OSError."""
+    since, received = time.monotonic(), 0
+    with path.open("ab") as handle:
+        for chunk in _stream(url, handle.tell()):
             handle.write(chunk)
-            pace.count(len(chunk))
-
-
-class _Pace:
-    """Notices a store that keeps a connection alive and sends next to nothing."""
-
-    def __init__(self) -> None:
-        self.since, self.bytes = time.monotonic(), 0
-
-    def count(self, size: int) -> None:
-        """Bytes that came; raises OSError where too few came in the last `TIMEOUT` seconds."""
-        self.bytes += size
-        seconds = time.monotonic() - self.since
-        if seconds < TIMEOUT:
-            return
-        if self.bytes < SLOWEST * seconds:
-            raise OSError(f"less than {SLOWEST} bytes a second")
-        self.since, self.bytes = time.monotonic(), 0
+            received += len(chunk)
+            seconds = time.monotonic() - since
+            if seconds >= TIMEOUT:
+                if received < SLOWEST * seconds:
+                    raise OSError(f"less than {SLOWEST} bytes a second")
+                since, received = time.monotonic(), 0
+    if sha256:
+        with path.open("rb") as handle:
+            actual = hashlib.file_digest(handle, "sha256").hexdigest()
+        if actual != sha256:
+            path.unlink()
+            raise ValueError("checksum differs from the manifest's")
 
 
 def _stream(url: str, start: int) -> Iterator[bytes]:
@@ -213,7 +171,3 @@ def _http(url: str, start: int) -> Iterator[bytes]:
         if error.code == 416:  # all of it is here
             return
         raise
-
-
-def _cause(error: BaseException) -> str:
-    return str(getattr(error, "reason", None) or error or type(error).__name__)
