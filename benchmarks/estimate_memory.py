@@ -20,9 +20,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.common import ROOT, SIZES, captions
 from benchmarks.ids import LanguageIds, QFormerIds
@@ -34,8 +36,7 @@ from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.ops.devices import autocast, fast_dtype
 from blip2.recipes import recipe
-from blip2.training.objectives.stage1 import Stage1Objective
-from blip2.training.objectives.stage2 import Stage2Objective
+from blip2.training.objectives import build_objective
 from blip2.training.optim import build_optimizer
 from blip2.training.performance import apply_settings
 
@@ -134,17 +135,12 @@ def _features(model: Stage1 | Stage2, config: RunConfig) -> torch.Tensor:
     return torch.randn(config.train.batch, vision.tokens, vision.width).to(torch.bfloat16)
 
 
-def _objective(model: Stage1 | Stage2, config: RunConfig) -> Stage1Objective | Stage2Objective:
+def _objective(model: Stage1 | Stage2, config: RunConfig) -> nn.Module:
     apply_settings(model, config.train)
-    drop, early = config.vision.token_drop, config.train.early_backward
-    tokenizer: Any
-    if isinstance(model, Stage1):
-        words: Any = model.qformer.embeddings
-        tokenizer = QFormerIds(words.word.num_embeddings - 1, config.qformer.max_text)
-        return Stage1Objective(model, tokenizer, config.loss, token_drop=drop, early=early).train()
-    tokenizer = LanguageIds(2, config.language.max_text)
-    language = replace(config.language, prompt=PROMPT)
-    return Stage2Objective(model, tokenizer, language, token_drop=drop, early=early).train()
+    words: Any = model.qformer.embeddings if isinstance(model, Stage1) else None
+    texts = QFormerIds(words.word.num_embeddings - 1, config.qformer.max_text) if words is not None else None
+    tokenizers: Any = SimpleNamespace(text_tokenizer=texts, language_tokenizer=LanguageIds(2, config.language.max_text))
+    return build_objective(replace(config, language=replace(config.language, prompt=PROMPT)), model, tokenizers).train()
 
 
 def _batch(model: Stage1 | Stage2, config: RunConfig, features_BPC: torch.Tensor) -> Batch:

@@ -30,6 +30,7 @@ from blip2.models.language.model import LanguageModel
 from blip2.models.stage2 import Stage2
 from blip2.models.vision.encoder import VisionEncoder
 from blip2.ops.devices import autocast
+from blip2.training.objectives.common import EarlyBackward
 from blip2.training.objectives.stage2 import Stage2Objective
 from blip2.training.optim import build_optimizer
 from blip2.weights import names
@@ -180,7 +181,7 @@ def step_ours(settings: dict[str, Any]) -> Side:
     model, batch = _ours(settings), load_batch(settings)
     device = torch.device(settings["device"])
     tokenizer: Any = ids.LanguageIds(END, 32)
-    objective = Stage2Objective(model, tokenizer, LanguageConfig(prompt=PROMPT), early=True).train()
+    objective = EarlyBackward(Stage2Objective(model, tokenizer, LanguageConfig(prompt=PROMPT))).train()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = build_optimizer(trained.items(), OptimConfig())
 

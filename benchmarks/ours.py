@@ -20,6 +20,7 @@ from blip2.metrics.retrieval import candidate_pairs, reranked_scores
 from blip2.models.stage1 import Stage1
 from blip2.ops.contrastive import query_text_similarity
 from blip2.ops.devices import autocast
+from blip2.training.objectives.common import EarlyBackward
 from blip2.training.objectives.stage1 import Stage1Objective
 from blip2.training.optim import build_optimizer
 from blip2.weights import names
@@ -39,22 +40,23 @@ def load_batch(settings: dict[str, Any]) -> Batch:
     ).to(torch.device(settings["device"]))
 
 
-def stage1_objective(settings: dict[str, Any], *, one_sided: bool = True) -> Stage1Objective:
+def stage1_objective(settings: dict[str, Any], *, one_sided: bool = True) -> EarlyBackward:
     """ITC (by default with LAVIS's one-sided gradient, so that gradients can be compared), ITM and ITG."""
     size = models.size_of(settings)
     model = models.read_stage1(settings["folder"], size).to(settings["device"])
     tokenizer: Any = ids.QFormerIds(size.words, size.max_text)
-    return Stage1Objective(model, tokenizer, LossConfig(itc_one_sided=one_sided), early=True).train()
+    return EarlyBackward(Stage1Objective(model, tokenizer, LossConfig(itc_one_sided=one_sided))).train()
 
 
-def with_fixed_negatives(objective: Stage1Objective, batch: Batch) -> dict[str, Tensor]:
+def with_fixed_negatives(objective: EarlyBackward, batch: Batch) -> dict[str, Tensor]:
     """Our losses with the negatives of `ids.fixed_negatives`."""
     drawn = tuple(x.to(batch.image_ids.device) for x in ids.fixed_negatives(len(batch)))
-    objective._negatives = lambda *_: drawn  # type: ignore[method-assign,assignment,return-value]
+    inner: Any = objective.objective
+    inner._negatives = lambda *_: drawn
     try:
         losses: dict[str, Tensor] = objective(batch, 0)
     finally:
-        del objective._negatives  # type: ignore[method-assign]
+        del inner._negatives
     return losses
 
 

@@ -82,7 +82,8 @@ def ours(settings: dict[str, Any], batch_of: slice) -> tuple[Tensor, Callable[[]
     )
     objective = stage1_objective(settings, one_sided=False)  # our default: vectors' gradients travel too
     drawn = _negatives(len(whole.captions))
-    objective._negatives = lambda *_: tuple(x[batch_of] for x in drawn)  # type: ignore[method-assign,assignment]
+    inner: Any = objective.objective
+    inner._negatives = lambda *_: tuple(x[batch_of] for x in drawn)
     losses = objective(batch, 0)
     found = torch.stack([losses[name] for name in ("itc", "itm", "itg")])
     return found.detach(), found.sum().backward

@@ -31,6 +31,7 @@ from blip2.models.language.model import language_model_from_config
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision.encoder import VisionEncoder, vision_encoder_from_config
+from blip2.training.objectives.common import EarlyBackward
 from blip2.training.objectives.stage1 import Stage1Objective
 from blip2.training.objectives.stage2 import PIECES, Stage2Objective, in_pieces
 from blip2.training.optim import build_optimizer
@@ -110,11 +111,11 @@ def real_peak(config: RunConfig, language: str, bf16: bool) -> int:
     assert isinstance(model.vision, VisionEncoder)
     apply_settings(model, config.train)
     objective: nn.Module
-    more: Any = {"token_drop": config.vision.token_drop, "early": config.train.early_backward}
     if isinstance(model, Stage1):
-        objective = Stage1Objective(model, texts, config.loss, **more)  # type: ignore[arg-type]
+        objective = Stage1Objective(model, texts, config.loss, token_drop=config.vision.token_drop)  # type: ignore[arg-type]
     else:
-        objective = Stage2Objective(model, texts, config.language, **more)  # type: ignore[arg-type]
+        objective = Stage2Objective(model, texts, config.language, token_drop=config.vision.token_drop)  # type: ignore[arg-type]
+    objective = EarlyBackward(objective) if config.train.early_backward else objective
     captions = ["five words make a caption"] * (B * config.data.texts_per_image)
     live = LiveBytes(objective)
     with live:

@@ -54,6 +54,7 @@ from blip2.models.stage2 import Stage2
 from blip2.models.vision.encoder import vision_encoder_from_config
 from blip2.ops import distributed
 from blip2.training.objectives import stage2 as objectives
+from blip2.training.objectives.common import EarlyBackward
 from blip2.training.objectives.in_context import InContextObjective
 from blip2.training.objectives.stage1 import Stage1Objective
 from blip2.training.objectives.stage2 import Stage2Objective
@@ -135,7 +136,6 @@ def language_model(kind: str, out: Path) -> LanguageModel:
 def objective_of(kind: str, out: Path, sharded: bool):
     torch.manual_seed(0)
     objectives.ENOUGH_TOKENS["cpu"] = 1  # the language model in four pieces
-    early = {"early": not sharded}
     sizes = {"width": 16, "depth": 3, "heads": 2, "inner": 32, "image_width": 12, "queries": 4}
     sizes |= {"dropout": 0.0, "attention_dropout": 0.0}
     text = {"vocab": 4 + len(WORDS), "positions": 16}
@@ -146,11 +146,12 @@ def objective_of(kind: str, out: Path, sharded: bool):
             vision = vision_encoder_from_config(ViTConfig(**shape, image_size=8, patch_size=4))
             vision.unfreeze()
         model = Stage1(QFormer(**sizes, **text), vision, embed_dim=8)
-        return Stage1Objective(model, Words(), LossConfig(), seed=0, early=True)
+        return EarlyBackward(Stage1Objective(model, Words(), LossConfig(), seed=0))
     language = language_model(kind, out)
     if kind == "questions":
         model = Stage2(QFormer(**sizes, **text, head=False), language)
-        return Stage2Objective(model, Words(), LanguageConfig(prompt="", question="{}"), 0, Words(), **early)
+        objective = Stage2Objective(model, Words(), LanguageConfig(prompt="", question="{}"), 0, Words())
+        return objective if sharded else EarlyBackward(objective)
     model = Stage2(QFormer(**sizes, vocab=None), language)
     if kind == "shots":
         return InContextObjective(model, Words(), LanguageConfig(prompt=""), seed=0, shots=1)
@@ -158,7 +159,8 @@ def objective_of(kind: str, out: Path, sharded: bool):
         from blip2.models.language.lora import add_lora
 
         add_lora(language, LoraConfig(rank=2))
-    return Stage2Objective(model, Words(), LanguageConfig(prompt=""), seed=0, **early)
+    objective = Stage2Objective(model, Words(), LanguageConfig(prompt=""), seed=0)
+    return objective if sharded else EarlyBackward(objective)
 
 
 def run(kind: str, parallel: str, out: Path) -> None:
@@ -176,14 +178,14 @@ def run(kind: str, parallel: str, out: Path) -> None:
 
     def evaluate(step: int) -> dict[str, object]:
         """As on dev, before the first step too, when FSDP2 has not run yet: text and loss of two batches."""
-        found: dict[str, object] = {"loss": 0.0, "text": []}
+        loss, text = 0.0, []
         for batch in (next(batches(98, kind)), next(batches(99, kind))):
             if not kind.startswith("stage1"):
                 soft, none = model.soft_prompts(batch.features), torch.zeros(BATCH, 0, dtype=torch.int64)
                 decoding = DecodingConfig(beams=2, min_tokens=3, max_tokens=3)
-                found["text"] += model.language_model.generate(soft, none, none, decoding, end_id=2, pad_id=0).tolist()
-            found["loss"] += float(sum(objective(batch, 0).values())) / 2
-        return found
+                text += model.language_model.generate(soft, none, none, decoding, end_id=2, pad_id=0).tolist()
+            loss += float(sum(objective(batch, 0).values())) / 2
+        return {"loss": loss, "text": text}
 
     out.mkdir(parents=True, exist_ok=True)
     frozen = [model.language_model] if kind in ("stage2", "t5", "questions", "shots") else []

@@ -16,6 +16,7 @@ from blip2.models.language.model import language_model_from_config
 from blip2.models.qformer.layers import Attention
 from blip2.models.vision.encoder import vision_encoder_from_config
 from blip2.training import checkpoint
+from blip2.training.objectives.common import EarlyBackward
 from blip2.training.objectives.stage1 import Stage1Objective
 from blip2.training.objectives.stage2 import Stage2Objective
 from blip2.training.optim import build_optimizer, set_learning_rate
@@ -28,7 +29,7 @@ Change = Callable[[Any], None]
 def objective(tiny: Any, kind: str, dropout: float = 0.1) -> nn.Module:
     torch.manual_seed(0)
     if kind == "stage1":
-        return Stage1Objective(tiny.stage1(dropout=dropout), tiny.tokenizer, LossConfig(), early=True)
+        return EarlyBackward(Stage1Objective(tiny.stage1(dropout=dropout), tiny.tokenizer, LossConfig()))
     return Stage2Objective(tiny.stage2(kind, dropout=dropout), tiny.tokenizer, LanguageConfig(prompt="a dog"))
 
 

@@ -15,19 +15,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from blip2.configs import LossConfig, RunConfig
+from blip2.models.language.model import LanguageModel
 from blip2.models.qformer.model import ImageKV
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.ops import contrastive, losses
 from blip2.ops.devices import fast_bf16
-from blip2.training.objectives.split_backward import add_up, early_backward
-from blip2.training.objectives.stage1 import CaptionIds
-from blip2.training.objectives.stage2 import in_pieces, language_loss
+from blip2.training.objectives.common import EarlyBackward, Losses, add_up
+from blip2.training.objectives.stage1 import Captions
+from blip2.training.objectives.stage2 import in_pieces
 
 # A caption with its special tokens: the mean of natural ones, and the longest of a batch.
 TEXT_TOKENS, LONGEST_TEXT = 12, 20
@@ -67,6 +68,32 @@ class Machine:
         )
 
 
+class _Parts(nn.Module):
+    """An objective of these inputs and parts, whatever the batch."""
+
+    def __init__(self, model: nn.Module, inputs: list[Tensor], parts: Any) -> None:
+        super().__init__()
+        self.model, self.inputs_, self.parts_ = model, inputs, parts
+
+    def inputs(self, batch: Any, step: int) -> list[Tensor]:
+        """As given."""
+        return self.inputs_
+
+    def parts(self, batch: Any, step: int, inputs: Sequence[Tensor]) -> Iterator[Losses]:
+        """As given."""
+        return self.parts_(inputs)
+
+
+def language_loss(language: LanguageModel, prompts_BQH: Tensor, texts: Sequence[Tensor]) -> Tensor:
+    """Mean cross-entropy of texts given soft prompts: text n is about image n mod B."""
+    if not language.encoder_decoder:
+        ids_NT, mask_NT, labels_NT = texts
+        return language.decoder_loss(prompts_BQH, ids_NT, mask_NT, labels_NT)
+    enc_ids_NT, enc_mask_NT, dec_ids_NT, dec_mask_NT = texts
+    prompts_NQH = prompts_BQH.repeat(len(enc_ids_NT) // len(prompts_BQH), 1, 1)
+    return language.encoder_decoder_loss(prompts_NQH, enc_ids_NT, enc_mask_NT, dec_ids_NT, dec_mask_NT)
+
+
 def _stage1_losses(
     model: Stage1, loss: LossConfig, features_BPC: Tensor, ids_BT: Tensor, mask_BT: Tensor, early: bool = False
 ) -> list[Tensor]:
@@ -75,13 +102,13 @@ def _stage1_losses(
     inputs = [words_BTD, *model.project_image(features_BPC).tensors()]
 
     def parts(given: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
-        return _stage1_parts(model, loss, ImageKV.of(given[1:]), CaptionIds(ids_BT, mask_BT, given[0]))
+        return _stage1_parts(model, loss, ImageKV.of(given[1:]), Captions(ids_BT, mask_BT, given[0]))
 
-    found = early_backward(model, inputs, parts) if early else add_up(parts(inputs))
+    found = EarlyBackward(_Parts(model, inputs, parts))(None, 0) if early else add_up(parts(inputs))
     return list(found.values())
 
 
-def _stage1_parts(model: Stage1, loss: LossConfig, image_kv: ImageKV, texts: CaptionIds) -> Iterator[dict[str, Tensor]]:
+def _stage1_parts(model: Stage1, loss: LossConfig, image_kv: ImageKV, texts: Captions) -> Iterator[dict[str, Tensor]]:
     """The parts that run backward by themselves, as in `Stage1Objective`."""
     out, ids_BT, mask_BT = {}, texts.ids, texts.mask
     images_BQE, cache = model.embed_images(image_kv)
@@ -129,7 +156,7 @@ def _stage2_loss(
         for images, rows in found:
             yield {"lm": language_loss(language, given[0][images.to(given[0].device)], rows)}
 
-    return early_backward(language, [prompts_BQH], parts)["lm"]
+    return EarlyBackward(_Parts(language, [prompts_BQH], parts))(None, 0)["lm"]
 
 
 class DeviceKernels(TorchFunctionMode):

@@ -35,7 +35,7 @@ from blip2.models.qformer.model import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision.encoder import VisionEncoder
-from blip2.training.objectives.batches import drop_tokens
+from blip2.training.objectives.common import drop_tokens
 from blip2.training.objectives.stage2 import piece_count
 
 # Tokens that the texts of the largest of so many pieces of a batch have more than all: pieces are sorted by the

@@ -138,3 +138,11 @@ def mean_over_processes(values: Tensor) -> Tensor:
     values = values.detach().clone()
     dist.all_reduce(values)
     return values / world_size()
+
+
+def mean_of_all(loss: Tensor, count: int) -> Tensor:
+    """Scale a mean over `count` local terms so that averaging over processes is the global mean."""
+    if world_size() == 1:
+        return loss
+    counts = mean_over_processes(torch.tensor(float(count), device=loss.device))
+    return loss * (count / counts)

@@ -25,9 +25,7 @@ from blip2.models.vision.encoder import VisionEncoder
 from blip2.ops import distributed
 from blip2.ops.devices import autocast, pick_device
 from blip2.training.initialise import claim, initialise, run_folder
-from blip2.training.objectives.in_context import InContextObjective
-from blip2.training.objectives.stage1 import Stage1Objective
-from blip2.training.objectives.stage2 import Stage2Objective
+from blip2.training.objectives import build_objective
 from blip2.training.parallel import process_group, shards
 from blip2.training.performance import apply_settings
 from blip2.training.summary import describe, finish, say
@@ -120,32 +118,9 @@ def _assemble(
     assert isinstance(model.vision, VisionEncoder)
     apply_settings(model, config.train)
     frozen: list[nn.Module] = [model.vision] if model.vision.frozen else []
-    if isinstance(model, Stage1):
-        user = Blip2(config, stage1=model)
-        objective: nn.Module = Stage1Objective(
-            model,
-            user.text_tokenizer,
-            config.loss,
-            config.train.seed,
-            config.train.accumulate,
-            config.vision.token_drop,
-            config.train.early_backward,
-        )
-    else:
-        user = Blip2(config, stage2=model)
-        questions = user.text_tokenizer if config.qformer.question else None
-        parts = (
-            model,
-            user.language_tokenizer,
-            config.language,
-            config.train.seed,
-            questions,
-            config.vision.token_drop,
-        )
-        shots = config.data.shots
-        # shards of the language model would be gathered anew for every piece
-        early = config.train.early_backward and not shards(config.train.parallel)
-        objective = InContextObjective(*parts, shots=shots) if shots else Stage2Objective(*parts, early)
+    user = Blip2(config, stage1=model) if isinstance(model, Stage1) else Blip2(config, stage2=model)
+    objective = build_objective(config, model, user, sharded=shards(config.train.parallel))
+    if isinstance(model, Stage2):
         frozen.append(model.language_model)
     batches = TrainingBatches(
         data,

@@ -21,7 +21,7 @@ from blip2.data.batch import Batch
 from blip2.models.freezing import freeze
 from blip2.models.stage1 import Stage1
 from blip2.models.vision.encoder import VisionEncoder
-from blip2.training.objectives.batches import drop_tokens
+from blip2.training.objectives.common import drop_tokens
 from blip2.training.objectives.stage1 import Stage1Objective
 from blip2.training.objectives.stage2 import Stage2Objective, split_caption
 

@@ -14,7 +14,8 @@ from blip2.data.tokenizers import LanguageTokenizer, QFormerTokenizer
 from blip2.errors import ConfigError
 from blip2.models.language.interleave import interleave, interleaved_loss
 from blip2.models.stage2 import Stage2
-from blip2.training.objectives.batches import Losses, mean_of_all
+from blip2.ops import distributed
+from blip2.training.objectives.common import Losses
 from blip2.training.objectives.stage2 import Stage2Objective, split_caption
 
 
@@ -65,7 +66,7 @@ class InContextObjective(Stage2Objective):
         language_model = self.model.language_model
         sequences = interleave(language_model, soft_NQH, ids, mask, labels, self.length, front=front)
         loss = interleaved_loss(language_model, sequences)
-        return {"lm": mean_of_all(loss, int(sequences.labels.sum()))}
+        return {"lm": distributed.mean_of_all(loss, int(sequences.labels.sum()))}
 
     def _last_of_each(self, soft_NQH: Tensor, batch: Batch, step: int) -> Tensor:
         """Loss of the last text of each sequence, by an encoder-decoder."""
@@ -87,4 +88,4 @@ class InContextObjective(Stage2Objective):
         language_model = self.model.language_model
         sequences = interleave(language_model, soft_NQH, ids, mask, torch.zeros_like(mask), self.length)
         loss = language_model.encoded_loss(sequences.embeds, sequences.mask, dec_ids, dec_mask)
-        return mean_of_all(loss, int(dec_mask.sum()))
+        return distributed.mean_of_all(loss, int(dec_mask.sum()))

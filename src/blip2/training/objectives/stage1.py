@@ -21,32 +21,31 @@ from blip2.models.qformer.layers import KeyValue
 from blip2.models.qformer.model import ImageKV
 from blip2.models.stage1 import Stage1
 from blip2.ops import contrastive, distributed, losses
-from blip2.training.objectives.batches import Losses, image_features, mean_of_all
-from blip2.training.objectives.split_backward import add_up, early_backward
+from blip2.training.objectives.common import Losses, add_up, image_features
 
 
 @dataclass(frozen=True)
-class CaptionIds:
+class Captions:
     """Texts of a batch as the Q-Former reads them.
 
     Args:
         ids, mask: [N, T], right-padded.
-        looked_up: word vectors [N, 1 + T, D] of [DEC] and the ids.
+        vectors: word vectors [N, 1 + T, D] of [DEC] and the ids.
     """
 
     ids: Tensor
     mask: Tensor
-    looked_up: Tensor
+    vectors: Tensor
 
     @property
     def words(self) -> Tensor:
         """Word vectors [N, T, D] of the ids, [CLS] first."""
-        return self.looked_up[:, 1:]
+        return self.vectors[:, 1:]
 
     @property
     def causal(self) -> Tensor:
         """The same for ITG: [DEC] in place of [CLS]."""
-        return torch.cat([self.looked_up[:, :1], self.looked_up[:, 2:]], dim=1)
+        return torch.cat([self.vectors[:, :1], self.vectors[:, 2:]], dim=1)
 
 
 class Stage1Objective(nn.Module):
@@ -57,8 +56,6 @@ class Stage1Objective(nn.Module):
             any number of processes.
         accumulate: micro-batches per optimizer step; `forward` counts the former.
         token_drop: see `VisionConfig`.
-        early: see `TrainConfig.early_backward`; the losses are then a sum to run backward on, and one of
-            them alone brings the gradients of all.
     """
 
     def __init__(
@@ -69,53 +66,53 @@ class Stage1Objective(nn.Module):
         seed: int = 0,
         accumulate: int = 1,
         token_drop: float = 0.0,
-        early: bool = False,
     ) -> None:
         super().__init__()
-        self.token_drop, self.early = token_drop, early
         self.model, self.tokenizer, self.config, self.seed = model, tokenizer, config, seed
-        self.accumulate = accumulate
+        self.accumulate, self.token_drop = accumulate, token_drop
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """Weighted losses `itc`, `itg`, `itm`; a weight of 0 leaves one out."""
+        return add_up(self.parts(batch, step, self.inputs(batch, step)))
+
+    def inputs(self, batch: Batch, step: int) -> list[Tensor]:
+        """The texts (as `Captions` has them), image features [B, P, C], and their keys and values."""
         ids, mask = (x.to(self.model.temp.device) for x in self.tokenizer(batch.captions))
-        features = image_features(self.model, batch, self.token_drop)
-        image_kv = self.model.project_image(features)
+        features_BPC = image_features(self.model, batch, self.token_drop)
+        image_kv = self.model.project_image(features_BPC)
         # looked up once for all passes, [DEC] in front of all
-        words = self.model.qformer.embed_tokens(F.pad(ids, (1, 0), value=self.tokenizer.dec_id))
-        inputs = [features, words, *image_kv.tensors()]
+        vectors = self.model.qformer.embed_tokens(F.pad(ids, (1, 0), value=self.tokenizer.dec_id))
+        return [ids, mask, vectors, features_BPC, *image_kv.tensors()]
 
-        def parts(given: Sequence[Tensor]) -> Iterator[Losses]:
-            texts = CaptionIds(ids, mask, given[1])
-            return self._parts(batch, step, texts, given[0], ImageKV.of(given[2:]))
-
-        early = self.early and torch.is_grad_enabled()
-        return early_backward(self.model, inputs, parts) if early else add_up(parts(inputs))
-
-    def _parts(
-        self, batch: Batch, step: int, texts: CaptionIds, features: Tensor, image_kv: ImageKV
-    ) -> Iterator[Losses]:
-        """The losses in parts that share nothing but word vectors, `features`, `image_kv` and parameters."""
-        config, out, negatives = self.config, Losses(), None
+    def parts(self, batch: Batch, step: int, inputs: Sequence[Tensor]) -> Iterator[Losses]:
+        """ITC + ITG, then ITM in three passes."""
+        ids, mask, vectors, features_BPC, *keys_and_values = inputs
+        texts, image_kv, weights = Captions(ids, mask, vectors), ImageKV.of(keys_and_values), self.config
         images_BQE, cache = self.model.embed_images(image_kv)
-        if config.itc or config.itm:
-            image_ids_G = distributed.gather(batch.image_ids)
-            i2t_BG, t2i_BG = self._similarities(images_BQE, self.model.embed_texts(texts.words, texts.mask))
-            if config.itm:
-                negatives = self._negatives(i2t_BG, t2i_BG, batch.image_ids, image_ids_G, step)
-            if config.itc:
-                targets = contrastive.itc_targets(batch.image_ids, image_ids_G)
-                itc = losses.itc_loss(i2t_BG, t2i_BG, targets, label_smoothing=config.itc_smoothing)
-                out["itc"] = config.itc * itc
-            del i2t_BG, t2i_BG
-        if config.itg:
-            out["itg"] = config.itg * self._itg(texts, cache)
-        del images_BQE, cache
-        if out:
-            yield out
-        if negatives is not None:
-            for part in self._itm(texts, features, image_kv, *negatives):
-                yield {"itm": config.itm * part}
+        first, negatives = Losses(), None
+        if weights.itc or weights.itm:
+            first, negatives = self._itc(batch, step, images_BQE, texts)
+        if weights.itg:
+            first["itg"] = weights.itg * self._itg(texts, cache)
+        del images_BQE, cache  # not held while ITM runs
+        if first:
+            yield first
+        if weights.itm and negatives is not None:
+            for itm in self._itm(texts, features_BPC, image_kv, *negatives):
+                yield {"itm": weights.itm * itm}
+
+    def _itc(
+        self, batch: Batch, step: int, images_BQE: Tensor, texts: Captions
+    ) -> tuple[Losses, tuple[Tensor, Tensor] | None]:
+        """The weighted loss, and the hard negatives of ITM by the same similarities."""
+        weights, image_ids_G = self.config, distributed.gather(batch.image_ids)
+        i2t_BG, t2i_BG = self._similarities(images_BQE, self.model.embed_texts(texts.words, texts.mask))
+        negatives = self._negatives(i2t_BG, t2i_BG, batch.image_ids, image_ids_G, step) if weights.itm else None
+        if not weights.itc:
+            return {}, negatives
+        targets_BG = contrastive.itc_targets(batch.image_ids, image_ids_G)
+        itc = losses.itc_loss(i2t_BG, t2i_BG, targets_BG, label_smoothing=weights.itc_smoothing)
+        return {"itc": weights.itc * itc}, negatives
 
     def _similarities(self, images_BQE: Tensor, texts_BE: Tensor) -> tuple[Tensor, Tensor]:
         """Image-to-text and text-to-image similarities [B, G] over the temperature."""
@@ -141,7 +138,7 @@ class Stage1Objective(nn.Module):
         return texts, images
 
     def _itm(
-        self, texts: CaptionIds, features: Tensor, image_kv: ImageKV, texts_B: Tensor, images_B: Tensor
+        self, texts: Captions, features: Tensor, image_kv: ImageKV, texts_B: Tensor, images_B: Tensor
     ) -> Iterator[Tensor]:
         """One positive and two hard negatives per pair, in three passes; their mean is the sum of what is yielded.
 
@@ -150,7 +147,9 @@ class Stage1Objective(nn.Module):
         """
         words, mask = texts.words, texts.mask
         B, alone = len(mask), int(texts_B.min()) < 0
-        scale = mean_of_all(torch.tensor(1.0, device=mask.device), B if alone else 3 * B) / (1 if alone else 3)
+        scale = distributed.mean_of_all(torch.tensor(1.0, device=mask.device), B if alone else 3 * B) / (
+            1 if alone else 3
+        )
         match = torch.ones(B, dtype=torch.bool, device=mask.device)
         yield scale * losses.itm_loss(self.model.match_logits(words, mask, image_kv), match)
         if alone:
@@ -167,13 +166,12 @@ class Stage1Objective(nn.Module):
             negative_kv = self.model.project_image(distributed.fetch_rows(features, images_B))
         yield scale * losses.itm_loss(self.model.match_logits(words, mask, negative_kv), ~match)
 
-    def _itg(self, texts: CaptionIds, cache: list[KeyValue]) -> Tensor:
+    def _itg(self, texts: Captions, cache: list[KeyValue]) -> Tensor:
         """Next-token loss of the text on the query cache; [CLS] is replaced by [DEC]."""
-        at, predicted = losses.next_token_positions(texts.mask)
-        qformer, targets = self.model.qformer, texts.ids[predicted]
-        states = qformer.decode_states(texts.causal, texts.mask, cache, at)
-        each = losses.head_loss(
-            states, qformer.predict, targets, rows=qformer.head_chunk, label_smoothing=self.config.itg_smoothing
+        predicting, predicted = losses.next_token_positions(texts.mask)
+        qformer, targets, smoothing = self.model.qformer, texts.ids[predicted], self.config.itg_smoothing
+        states = qformer.decode_states(texts.causal, texts.mask, cache, predicting)
+        losses_M = losses.head_loss(
+            states, qformer.predict, targets, rows=qformer.head_chunk, label_smoothing=smoothing
         )
-        loss = each.mean()
-        return mean_of_all(loss, len(targets))
+        return distributed.mean_of_all(losses_M.mean(), len(targets))

@@ -6,7 +6,7 @@ Shape letters: B images, N texts, T text tokens, Q queries, H language-model wid
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,15 +15,12 @@ from torch import Tensor, nn
 from blip2.configs import LanguageConfig
 from blip2.data.batch import Batch
 from blip2.data.tokenizers import LanguageTokenizer, QFormerTokenizer
-from blip2.models.language.model import LanguageModel
 from blip2.models.stage2 import Stage2
-from blip2.training.objectives.batches import Losses, image_features, mean_of_all
-from blip2.training.objectives.split_backward import add_up, early_backward
+from blip2.ops import distributed
+from blip2.training.objectives.common import Losses, image_features
 
 # Ids and masks of texts [N, T] as the language model's tokenizer makes them; the last says what is predicted.
-Texts = tuple[Tensor, ...]
-# Some images of a batch and their texts.
-Piece = tuple[Tensor, Texts]
+Texts = Sequence[Tensor]
 
 # Pieces of a batch that the language model reads one after the other, and the fewest tokens of one: a processor
 # core is busy with few, an accelerator would wait for its next kernel.
@@ -40,8 +37,10 @@ class Stage2Objective(nn.Module):
 
     Decoder-only: prompt + caption, loss on the caption and its end token. Encoder-decoder: the
     caption is split at a random word into a prefix for the encoder and a suffix for the decoder;
-    the split of a pair is a pure function of (seed, step, key). `token_drop`: see `VisionConfig`;
-    `early`: see `TrainConfig.early_backward`.
+    the split of a pair is a pure function of (seed, step, key). `token_drop`: see `VisionConfig`.
+
+    Attributes:
+        pieces: of a batch whose parts run backward by themselves; None chooses by its size (`piece_count`).
     """
 
     def __init__(
@@ -52,37 +51,46 @@ class Stage2Objective(nn.Module):
         seed: int = 0,
         questions: QFormerTokenizer | None = None,
         token_drop: float = 0.0,
-        early: bool = False,
     ) -> None:
         super().__init__()
-        self.token_drop, self.early = token_drop, early
         self.model, self.tokenizer, self.config, self.seed = model, tokenizer, config, seed
-        self.questions = questions
+        self.questions, self.token_drop = questions, token_drop
+        self.pieces: int | None = None
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """The loss `lm`."""
-        prompts_BQH, language = self._soft_prompts(batch), self.model.language_model
-        if language.encoder_decoder:
+        prompts_BQH, weight, *texts = self.inputs(batch, step)
+        return {"lm": self._loss(prompts_BQH, texts, weight)}
+
+    def inputs(self, batch: Batch, step: int) -> list[Tensor]:
+        """Soft prompts [B, Q, H], the weight of a predicted token, and the texts (`Texts`)."""
+        prompts_BQH = self._soft_prompts(batch)
+        if self.model.language_model.encoder_decoder:
             texts = self._split_captions(batch, step)
         else:
             texts = self.tokenizer.targets(self._prompts(batch), batch.captions)
         count = int(texts[-1].sum())
-        weight = mean_of_all(torch.tensor(1 / count, device=prompts_BQH.device), count)
+        weight = distributed.mean_of_all(torch.tensor(1 / count, device=prompts_BQH.device), count)
+        return [prompts_BQH, weight, *texts]
 
-        def parts(given: Sequence[Tensor], pieces: Iterable[Piece]) -> Iterator[Losses]:
-            for images, rows in pieces:
-                share, moved = weight * int(rows[-1].sum()), [x.to(given[0].device) for x in rows]
-                yield {"lm": language_loss(language, given[0][images.to(given[0].device)], moved) * share}
+    def parts(self, batch: Batch, step: int, inputs: Sequence[Tensor]) -> Iterator[Losses]:
+        """The loss of a few images and their texts at a time."""
+        prompts_BQH, weight, *texts = inputs
+        device, (B, Q, _) = prompts_BQH.device, prompts_BQH.shape
+        pieces = self.pieces or piece_count(B, B * Q + int(lengths(texts).sum()), cpu=device.type == "cpu")
+        for images, own_texts in in_pieces(texts, B, pieces, self.model.language_model.compiled):
+            yield {"lm": self._loss(prompts_BQH[images.to(device)], own_texts, weight)}
 
-        if not (self.early and torch.is_grad_enabled()):
-            return add_up(parts([prompts_BQH], [(torch.arange(len(prompts_BQH)), texts)]))
-        tokens = prompts_BQH.shape[0] * prompts_BQH.shape[1] + int(lengths(texts).sum())
-        pieces = piece_count(len(prompts_BQH), tokens, cpu=prompts_BQH.device.type == "cpu")
-        return early_backward(
-            language,
-            [prompts_BQH],
-            lambda given: parts(given, in_pieces(texts, len(given[0]), pieces, language.compiled)),
-        )
+    def _loss(self, prompts_BQH: Tensor, texts: Texts, weight: Tensor) -> Tensor:
+        """Cross-entropy of texts given soft prompts, `weight` a predicted token: text n is about image n mod B."""
+        language, share = self.model.language_model, weight * int(texts[-1].sum())
+        moved = [x.to(prompts_BQH.device) for x in texts]
+        if not language.encoder_decoder:
+            ids_NT, mask_NT, labels_NT = moved
+            return language.decoder_loss(prompts_BQH, ids_NT, mask_NT, labels_NT) * share
+        enc_ids_NT, enc_mask_NT, dec_ids_NT, dec_mask_NT = moved
+        prompts_NQH = prompts_BQH.repeat(len(enc_ids_NT) // len(prompts_BQH), 1, 1)
+        return language.encoder_decoder_loss(prompts_NQH, enc_ids_NT, enc_mask_NT, dec_ids_NT, dec_mask_NT) * share
 
     def _soft_prompts(self, batch: Batch) -> Tensor:
         features_BPC = image_features(self.model, batch, self.token_drop)
@@ -106,16 +114,6 @@ class Stage2Objective(nn.Module):
         return self.tokenizer.pairs(prefixes, suffixes)
 
 
-def language_loss(language: LanguageModel, prompts_BQH: Tensor, texts: Sequence[Tensor]) -> Tensor:
-    """Mean cross-entropy of texts given soft prompts: text n is about image n mod B."""
-    if not language.encoder_decoder:
-        ids_NT, mask_NT, labels_NT = texts
-        return language.decoder_loss(prompts_BQH, ids_NT, mask_NT, labels_NT)
-    enc_ids_NT, enc_mask_NT, dec_ids_NT, dec_mask_NT = texts
-    prompts_NQH = prompts_BQH.repeat(len(enc_ids_NT) // len(prompts_BQH), 1, 1)
-    return language.encoder_decoder_loss(prompts_NQH, enc_ids_NT, enc_mask_NT, dec_ids_NT, dec_mask_NT)
-
-
 def piece_count(images: int, tokens: int, *, cpu: bool) -> int:
     """How many pieces of a batch the language model reads one after the other: up to `PIECES`, none of them small."""
     return max(1, min(PIECES, images, tokens // ENOUGH_TOKENS["cpu" if cpu else "accelerator"]))
@@ -126,8 +124,8 @@ def lengths(texts: Texts) -> Tensor:
     return torch.stack([mask.sum(1) for mask in (texts[1], *texts[3:])]).sum(0)
 
 
-def in_pieces(texts: Texts, images: int, pieces: int, even: bool = False) -> list[Piece]:
-    """A batch in pieces of as many images, give or take one, each with all texts about its images.
+def in_pieces(texts: Texts, images: int, pieces: int, even: bool = False) -> list[tuple[Tensor, Texts]]:
+    """Images [n] and their texts, in pieces of as many images, give or take one.
 
     Args:
         texts: ids and masks as the tokenizer makes them; text n is about image n mod `images`.
@@ -136,19 +134,19 @@ def in_pieces(texts: Texts, images: int, pieces: int, even: bool = False) -> lis
     """
     lengths_N = lengths(texts)
     order = torch.arange(images) if even else torch.argsort(lengths_N.view(-1, images).amax(0), stable=True)
-    split, found = order.tensor_split(pieces), []
+    split, out = order.tensor_split(pieces), []
     # the largest piece first: what it leaves behind has room for the others
     for chosen in split if even else reversed(split):
         rows = (torch.arange(0, len(lengths_N), images)[:, None] + chosen).flatten()
-        own = tuple(x[rows] for x in texts)
-        found.append((chosen, own if even else _trimmed(own)))
-    return found
+        own_texts = [x[rows] for x in texts]
+        out.append((chosen, own_texts if even else _trimmed(own_texts)))
+    return out
 
 
 def _trimmed(texts: Texts) -> Texts:
     """Right-padded texts without the columns that all of them leave empty."""
     masks = (texts[1], texts[1], texts[1]) if len(texts) == 3 else (texts[1], texts[1], texts[3], texts[3])
-    return tuple(x[:, : int(mask.sum(1).max())] for x, mask in zip(texts, masks, strict=True))
+    return [x[:, : int(mask.sum(1).max())] for x, mask in zip(texts, masks, strict=True)]
 
 
 def split_caption(caption: str, key: str, seed: int, step: int) -> tuple[str, str]:

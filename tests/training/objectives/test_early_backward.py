@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from blip2.configs import LanguageConfig, LossConfig
-from blip2.training.objectives import stage2 as objectives
-from blip2.training.objectives.split_backward import early_backward
+from blip2.training.objectives import stage2
+from blip2.training.objectives.common import EarlyBackward, add_up
 from blip2.training.objectives.stage1 import Stage1Objective
 from blip2.training.objectives.stage2 import Stage2Objective
 
@@ -20,37 +19,44 @@ from blip2.training.objectives.stage2 import Stage2Objective
 def gradients(model: nn.Module, losses: dict[str, Tensor], *others: Tensor, factor: float = 1.0) -> list[Tensor | None]:
     """Of the sum times a factor, as the trainer asks for them."""
     (torch.stack(list(losses.values())).sum() * factor).backward()
-    found = [x.grad for x in (*model.parameters(), *others)]
+    grads = [x.grad for x in (*model.parameters(), *others)]
     model.zero_grad()
     for x in others:
         x.grad = None
-    return found
+    return grads
+
+
+class TwoParts(nn.Module):
+    """Two parts that share a tensor and the name of a loss."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("first", "second", "unused", "frozen")})
+        self.model["frozen"].requires_grad_(False)
+        self.x, self.with_graph = x, []
+
+    def inputs(self, batch: Any, step: int) -> list[Tensor]:
+        return [torch.tanh(self.x), torch.ones(4)]
+
+    def parts(self, batch: Any, step: int, inputs: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
+        shared, plain = inputs
+        self.with_graph.append(plain.requires_grad)
+        hidden = self.model["first"](shared)
+        yield {"a": hidden.square().mean(), "b": (hidden * plain).mean()}
+        yield {"b": self.model["second"](self.model["frozen"](shared)).square().sum()}
+
+    def forward(self, batch: Any, step: int) -> dict[str, Tensor]:
+        return add_up(self.parts(batch, step, self.inputs(batch, step)))
 
 
 def test_parts_that_share_tensors_and_a_name() -> None:
-    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("first", "second", "unused", "frozen")})
-    model["frozen"].requires_grad_(False)
-    x, seen = torch.randn(3, 4, requires_grad=True), []
-
-    def parts(given: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
-        shared, plain = given
-        seen.append(plain.requires_grad)
-        hidden = model["first"](shared)
-        yield {"a": hidden.square().mean(), "b": (hidden * plain).mean()}
-        yield {"b": model["second"](model["frozen"](shared)).square().sum()}
-
-    def inputs() -> list[Tensor]:
-        return [torch.tanh(x), torch.ones(4)]
-
-    plain: dict[str, Tensor] = {}
-    for part in parts(inputs()):
-        for name, value in part.items():
-            plain[name] = plain.get(name, 0.0) + value
-    early = early_backward(model, inputs(), parts)
+    x = torch.randn(3, 4, requires_grad=True)
+    objective = TwoParts(x)
+    plain, early = objective(None, 0), EarlyBackward(objective)(None, 0)
     assert list(early) == ["a", "b"]
-    assert seen == [False, False]
+    assert objective.with_graph == [False, False]
     torch.testing.assert_close(early, plain)
-    wanted, got = gradients(model, plain, x, factor=0.25), gradients(model, early, x, factor=0.25)
+    wanted, got = (gradients(objective.model, losses, x, factor=0.25) for losses in (plain, early))
     assert [g is None for g in got] == [g is None for g in wanted]
     torch.testing.assert_close([g for g in got if g is not None], [g for g in wanted if g is not None])
 
@@ -68,7 +74,8 @@ def test_stage_1(tiny: Any, config: LossConfig, image_ids: list[int]) -> None:
     batch.features = features
 
     def step(early: bool) -> tuple[dict[str, Tensor], list[Tensor | None]]:
-        losses = Stage1Objective(model, tiny.tokenizer, config, seed=7, early=early).train()(batch, 3)
+        objective = Stage1Objective(model, tiny.tokenizer, config, seed=7)
+        losses = (EarlyBackward(objective) if early else objective).train()(batch, 3)
         kept = {name: value.detach().clone() for name, value in losses.items()}
         return kept, gradients(model, losses, features, factor=0.5)
 
@@ -87,10 +94,11 @@ def test_autocast_and_checkpointed_layers(tiny: Any) -> None:
 
     def step(early: bool, bf16: bool) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            losses = Stage1Objective(model, tiny.tokenizer, LossConfig(), early=early).train()(batch, 0)
-        found = [g for g in gradients(model, losses) if g is not None]
-        assert {g.dtype for g in found} == {torch.float32}
-        return torch.cat([g.flatten() for g in found])
+            objective = Stage1Objective(model, tiny.tokenizer, LossConfig())
+            losses = (EarlyBackward(objective) if early else objective).train()(batch, 0)
+        grads = [g for g in gradients(model, losses) if g is not None]
+        assert {g.dtype for g in grads} == {torch.float32}
+        return torch.cat([g.flatten() for g in grads])
 
     true = step(early=False, bf16=False)
     torch.testing.assert_close(step(early=True, bf16=False), true, rtol=1e-4, atol=1e-5)
@@ -100,7 +108,7 @@ def test_autocast_and_checkpointed_layers(tiny: Any) -> None:
 
 def test_without_gradients_nothing_runs_backward(tiny: Any) -> None:
     model, batch = tiny.stage1(), tiny.batch(3)
-    objective = Stage1Objective(model, tiny.tokenizer, replace(LossConfig(), itc=2.0), early=True)
+    objective = EarlyBackward(Stage1Objective(model, tiny.tokenizer, LossConfig(itc=2.0)))
     with torch.no_grad():
         dev = objective(batch, 0)
     torch.testing.assert_close(dev, {name: value.detach() for name, value in objective(batch, 0).items()})
@@ -111,7 +119,7 @@ def test_without_gradients_nothing_runs_backward(tiny: Any) -> None:
 @pytest.mark.parametrize("texts_per_image", [1, 3])
 def test_stage_2(tiny: Any, monkeypatch: pytest.MonkeyPatch, kind: str, texts_per_image: int) -> None:
     """The language model in four uneven pieces: loss and gradients of the bridge, and of features that train."""
-    monkeypatch.setitem(objectives.ENOUGH_TOKENS, "cpu", 1)
+    monkeypatch.setitem(stage2.ENOUGH_TOKENS, "cpu", 1)
     model, batch = tiny.stage2(kind), tiny.batch(6, seed=2)
     words = ["a", "a dog", "a dog runs through a dog", "a runs", "a dog a dog a dog a dog", "through"]
     batch.captions = [words[(n + k) % 6] for k in range(texts_per_image) for n in range(6)]
@@ -124,7 +132,8 @@ def test_stage_2(tiny: Any, monkeypatch: pytest.MonkeyPatch, kind: str, texts_pe
 
     def step(early: bool) -> tuple[dict[str, Tensor], list[Tensor | None]]:
         config = LanguageConfig(prompt="a dog")
-        losses = Stage2Objective(model, tiny.tokenizer, config, seed=7, early=early).train()(batch, 3)
+        objective = Stage2Objective(model, tiny.tokenizer, config, seed=7)
+        losses = (EarlyBackward(objective) if early else objective).train()(batch, 3)
         kept = {name: value.detach().clone() for name, value in losses.items()}
         return kept, gradients(model, losses, features, factor=0.5)
 
@@ -142,15 +151,15 @@ def test_stage_2(tiny: Any, monkeypatch: pytest.MonkeyPatch, kind: str, texts_pe
 def test_pieces_have_images_with_their_texts_and_no_empty_columns() -> None:
     mask = torch.arange(6) < torch.tensor([5, 2, 3, 1, 2, 6, 1, 2])[:, None]  # two texts of four images
     ids = torch.arange(8)[:, None] * mask
-    found = objectives.in_pieces((ids, mask, mask), images=4, pieces=2)
-    assert [images.tolist() for images, _ in found] == [[0, 1], [3, 2]]
-    assert [rows[0][:, 0].tolist() for _, rows in found] == [[0, 1, 4, 5], [3, 2, 7, 6]]
-    assert [rows[0].shape[1] for _, rows in found] == [6, 3]
-    even = objectives.in_pieces((ids, mask, mask), images=4, pieces=2, even=True)
+    pieces = stage2.in_pieces((ids, mask, mask), images=4, pieces=2)
+    assert [images.tolist() for images, _ in pieces] == [[0, 1], [3, 2]]
+    assert [texts[0][:, 0].tolist() for _, texts in pieces] == [[0, 1, 4, 5], [3, 2, 7, 6]]
+    assert [texts[0].shape[1] for _, texts in pieces] == [6, 3]
+    even = stage2.in_pieces((ids, mask, mask), images=4, pieces=2, even=True)
     assert [images.tolist() for images, _ in even] == [[0, 1], [2, 3]]
-    assert {rows[0].shape[1] for _, rows in even} == {6}
+    assert {texts[0].shape[1] for _, texts in even} == {6}
 
 
 def test_small_batches_stay_whole() -> None:
-    counts = [objectives.piece_count(n, 46 * n, cpu=cpu) for cpu in (True, False) for n in (1, 2, 8, 30, 60, 200)]
+    counts = [stage2.piece_count(n, 46 * n, cpu=cpu) for cpu in (True, False) for n in (1, 2, 8, 30, 60, 200)]
     assert counts == [1, 1, 4, 4, 4, 4, 1, 1, 1, 1, 2, 4]
