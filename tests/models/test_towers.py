@@ -46,7 +46,7 @@ def test_parameter_counts_of_the_published_models(name: str) -> None:
 
 
 def test_folder_of_a_name_a_hub_id_and_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setitem(towers.TOWERS, "minilm-l6", towers.Tower("bert", lambda: tmp_path, lambda: None))
+    monkeypatch.setitem(towers.TOWERS, "minilm-l6", towers.Tower("bert", lambda: tmp_path, "BertConfig"))
     assert towers.folder("minilm-l6") == str(tmp_path)
     assert towers.folder("opt-2.7b") == "facebook/opt-2.7b"
     assert towers.folder("some/folder") == "some/folder"

@@ -45,7 +45,6 @@ def work(out: Path) -> None:
     rank = dist.get_rank()
     mine = whole()[rank * ROWS : (rank + 1) * ROWS]
     results: dict[str, Any] = {"rank": distributed.rank(), "world": distributed.world_size()}
-    results["offset"] = distributed.row_offset(ROWS)
     results["gather"] = distributed.gather(mine)
     results["gather_transposed"] = distributed.gather(mine.transpose(0, 2)).transpose(0, 2)
     results["gather_ids"] = distributed.gather(torch.tensor([rank, 7]))
@@ -77,8 +76,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
-def test_ranks_and_offsets(results: list[dict[str, Any]]) -> None:
-    assert [(r["rank"], r["world"], r["offset"]) for r in results] == [(0, 2, 0), (1, 2, 3)]
+def test_ranks(results: list[dict[str, Any]]) -> None:
+    assert [(r["rank"], r["world"]) for r in results] == [(0, 2), (1, 2)]
 
 
 @pytest.mark.parametrize("name", ["gather", "gather_transposed", "gather_with_grad"])
@@ -141,7 +140,7 @@ def test_mean_over_processes(results: list[dict[str, Any]]) -> None:
 
 def test_one_process_needs_no_group() -> None:
     x, index = torch.randn(4, 3, requires_grad=True), torch.tensor([2, 2, 0])
-    assert (distributed.world_size(), distributed.rank(), distributed.row_offset(4)) == (1, 0, 0)
+    assert (distributed.world_size(), distributed.rank()) == (1, 0)
     assert distributed.gather_with_grad(x) is x
     assert torch.equal(distributed.gather(x), x)
     assert torch.equal(distributed.fetch_rows(x, index), x[index])

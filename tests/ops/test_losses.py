@@ -8,14 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip2.ops.losses import (
-    itc_loss,
-    itg_loss,
-    itm_loss,
-    language_modeling_loss,
-    mean_over_queries,
-    next_token_positions,
-)
+from blip2.ops.losses import head_loss, itc_loss, itm_loss, next_token_positions
 
 
 def slow_cross_entropy(logits: Tensor, targets: list[list[float]], smoothing: float) -> Tensor:
@@ -75,33 +68,22 @@ def test_itm_by_hand() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_itg(smoothing: float) -> None:
+def test_cross_entropy_of_a_head(smoothing: float) -> None:
+    """ITG is smoothed, the language model's loss is not."""
     logits = (3 * torch.randn(7, 11, dtype=torch.float64)).requires_grad_()
     targets = torch.randint(11, (7,))
     slow = slow_cross_entropy(logits, one_hot(targets.tolist(), 11), smoothing)
-    assert_same(itg_loss(logits, targets, label_smoothing=smoothing), slow, [logits])
-
-
-def test_language_modeling() -> None:
-    logits = (3 * torch.randn(5, 9, dtype=torch.float64)).requires_grad_()
-    targets = torch.randint(9, (5,))
-    slow = slow_cross_entropy(logits, one_hot(targets.tolist(), 9), 0.0)
-    assert_same(language_modeling_loss(logits, targets), slow, [logits])
+    assert_same(head_loss(logits, torch.nn.Identity(), targets, label_smoothing=smoothing).mean(), slow, [logits])
 
 
 def test_losses_leave_bf16() -> None:
     """Under bf16 autocast logits come in bf16: the loss itself is in float32."""
     logits, targets = torch.randn(4, 9).bfloat16(), torch.randint(9, (4,))
-    assert itg_loss(logits, targets).dtype == torch.float32
-    torch.testing.assert_close(itg_loss(logits, targets), itg_loss(logits.float(), targets))
+    losses = head_loss(logits, torch.nn.Identity(), targets)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, head_loss(logits.float(), torch.nn.Identity(), targets))
     assert itm_loss(logits[:, :2], targets % 2).dtype == torch.float32
     assert itc_loss(logits[:, :4], logits[:, :4], torch.eye(4)).dtype == torch.float32
-
-
-def test_mean_over_queries() -> None:
-    logits = torch.randn(3, 4, 2)
-    assert mean_over_queries(logits).shape == (3, 2)
-    torch.testing.assert_close(mean_over_queries(logits)[1], sum(logits[1].unbind()) / 4)
 
 
 def test_next_token_positions() -> None:

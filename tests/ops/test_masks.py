@@ -1,4 +1,4 @@
-"""The three self-attention masks as tables: 2 queries, 3 text tokens, the second row one token short."""
+"""The self-attention masks as tables: 2 queries, 3 text tokens, the second row one token short."""
 
 from __future__ import annotations
 
@@ -8,27 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip2.ops.masks import bidirectional_mask, multimodal_causal_mask, unimodal_mask
+from blip2.ops.masks import bidirectional_mask, multimodal_causal_mask
 
 QUERIES = 2
 TEXT = torch.tensor([[1, 1, 1], [1, 1, 0]])
 
-UNIMODAL = (
-    """
-    x x . . .
-    x x . . .
-    . . x x x
-    . . x x x
-    . . x x x
-    """,
-    """
-    x x . . .
-    x x . . .
-    . . x x .
-    . . x x .
-    . . x x .
-    """,
-)
 BIDIRECTIONAL = (
     """
     x x x x x
@@ -61,7 +45,7 @@ MULTIMODAL_CAUSAL = (
     x x x x .
     """,
 )
-MASKS = [(unimodal_mask, UNIMODAL), (bidirectional_mask, BIDIRECTIONAL), (multimodal_causal_mask, MULTIMODAL_CAUSAL)]
+MASKS = [(bidirectional_mask, BIDIRECTIONAL), (multimodal_causal_mask, MULTIMODAL_CAUSAL)]
 
 
 def drawn(table: str) -> list[list[bool]]:

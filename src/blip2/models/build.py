@@ -99,7 +99,9 @@ def build_stage2(
         device: where the model will run; the caller moves it there.
     """
     vision = vision or image_encoder(config)
-    qformer = bridge(config.qformer, vision.width, start=start)
+    qformer: QFormer | LinearBridge = LinearBridge(vision.width, config.qformer.queries)
+    if config.qformer.bridge == "qformer":
+        qformer = load_qformer(config.qformer, vision.width, text=config.qformer.question, head=False, start=start)
     language_model = language_model or load_language_model(config.language, device=device)
     model = Stage2(qformer, language_model, vision, norm_eps=config.vision.norm_eps)
     if config.lora.rank:
@@ -115,13 +117,6 @@ def image_encoder(config: RunConfig) -> VisionEncoder:
     return vision
 
 
-def bridge(config: QFormerConfig, image_width: int, *, start: bool = True) -> QFormer | LinearBridge:
-    """What stands between image features and projection in stage 2."""
-    if config.bridge == "linear":
-        return LinearBridge(image_width, config.queries)
-    return load_qformer(config, image_width, text=config.question, head=False, start=start)
-
-
 def build(config: RunConfig, *, start: bool = True, device: torch.device | str = "cpu") -> Stage1 | Stage2:
     """The model of a run's stage; initialisation is seeded by `train.seed`, arguments as above."""
     torch.manual_seed(config.train.seed)
@@ -134,7 +129,7 @@ def bert_config(name: str, *, weights: bool = True) -> Any:
     """BERT config that gives a Q-Former its sizes: of a BERT-type checkpoint or of a transformers BLIP-2 one.
 
     Args:
-        weights: whether its weights will be wanted too; without, a named model needs no hub.
+        weights: whether its weights are needed too; without them a named model needs no hub.
 
     Raises:
         CheckpointError: another kind of model.

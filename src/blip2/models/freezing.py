@@ -1,6 +1,6 @@
 """Frozen is a fact: one function freezes, one assertion after a step proves it.
 
-LoRA adapters are the one thing in a frozen part that may train; they are told by their names.
+LoRA adapters are the one thing in a frozen part that may train; they are recognised by their names.
 """
 
 from __future__ import annotations
@@ -34,22 +34,15 @@ def freeze(module: nn.Module) -> None:
     module.eval()
 
 
-def trainable_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """(name, parameter) of all that trains, each shared parameter once."""
-    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+def parameter_table(module: nn.Module) -> list[ParameterRow]:
+    """Parameter counts of the direct children of a module, in its order.
 
-
-def parameter_table(module: nn.Module, depth: int = 1) -> list[ParameterRow]:
-    """Parameter counts by part, in the order of the module.
-
-    Args:
-        depth: how many components of a parameter's dotted name make the part's name (1: the
-            direct children). A shared parameter counts once, for the first part that holds it; a
-            quantized one counts the weights it stands for.
+    A shared parameter counts once, for the first part that holds it; a quantized one counts the
+    weights it stands for.
     """
     counts: dict[str, list[int]] = {}
     for name, p in module.named_parameters():
-        row = counts.setdefault(".".join(name.split(".")[:depth]), [0, 0])
+        row = counts.setdefault(name.split(".")[0], [0, 0])
         row[0 if p.requires_grad else 1] += _count(p)
     return [ParameterRow(name, trainable, frozen) for name, (trainable, frozen) in counts.items()]
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from blip2.models.qformer.layers import KeyValue
 from blip2.models.qformer.model import ImageKV, QFormer
 from blip2.ops.devices import widened, without_autocast
-from blip2.ops.losses import mean_over_queries
 
 
 class Stage1(nn.Module):
@@ -82,8 +81,8 @@ class Stage1(nn.Module):
         return self.pair_logits(self.qformer.encode_pair(ids_NT, mask_NT, image_kv))
 
     def pair_logits(self, queries_NQD: Tensor) -> Tensor:
-        """ITM logits [N, 2] of query outputs that have seen a text, float32."""
-        return mean_over_queries(_in_float32(self.itm_head, queries_NQD))
+        """ITM logits [N, 2] of query outputs that have seen a text: the mean over the queries, float32."""
+        return _in_float32(self.itm_head, queries_NQD).mean(dim=1)
 
 
 def _in_float32(head: nn.Linear, x: Tensor) -> Tensor:

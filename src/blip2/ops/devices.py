@@ -17,9 +17,9 @@ from torch import Tensor
 from blip2.configs import PRECISIONS
 from blip2.errors import ConfigError
 
-# Decides what `auto` takes, whatever the processor: to reproduce a run, and to test both.
+# Decides what `auto` means, whatever the processor: to reproduce a run, and to test both precisions.
 PRECISION_VARIABLE = "BLIP2_PRECISION"
-# Parameters up to which a language model on a CPU writes in float32: its weights are a few cached megabytes a layer.
+# Up to so many parameters a language model on a CPU runs in float32: its weights are a few cached megabytes a layer.
 SMALL = 500_000_000
 
 
@@ -40,14 +40,14 @@ def pick_device(name: str | torch.device, setting: str = "device") -> torch.devi
         raise ConfigError(f"{setting} is {name!r}: torch knows no such device: use auto, cpu or cuda") from error
     if device.type == "cpu":
         return device
-    here = getattr(torch, device.type, None)  # torch.cuda, torch.mps, torch.xpu, ...; none of `meta`
-    if here is None or not here.is_available():
+    backend = getattr(torch, device.type, None)  # torch.cuda, torch.mps, torch.xpu, ...; none of `meta`
+    if backend is None or not backend.is_available():
         kind = device.type.upper()
         raise ConfigError(f"{setting} is {str(name)!r}, but torch sees no {kind} device here: use cpu or auto")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    if (device.index or 0) >= here.device_count():
-        raise ConfigError(f"{setting} is {str(name)!r}, but torch sees {here.device_count()} of them here")
+    if (device.index or 0) >= backend.device_count():
+        raise ConfigError(f"{setting} is {str(name)!r}, but torch sees {backend.device_count()} of them here")
     return device
 
 
@@ -60,11 +60,11 @@ def fast_bf16(device: torch.device | str) -> bool:
     Raises:
         ConfigError: BLIP2_PRECISION is neither fp32, bf16 nor auto.
     """
-    wanted = os.environ.get(PRECISION_VARIABLE) or "auto"
-    if wanted not in PRECISIONS:
-        raise ConfigError(f"{PRECISION_VARIABLE} is {wanted!r}: it must be one of {', '.join(PRECISIONS)}")
-    if wanted != "auto":
-        return wanted == "bf16"
+    precision = os.environ.get(PRECISION_VARIABLE) or "auto"
+    if precision not in PRECISIONS:
+        raise ConfigError(f"{PRECISION_VARIABLE} is {precision!r}: it must be one of {', '.join(PRECISIONS)}")
+    if precision != "auto":
+        return precision == "bf16"
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -73,21 +73,21 @@ def fast_bf16(device: torch.device | str) -> bool:
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
-    """What the weights of frozen models are kept in: bfloat16 where `fast_bf16`, else float32."""
+    """The dtype of frozen weights: bfloat16 where `fast_bf16`, else float32."""
     return torch.bfloat16 if fast_bf16(device) else torch.float32
 
 
 def writing_dtype(device: torch.device | str, parameters: int) -> torch.dtype:
-    """What the weights of a language model that writes are kept in.
+    """The dtype of the weights of a language model that generates text.
 
-    On a CPU a small one writes no faster in bf16, since a step has few rows and is spent between products, and in
-    float32 what it writes does not depend on what else is in the batch.
+    On a CPU a small one generates no faster in bf16, since a step has few rows and spends its time between the
+    matrix products, and in float32 its text does not depend on what else is in the batch.
 
     Args:
         parameters: about how many the model has.
     """
-    chosen = os.environ.get(PRECISION_VARIABLE) or "auto"
-    if chosen == "auto" and torch.device(device).type == "cpu" and parameters <= SMALL:
+    precision = os.environ.get(PRECISION_VARIABLE) or "auto"
+    if precision == "auto" and torch.device(device).type == "cpu" and parameters <= SMALL:
         return torch.float32
     return fast_dtype(device)
 

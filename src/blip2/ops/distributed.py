@@ -43,21 +43,16 @@ def _in_group() -> bool:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has reached this line."""
     if world_size() > 1:
         dist.barrier()
-
-
-def row_offset(rows: int) -> int:
-    """Index in the gathered batch of this process's first row, when every process has `rows` rows."""
-    return rank() * rows
 
 
 def gather_with_grad(x_B: Tensor) -> Tensor:
     """Concatenate `x` of all processes along the first axis; gradients flow back to every process.
 
-    The backward sums what each process's loss asks of a row, so that averaging gradients over
-    processes (DDP) gives the gradient of the mean of the losses: the same as one process would.
+    The backward sums each process's gradient of a row, so that averaging gradients over processes
+    (DDP) gives the gradient of the mean of the losses, as in a single process.
     """
     if world_size() == 1:
         return x_B
@@ -86,49 +81,49 @@ def gather_texts(ids_BT: Tensor, mask_BT: Tensor, pad_id: int) -> tuple[Tensor, 
     return gather(ids), gather(mask).bool()
 
 
-def fetch_rows(x_B: Tensor, wanted_N: Tensor) -> Tensor:
-    """Rows of the gathered batch by global index, sending only what is asked for.
+def fetch_rows(x_B: Tensor, index_N: Tensor) -> Tensor:
+    """Rows of the gathered batch by global index, sending only the requested rows.
 
     Args:
         x_B: [B, ...] rows held by this process; every process holds as many.
-        wanted_N: [N] int64 global indices that this process wants.
+        index_N: [N] int64 global indices of the rows that this process needs.
 
     Returns:
         [N, ...]; gradients go back to the process that holds the row. Each process sends at most one
         copy of a row per request: N rows travel where a full gather would send G.
     """
     if world_size() == 1:
-        return x_B[wanted_N]
-    rows, world, here = x_B.shape[0], world_size(), rank()
-    owner_N = wanted_N // rows
+        return x_B[index_N]
+    rows = x_B.shape[0]
+    owner_N = index_N // rows
     order = torch.argsort(owner_N, stable=True)
-    asked = torch.bincount(owner_N, minlength=world)
-    asked_of_me = torch.empty_like(asked)
-    dist.all_to_all_single(asked_of_me, asked)
-    ask, give = to_list(asked), to_list(asked_of_me)
-    indices = torch.empty(sum(give), dtype=torch.int64, device=wanted_N.device)
-    dist.all_to_all_single(indices, wanted_N[order].contiguous(), give, ask)
-    got: Tensor = _Exchange.apply(x_B[indices - here * rows], give, ask)
-    return got[torch.argsort(order)]
+    receive_counts = torch.bincount(owner_N, minlength=world_size())
+    send_counts = torch.empty_like(receive_counts)
+    dist.all_to_all_single(send_counts, receive_counts)
+    send, receive = to_list(send_counts), to_list(receive_counts)
+    requested = torch.empty(sum(send), dtype=torch.int64, device=index_N.device)
+    dist.all_to_all_single(requested, index_N[order].contiguous(), send, receive)
+    fetched: Tensor = _Exchange.apply(x_B[requested - rank() * rows], send, receive)
+    return fetched[torch.argsort(order)]
 
 
 class _Exchange(torch.autograd.Function):
-    """Rows to the processes that asked for them; gradients the way back."""
+    """Rows go to the processes that requested them; gradients go back."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, give: list[int], ask: list[int]) -> Tensor:
-        ctx.give, ctx.ask = give, ask
-        return _all_to_all(out, give, ask)
+    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        ctx.send, ctx.receive = send, receive
+        return _all_to_all(rows, send, receive)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _all_to_all(grad, ctx.ask, ctx.give), None, None
+        return _all_to_all(grad, ctx.receive, ctx.send), None, None
 
 
-def _all_to_all(out: Tensor, give: list[int], take: list[int]) -> Tensor:
-    got = torch.empty(sum(take), *out.shape[1:], dtype=out.dtype, device=out.device)
-    dist.all_to_all_single(got, out.contiguous(), take, give)
-    return got
+def _all_to_all(rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+    received = torch.empty(sum(receive), *rows.shape[1:], dtype=rows.dtype, device=rows.device)
+    dist.all_to_all_single(received, rows.contiguous(), receive, send)
+    return received
 
 
 def mean_over_processes(values: Tensor) -> Tensor:

@@ -40,16 +40,6 @@ def itm_loss(logits_N2: Tensor, match_N: Tensor) -> Tensor:
     return F.cross_entropy(logits_N2.float(), match_N.long())
 
 
-def itg_loss(logits_MV: Tensor, targets_M: Tensor, *, label_smoothing: float = 0.1) -> Tensor:
-    """Image-grounded text generation loss: mean cross-entropy over the target tokens only."""
-    return F.cross_entropy(logits_MV.float(), targets_M, label_smoothing=label_smoothing)
-
-
-def language_modeling_loss(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
-    """Stage-2 language-modelling loss: mean cross-entropy over the target tokens only."""
-    return F.cross_entropy(logits_MV.float(), targets_M)
-
-
 def head_loss(
     x_MD: Tensor,
     head: Callable[[Tensor], Tensor],
@@ -73,11 +63,6 @@ def head_loss(
         return part(x_MD, targets_M)
     chunks = zip(x_MD.split(rows), targets_M.split(rows), strict=True)
     return torch.cat([checkpoint(part, x, targets, use_reentrant=False) for x, targets in chunks])
-
-
-def mean_over_queries(logits_NQ2: Tensor) -> Tensor:
-    """ITM logits [N, 2] of a pair: the mean over its queries."""
-    return logits_NQ2.mean(dim=1)
 
 
 def next_token_positions(mask_BT: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
-"""The three self-attention masks over [query tokens, text tokens] (arXiv 2301.12597, figure 2).
+"""Self-attention masks over [query tokens, text tokens] (arXiv 2301.12597, figure 2).
 
-Each function takes the number of queries and the text's padding mask and returns a boolean tensor
-[B, 1, Q+T, Q+T] where True means "row may attend to column", as
-`torch.nn.functional.scaled_dot_product_attention` reads it. Padding is never seen; a padded row
-sees what a real one in its place would, so no row is empty.
+The unimodal one of ITC has no function: queries and text run apart, which is the same. The others
+take the number of queries and the text's padding mask and return a boolean tensor [B, 1, Q+T, Q+T]
+where True means "row may attend to column", as `torch.nn.functional.scaled_dot_product_attention`
+reads it. Padding is never seen; a padded row sees what a real one in its place would, so no row is empty.
 
     unimodal (ITC)              bidirectional (ITM)         multimodal causal (ITG)
           q q | t t t                 q q | t t t                 q q | t t t
@@ -18,15 +18,6 @@ Shape letters: B batch, Q queries, T text tokens.
 
 import torch
 from torch import Tensor
-
-
-def unimodal_mask(queries: int, text_mask_BT: Tensor) -> Tensor:
-    """ITC: queries see queries, text sees text."""
-    batch, length = text_mask_BT.shape
-    mask = text_mask_BT.new_zeros(batch, 1, queries + length, queries + length, dtype=torch.bool)
-    mask[..., :queries, :queries] = True
-    mask[..., queries:, queries:] = text_mask_BT.bool()[:, None, None, :]
-    return mask
 
 
 def bidirectional_mask(queries: int, text_mask_BT: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from blip2.models.qformer.layers import Packing
 from blip2.models.qformer.model import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.ops.losses import next_token_positions
-from blip2.ops.masks import bidirectional_mask, multimodal_causal_mask, unimodal_mask
+from blip2.ops.masks import bidirectional_mask, multimodal_causal_mask
 
 Q, D, C, P, V = 3, 8, 6, 5, 13
 LENGTHS = [[5, 2, 1, 4], [3], [1], [1, 1, 1], [4, 4]]
@@ -57,6 +57,15 @@ def plain_attention(module: Any, x: Tensor, source: Tensor, mask: Tensor | None)
         scores = scores.masked_fill(~mask, -torch.inf)
     context = (scores.softmax(dim=-1) @ v).permute(0, 2, 1, 3).reshape(N, L, -1)
     return module.norm(x + module.output(context))
+
+
+def unimodal_mask(queries: int, text_mask_BT: Tensor) -> Tensor:
+    """ITC: queries see queries, text sees text."""
+    batch, length = text_mask_BT.shape
+    mask = text_mask_BT.new_zeros(batch, 1, queries + length, queries + length, dtype=torch.bool)
+    mask[..., :queries, :queries] = True
+    mask[..., queries:, queries:] = text_mask_BT.bool()[:, None, None, :]
+    return mask
 
 
 def plain_feed_forward(module: Any, x: Tensor) -> Tensor:

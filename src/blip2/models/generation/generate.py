@@ -162,8 +162,7 @@ class Rules:
     def blank(self, shape: tuple[int, ...], fill: int, device: torch.device) -> Tensor:
         """Ids [*shape, L] with the start tokens in place."""
         ids = torch.full((*shape, len(self.start) + self.decoding.max_tokens), fill, dtype=torch.int64, device=device)
-        for place, token in enumerate(self.start):
-            ids[..., place] = token
+        ids[..., : len(self.start)] = torch.tensor(self.start, dtype=torch.int64, device=device)
         return ids
 
     def ending(self, tokens: Tensor) -> Tensor:
@@ -181,18 +180,18 @@ def search_one(model: Continuation, rules: Rules) -> Tensor:
     logits_NV = model.logits[start]
     model.widen(start, rules.decoding.max_tokens)
     ids_NL = rules.blank((len(start),), rules.pad_id, device)
-    rows = torch.arange(len(start), device=device)  # not done yet
+    rows = torch.arange(len(start), device=device)  # unfinished
     first = len(rules.start)
     for length in range(first, ids_NL.shape[1]):
         scores_NV = rules.process(ids_NL[rows, :length], logits_NV)
         tokens_N = _draw(scores_NV, rows, len(ids_NL)) if rules.decoding.sample else scores_NV.argmax(dim=-1)
         ids_NL[rows, length] = tokens_N
-        left = (~rules.ending(tokens_N)).nonzero().squeeze(1)
-        if not len(left) or length + 1 == ids_NL.shape[1]:
+        unfinished = (~rules.ending(tokens_N)).nonzero().squeeze(1)
+        if not len(unfinished) or length + 1 == ids_NL.shape[1]:
             break
-        if len(left) < len(rows):
-            rows, tokens_N = rows[left], tokens_N[left]
-            model.select(left)
+        if len(unfinished) < len(rows):
+            rows, tokens_N = rows[unfinished], tokens_N[unfinished]
+            model.select(unfinished)
         logits_NV = model.step(tokens_N)
     return ids_NL[:, first : length + 1]
 
@@ -209,7 +208,7 @@ def search_beams(model: Continuation, rules: Rules) -> Tensor:
     fill = rules.pad_id or rules.ends[0]
     ids_BKL = rules.blank((B, beams), fill, device)
     lengths_BK = torch.zeros(B, beams, dtype=torch.int64, device=device)
-    rows = torch.arange(B, device=device)  # not done yet
+    rows = torch.arange(B, device=device)  # unfinished
     state = _Beams.start(ids_BKL, rules)
     # the first step has one row per prompt; its beams are all alike
     scores_BV = rules.process(state.ids[:, 0, : state.length], model.logits.log_softmax(dim=-1))
@@ -217,21 +216,21 @@ def search_beams(model: Continuation, rules: Rules) -> Tensor:
     model.widen(rows.repeat_interleave(beams), rules.decoding.max_tokens)
     while True:
         parents_AK = state.advance(scores_AKV, rules, length_penalty)
-        going = state.can_improve(length_penalty)
+        can_improve = state.can_improve(length_penalty)
         if state.length == ids_BKL.shape[2]:
-            going = torch.zeros_like(going)
-        done, left = (~going).nonzero().squeeze(1), going.nonzero().squeeze(1)
+            can_improve = torch.zeros_like(can_improve)
+        done, unfinished = (~can_improve).nonzero().squeeze(1), can_improve.nonzero().squeeze(1)
         if len(done):
             ids_BKL[rows[done]], lengths_BK[rows[done]] = state.done_ids[done], state.done_lengths[done]
-        if not len(left):
+        if not len(unfinished):
             break
-        places_AK = parents_AK + beams * torch.arange(len(parents_AK), device=device)[:, None]
+        parent_rows_AK = parents_AK + beams * torch.arange(len(parents_AK), device=device)[:, None]
         if len(done):
-            rows = rows[left]
-            state.keep(left)
-            model.select(places_AK[left].flatten())
+            rows = rows[unfinished]
+            state.select(unfinished)
+            model.select(parent_rows_AK[unfinished].flatten())
         else:
-            model.reorder(places_AK.flatten())
+            model.reorder(parent_rows_AK.flatten())
         logits_NV = model.step(state.ids[..., state.length - 1].flatten())
         scores_NV = rules.process(state.ids[..., : state.length].flatten(0, 1), logits_NV.log_softmax(dim=-1))
         scores_AKV = scores_NV.view(-1, beams, scores_NV.shape[-1])
@@ -276,8 +275,8 @@ class _Beams:
         K, V = scores_AKV.shape[1:]
         total_AC = (scores_AKV + self.scores[:, :, None]).flatten(1)
         # enough that K go on even where every beam may end in each of the end tokens
-        best_AC, place_AC = total_AC.topk(max(2, 1 + len(rules.ends)) * K)
-        parents_AC, tokens_AC = place_AC // V, place_AC % V
+        best_AC, index_AC = total_AC.topk(max(2, 1 + len(rules.ends)) * K)
+        parents_AC, tokens_AC = index_AC // V, index_AC % V
         ids_ACL = _gather(self.ids, parents_AC)
         ids_ACL[..., self.length] = tokens_AC
         self.length += 1
@@ -308,11 +307,10 @@ class _Beams:
         worst_AK = torch.where(self.done, self.done_scores.amin(dim=1, keepdim=True), _NEVER)
         return (best_A1 > worst_AK).any(dim=1)
 
-    def keep(self, left: Tensor) -> None:
-        """Drop all prompts but these."""
-        self.ids, self.scores = self.ids[left], self.scores[left]
-        self.done_ids, self.done_scores = self.done_ids[left], self.done_scores[left]
-        self.done_lengths, self.done = self.done_lengths[left], self.done[left]
+    def select(self, index: Tensor) -> None:
+        """Keep only these prompts."""
+        for name in ("ids", "scores", "done_ids", "done_scores", "done_lengths", "done"):
+            setattr(self, name, getattr(self, name)[index])
 
 
 def _gather(x: Tensor, index_AK: Tensor) -> Tensor:
@@ -321,7 +319,7 @@ def _gather(x: Tensor, index_AK: Tensor) -> Tensor:
 
 
 def _draw(scores_NV: Tensor, rows: Tensor, total: int) -> Tensor:
-    """One token per row, as if all `total` rows drew: what a row draws does not depend on who has left."""
+    """One token per row, as if all `total` rows drew: a row draws the same whichever other rows are done."""
     probs_NV = scores_NV.softmax(dim=-1)
     if len(rows) < total:
         all_NV = probs_NV.new_zeros(total, probs_NV.shape[1])

@@ -51,7 +51,10 @@ def loading_options(kind: str, device: torch.device, dtype: torch.dtype) -> dict
             f"pip install 'blip2[{_EXTRAS[library]}]'"
         )
     if library == "torchao":
-        return {"quantization_config": _torchao_int8()}
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":
@@ -62,19 +65,19 @@ def loading_options(kind: str, device: torch.device, dtype: torch.dtype) -> dict
 
 
 def prepare(model: nn.Module, source: str) -> None:
-    """Make a model that was just loaded quantized fit for training through it, in place.
+    """Prepare a model that was just loaded quantized for training through it, in place.
 
     Raises:
         ConfigError: nothing in it is quantized.
     """
-    found = [m for m in model.modules() if isinstance(m, nn.Linear) and is_quantized(m.weight)]
-    if not found:
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and is_quantized(m.weight)]
+    if not layers:
         raise ConfigError(f"language.quantize: {source} has no linear layer that could be quantized")
-    # Else it tells at every call of every layer that int8 products take float16.
+    # It would log in every call of every layer that int8 products take float16.
     logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)
-    for module in found:
+    for module in layers:
         if hasattr(module.weight, "__tensor_flatten__"):
-            module.forward = functools.partial(_linear, module)  # type: ignore[method-assign]
+            module.forward = functools.partial(_int8_linear, module)  # type: ignore[method-assign]
         # Where a CPU has AVX512-BF16, bitsandbytes repacks the weights in the first call without gradient,
         # that is in an evaluation, and then passes no gradient on.
         module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
@@ -90,13 +93,13 @@ def quantized_layers(model: Any) -> list[nn.Linear]:
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    excluded = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     return [
         module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and not is_adapter(name)
-        and should_convert_module(name.removesuffix(".base_layer"), kept)
+        and should_convert_module(name.removesuffix(".base_layer"), excluded)
     ]
 
 
@@ -106,18 +109,6 @@ def quantized_bytes(layers: list[nn.Linear], kind: str) -> int:
     if kind == "nf4":
         return weights // 2 + weights // 64 * 4
     return weights + 4 * sum(layer.out_features for layer in layers)
-
-
-def _torchao_int8() -> Any:
-    from torchao.quantization import Int8WeightOnlyConfig
-    from transformers import TorchAoConfig
-
-    return TorchAoConfig(Int8WeightOnlyConfig())
-
-
-def _linear(module: nn.Linear, x: Tensor) -> Tensor:
-    out: Tensor = _Int8Linear.apply(x, module.weight, module.bias)
-    return out
 
 
 class _Int8Linear(torch.autograd.Function):
@@ -136,3 +127,8 @@ class _Int8Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         return grad @ weight.dequantize(grad.dtype), None, None
+
+
+def _int8_linear(module: nn.Linear, x: Tensor) -> Tensor:
+    out: Tensor = _Int8Linear.apply(x, module.weight, module.bias)
+    return out

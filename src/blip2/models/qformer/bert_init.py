@@ -11,6 +11,13 @@ from blip2.models.qformer.model import QFormer
 _POSITIONS, _TYPES = "embeddings.position.weight", "embeddings.token_type_embeddings.weight"
 # Parts of BERT that a Q-Former has no use for, and the only ones that may be left over.
 _UNUSED = ("pooler.", "embeddings.position_ids", _TYPES, "cls.seq_relationship.")
+_HEAD = {
+    "head.dense.weight": "transform.dense.weight",
+    "head.dense.bias": "transform.dense.bias",
+    "head.norm.weight": "transform.LayerNorm.weight",
+    "head.norm.bias": "transform.LayerNorm.bias",
+    "head.bias": "bias",
+}
 # Tensors with a row per word: the Q-Former's may have more ([DEC]).
 _BY_VOCABULARY = ("embeddings.word.weight", "head.bias")
 
@@ -19,7 +26,7 @@ def load_bert(qformer: QFormer, state: dict[str, Tensor], source: str) -> list[s
     """Copy a BERT checkpoint into a Q-Former, in place and strictly.
 
     Self-attention and feed-forwards are copied, the query feed-forwards as a copy of the text's.
-    The constant first token type is folded into the positions, so that the text branch alone
+    The constant first token type is added to the positions, so that the text branch alone
     computes what BERT does. New rows of the vocabulary ([DEC]), the cross-attention, the query
     tokens and a missing prediction head keep their initialisation.
 
@@ -35,7 +42,7 @@ def load_bert(qformer: QFormer, state: dict[str, Tensor], source: str) -> list[s
     """
     values = text_tensors(qformer.depth, state, source)
     used = {key for _, key in _names(qformer.depth)}
-    left = {name: value for key, value in state.items() if (name := key.removeprefix("bert.")) not in used}
+    rest = {name: value for key, value in state.items() if (name := key.removeprefix("bert.")) not in used}
     own = dict(qformer.named_parameters())
     filled = set()
 
@@ -49,21 +56,15 @@ def load_bert(qformer: QFormer, state: dict[str, Tensor], source: str) -> list[s
             target[:rows].copy_(value)
         filled.add(name)
 
-    def take(key: str) -> Tensor:
-        return _found(left, key, source)
-
     for name, value in values.items():
         if name in own:  # without a text branch only the query side is there to fill
             put(name, value)
         if ".text_ff." in name:
             put(name.replace(".text_ff.", ".query_ff."), value)
-    if qformer.head is not None and "cls.predictions.bias" in left:
-        put("head.dense.weight", take("cls.predictions.transform.dense.weight"))
-        put("head.dense.bias", take("cls.predictions.transform.dense.bias"))
-        put("head.norm.weight", take("cls.predictions.transform.LayerNorm.weight"))
-        put("head.norm.bias", take("cls.predictions.transform.LayerNorm.bias"))
-        put("head.bias", take("cls.predictions.bias"))
-    extra = [k for k in left if not k.startswith(_UNUSED) and not k.startswith("cls.predictions")]
+    if qformer.head is not None and "cls.predictions.bias" in rest:
+        for name, key in _HEAD.items():
+            put(name, _require(rest, f"cls.predictions.{key}", source))
+    extra = [k for k in rest if not k.startswith(_UNUSED) and not k.startswith("cls.predictions")]
     if extra:
         raise CheckpointError(f"{source}: {extra[0]} has no place in a Q-Former, so it is not a BERT-type checkpoint")
     return sorted(set(own) - filled)
@@ -81,7 +82,7 @@ def text_tensors(depth: int, state: dict[str, Tensor], source: str) -> dict[str,
         CheckpointError: a tensor of BERT is missing.
     """
     theirs = {key.removeprefix("bert."): value for key, value in state.items()}
-    out = {name: _found(theirs, key, source) for name, key in _names(depth)}
+    out = {name: _require(theirs, key, source) for name, key in _names(depth)}
     if _TYPES in theirs:
         out[_POSITIONS] = out[_POSITIONS] + theirs[_TYPES][0]
     return out
@@ -92,7 +93,7 @@ def text_names(depth: int) -> list[str]:
     return [name for name, _ in _names(depth)]
 
 
-def _found(tensors: dict[str, Tensor], key: str, source: str) -> Tensor:
+def _require(tensors: dict[str, Tensor], key: str, source: str) -> Tensor:
     if key not in tensors:
         raise CheckpointError(f"{source}: {key} is missing, so it is not a BERT-type checkpoint")
     return tensors[key]

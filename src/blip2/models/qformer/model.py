@@ -11,8 +11,8 @@ values once (`project_image`); every pass over it takes that `ImageKV`:
     logits = qformer.decode_text(ids, mask, cache, at)        # ITG: causal, on the cached queries
 
 Text is held packed: the linear layers run on real tokens only, attention alone sees the padded
-shape. Where several passes read the same text, `embed_tokens` it once and give them word vectors in place
-of `ids`: the gradient of a lookup is as large as the vocabulary.
+shape. Where several passes read the same text, `embed_tokens` it once and give them the word
+vectors in place of `ids`: the gradient of a lookup is as large as the vocabulary.
 
 Shape letters: B images, N rows (pairs), Q queries, T text tokens, M real text tokens, P patches, C
 image-encoder channels, D Q-Former width, V vocabulary.
@@ -69,9 +69,9 @@ class TextEmbeddings(nn.Module):
         """[N, T] ids or [N, T, D] word vectors -> [M, D], not normalised; positions start at 0 beside queries too."""
         if packing.longest > self.position.num_embeddings:
             raise ValueError(f"text of {packing.longest} tokens, but only {self.position.num_embeddings} positions")
-        places = torch.arange(packing.length, device=ids_NT.device).expand(packing.rows, -1)
+        positions = torch.arange(packing.length, device=ids_NT.device).expand(packing.rows, -1)
         words = packing.pack(ids_NT)
-        embedded: Tensor = (words if ids_NT.ndim == 3 else self.word(words)) + self.position(packing.pack(places))
+        embedded: Tensor = (words if ids_NT.ndim == 3 else self.word(words)) + self.position(packing.pack(positions))
         return embedded
 
 

@@ -124,9 +124,9 @@ class VisionEncoder(nn.Module):
     def depths(self) -> dict[str, int]:
         """How many blocks stand above each parameter: 0 for the last block and the norm behind it."""
         blocks = _blocks(self.model)
-        place = {id(p): len(blocks) - 1 - n for n, block in enumerate(blocks) for p in block.parameters()}
+        depth = {id(p): len(blocks) - 1 - n for n, block in enumerate(blocks) for p in block.parameters()}
         return {
-            name: place.get(id(p), 0 if "norm" in name.split(".")[0] and "pre" not in name else len(blocks))
+            name: depth.get(id(p), 0 if "norm" in name.split(".")[0] and "pre" not in name else len(blocks))
             for name, p in self.model.named_parameters()
         }
 
@@ -183,13 +183,12 @@ def load_vision_encoder(config: VisionConfig, dtype: torch.dtype = torch.float32
         ConfigError: `layer`, `pool` or `image_size` does not fit it.
     """
     source = towers.folder(config.name)
-    whole = towers.load_config(config.name)
-    part = _vision_part(whole, source)
-    options: dict[str, Any] = {}
-    if part is not whole:
+    model_config = towers.load_config(config.name)
+    part = _vision_part(model_config, source)
+    kind, options = _model_class(part)
+    if part is not model_config:
         options["key_mapping"] = {r"^vision_model\.": ""}
-    kind, extra = _model_class(part)
-    model = towers.load_model(kind, source, part, dtype, **extra, **options)
+    model = towers.load_model(kind, source, part, dtype, **options)
     mean, std = normalisation(part, source)
     encoder = _wrap(model, part, config.name, config.layer, config.pool, config.image_size, mean, std)
     freeze(encoder)

@@ -129,7 +129,7 @@ class Stage1Objective(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Global indices of one hard negative text per image, and one image per text."""
         uniform_2G = torch.from_numpy(np.random.default_rng([self.seed, step]).random((2, len(ids_G))))
-        start = distributed.row_offset(len(ids_B))
+        start = distributed.rank() * len(ids_B)
         mine = uniform_2G[:, start : start + len(ids_B)].to(ids_B.device)
         ramp = self.config.itm_ramp * self.accumulate
         hardness = self.config.itm_hardness * (min(1.0, step / ramp) if ramp else 1.0)
