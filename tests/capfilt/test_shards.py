@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from blip2.capfilt.command import find_jobs, part_of
+from blip2.capfilt.pipeline import find_jobs, part_of
 from blip2.capfilt.settings import CapFiltSettings
 from blip2.capfilt.shards import Job, filter_shard, finished, seed_of
 from blip2.data.shards.writer import write_shard

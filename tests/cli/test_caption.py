@@ -1,4 +1,4 @@
-"""`blip2 caption` around the model: what is found, what is skipped, what is written."""
+"""`blip2 caption` around the model: which images, what is skipped, what is written."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from blip2.cli import caption
+from blip2.data.folders import find_images
 from blip2.errors import DataError
 from blip2.inference import loading
 from blip2.weights import runs
@@ -32,29 +33,28 @@ def options(**values: object) -> argparse.Namespace:
 
 
 def test_images_are_found_once_and_in_order(photos: Path) -> None:
-    found = caption.find_images([str(photos), str(photos / "b.png")])
-    assert [Path(p).relative_to(photos).as_posix() for p in found] == ["a.JPG", "b.png", "deeper/c.webp"]
-    assert caption.find_images([str(photos / "b.png"), str(photos)])[0].endswith("b.png")
+    images = find_images([str(photos), str(photos / "b.png")])
+    assert [Path(p).relative_to(photos).as_posix() for p in images] == ["a.JPG", "b.png", "deeper/c.webp"]
+    assert find_images([str(photos / "b.png"), str(photos)])[0].endswith("b.png")
 
 
 def test_what_is_not_there(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="gone.jpg: no such file or folder"):
-        caption.find_images([str(tmp_path / "gone.jpg")])
+        find_images([str(tmp_path / "gone.jpg")])
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty: no image in this folder"):
-        caption.find_images([str(tmp_path / "empty")])
+        find_images([str(tmp_path / "empty")])
 
 
 def test_what_is_in_the_file_is_not_done_again(photos: Path, tmp_path: Path) -> None:
-    paths = caption.find_images([str(photos)])
+    paths = find_images([str(photos)])
     out = tmp_path / "sub" / "captions.jsonl"
-    sink = caption._open_sink(options(out=str(out)))
-    assert caption._not_done(paths, options(out=str(out))) == paths
-    sink(paths[0], ["ein Hund — groß"])
+    assert caption.not_done(paths, options(out=str(out))) == paths
+    caption.write_captions(paths[0], ["ein Hund — groß"], options(out=str(out)))
     with out.open("a") as handle:
         handle.write('{"image": "' + paths[1])  # killed here
-    assert caption._not_done(paths, options(out=str(out))) == paths[1:]
-    sink(paths[1], ["two"])
+    assert caption.not_done(paths, options(out=str(out))) == paths[1:]
+    caption.write_captions(paths[1], ["two"], options(out=str(out)))
     lines = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
     assert lines == [
         {"image": paths[0], "captions": ["ein Hund — groß"]},
@@ -66,32 +66,32 @@ def test_another_file_is_not_written_to(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "other.jsonl"
     out.write_text('{"something": "else"}\n')
     with pytest.raises(DataError, match="other.jsonl: line 1 is not a caption line; choose another --out"):
-        caption._not_done(caption.find_images([str(photos)]), options(out=str(out)))
+        caption.not_done(find_images([str(photos)]), options(out=str(out)))
     assert out.read_text() == '{"something": "else"}\n'
 
 
 def test_sidecars(photos: Path) -> None:
-    paths = caption.find_images([str(photos)])
+    paths = find_images([str(photos)])
     (photos / "b.txt").write_text("mine")
-    todo = caption._not_done(paths, options(sidecar=True))
+    todo = caption.not_done(paths, options(sidecar=True))
     assert [Path(p).name for p in todo] == ["a.JPG", "c.webp"]
-    caption._open_sink(options(sidecar=True))(todo[0], ["one", "two"])
+    caption.write_captions(todo[0], ["one", "two"], options(sidecar=True))
     assert (photos / "a.txt").read_text() == "one\ntwo\n"
     assert (photos / "b.txt").read_text() == "mine"
     assert not list(photos.glob(".*.tmp*"))
 
 
 def test_lines_for_people_and_for_scripts(capsys: pytest.CaptureFixture[str]) -> None:
-    caption._open_sink(options())("x.jpg", ["a dog", "a cat"])
+    caption.write_captions("x.jpg", ["a dog", "a cat"], options())
     assert capsys.readouterr().out == "x.jpg: a dog\nx.jpg: a cat\n"
-    caption._open_sink(options(json=True))("x.jpg", ["a dog"])
+    caption.write_captions("x.jpg", ["a dog"], options(json=True))
     assert json.loads(capsys.readouterr().out) == {"image": "x.jpg", "captions": ["a dog"]}
 
 
 def test_batches_leave_out_what_cannot_be_read(photos: Path) -> None:
     (photos / "bad.png").write_bytes(b"no picture")
     failed: list[str] = []
-    batches = list(caption._batches(caption.find_images([str(photos)]), 2, failed))
+    batches = list(caption.batches(find_images([str(photos)]), 2, failed))
     assert [[Path(name).name for name in names] for names, _ in batches] == [["a.JPG", "b.png"], ["c.webp"]]
     assert len(failed) == 1
     assert failed[0].startswith(str(photos / "bad.png"))

@@ -234,7 +234,7 @@ def test_mistakes_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
     model: Blip2,
 ) -> None:
-    monkeypatch.setattr("blip2.search.command.load_model", lambda options: (model, str(tiny)))
+    monkeypatch.setattr("blip2.inference.loading.load_model", lambda options: (model, str(tiny)))
     Store.create(tmp_path / "i", identify(model, str(tiny)), "faiss", None)
     filled = [a.format(index=tmp_path / "i", photos=photos) for a in arguments]
     code, out, err = run(capsys, *filled)
@@ -270,7 +270,7 @@ def test_commands_refuse_an_index_of_another_model(
     before = (tmp_path / "i" / "manifest.json").read_bytes()
     arguments = [part.format(index=tmp_path / "i", photos=photos) for part in command]
     if name is not None:
-        monkeypatch.setattr("blip2.search.command.load_model", lambda options: (model, str(tiny)))
+        monkeypatch.setattr("blip2.inference.loading.load_model", lambda options: (model, str(tiny)))
         arguments += ["--model", str(tiny)]
     code, out, err = run(capsys, *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)

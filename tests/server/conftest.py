@@ -88,8 +88,8 @@ def _listening(model: Blip2, *, index: Any = None, others: Any = (), **settings:
     """uvicorn in a thread on a free port: its address, the uvicorn server and the application."""
     import uvicorn
 
+    from blip2.cli.serve import listen
     from blip2.server.app import create_app
-    from blip2.server.command import listen
     from blip2.server.settings import Settings
 
     app = create_app(model, Settings(**settings), name="tiny", index=index, others=others)

@@ -241,7 +241,7 @@ def test_several_models_each_answer_by_their_name(serve: Serve, both: Blip2, sta
 
 
 def test_names_of_several_models() -> None:
-    from blip2.server.command import model_names
+    from blip2.cli.serve import model_names
 
     assert model_names(["a/blip", "b/blip", "org/other"]) == ["a/blip", "b/blip", "org/other"]  # hub ids stay
     assert model_names([".", "..", "."])[0] != model_names([".", "..", "."])[2]

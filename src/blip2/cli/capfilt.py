@@ -1,13 +1,16 @@
-"""Command-line options of `blip2 capfilt`; imports nothing heavy."""
+"""`blip2 capfilt IN OUT`."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import fields
+from typing import Any
 
-Parsers = argparse._SubParsersAction
+from blip2.cli.options import Commands, add_device, add_json
 
 
-def add_command(commands: Parsers[argparse.ArgumentParser]) -> None:
+def add_parser(commands: Commands) -> None:
     """`blip2 capfilt IN OUT`."""
     capfilt = commands.add_parser(
         "capfilt",
@@ -19,7 +22,7 @@ def add_command(commands: Parsers[argparse.ArgumentParser]) -> None:
     capfilt.add_argument("out", metavar="OUT", help="folder of the new shards")
     capfilt.add_argument("--captioner", required=True, metavar="M", help="run, checkpoint, or BLIP of transformers")
     capfilt.add_argument("--ranker", metavar="M", help="run (ITC) or CLIP of transformers (default: the captioner's)")
-    for option, kind, default, what in (
+    for option, parse, default, meaning in (
         ("samples", int, 10, "captions drawn per image; 0 only ranks"),
         ("keep", int, 2, "captions kept per image"),
         ("itm-threshold", float, None, "least ITM probability of a kept text (BLIP: 0.5)"),
@@ -34,16 +37,36 @@ def add_command(commands: Parsers[argparse.ArgumentParser]) -> None:
         ("threads", int, None, "of each process (default: the cores shared equally)"),
     ):
         shown = "" if default is None else f" (default: {default})"
-        capfilt.add_argument(f"--{option}", type=kind, default=default, metavar="N", help=what + shown)
-    capfilt.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the frozen towers")
-    capfilt.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+        capfilt.add_argument(f"--{option}", type=parse, default=default, metavar="N", help=meaning + shown)
+    add_device(capfilt)
     capfilt.add_argument("--engine", default="local", choices=("local", "ray"), help="default: %(default)s")
     capfilt.add_argument("--part", default="0/1", metavar="I/N", help="every N-th shard from I on, for array jobs")
-    capfilt.add_argument("--json", action="store_true", help="the manifest on stdout")
-    capfilt.set_defaults(run=_run)
+    add_json(capfilt, "the manifest")
+    capfilt.set_defaults(run=run)
 
 
-def _run(options: argparse.Namespace, rest: list[str]) -> int:
-    from blip2.capfilt.command import capfilt_command
+def run(options: argparse.Namespace) -> int:
+    """Run CapFilt; the totals go to stdout."""
+    from blip2.capfilt.engines import Engine
+    from blip2.capfilt.pipeline import capfilt, find_jobs, part_of
+    from blip2.capfilt.settings import CapFiltSettings
 
-    return capfilt_command(options)
+    settings = CapFiltSettings(**{field.name: getattr(options, field.name) for field in fields(CapFiltSettings)})
+    engine = Engine(options.engine, options.workers, options.threads, options.device, progress=not options.json)
+    jobs = find_jobs(options.source, options.out)
+    manifest = capfilt(part_of(jobs, options.part), jobs, settings, engine)
+    print(json.dumps(manifest) if options.json else _summary(manifest, options.out, len(jobs)))
+    return 0
+
+
+def _summary(manifest: dict[str, Any], out: str, count: int) -> str:
+    done = len(manifest["shards"])
+    lines = [
+        f"{out}: {done} of {count} shards, {manifest['samples']} images keep {manifest['web']} web and "
+        f"{manifest['synthetic']} synthetic captions; {manifest['rejected']} texts rejected"
+    ]
+    if manifest["emptied"]:
+        lines.append(f"  {manifest['emptied']} images kept no text and were left out")
+    if manifest["bad"]:
+        lines.append(f"  {manifest['bad']} bad samples were left out (blip2 data check names them)")
+    return "\n".join(lines)

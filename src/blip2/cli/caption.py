@@ -1,4 +1,4 @@
-"""`blip2 caption` and `blip2 ask`: folder runs are batched, resumable and skip what is done."""
+"""`blip2 caption IMAGE|FOLDER ...`: batched and resumable; what is done already is skipped."""
 
 from __future__ import annotations
 
@@ -7,53 +7,67 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-from tqdm import tqdm
-
-from blip2.configs import DecodingConfig
-from blip2.data.collection import printable
-from blip2.data.few_shot import read_shots
-from blip2.data.folders import find_images
-from blip2.data.image_inputs import open_image
+from blip2.cli.options import Commands, add_beams, add_json, add_model, add_shots
 from blip2.errors import DataError, RunError, os_error_as
-from blip2.inference.few_shot import Examples
-from blip2.inference.loading import load_model
-from blip2.io.atomic import write_bytes, write_text
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _START = b'{"image": "'  # of every line of a captions file
 
 
-def caption_command(options: argparse.Namespace) -> int:
+def add_parser(commands: Commands) -> None:
+    """`blip2 caption`."""
+    caption = commands.add_parser("caption", help="caption images or folders of images")
+    caption.add_argument("images", nargs="+", metavar="IMAGE|FOLDER")
+    caption.add_argument("--prompt", help="text that the caption continues (default: the run's)")
+    caption.add_argument("--num", type=int, default=1, help="captions per image (default: %(default)s)")
+    caption.add_argument("--min-tokens", type=int, default=8, help="of a caption (default: %(default)s)")
+    caption.add_argument("--max-tokens", type=int, default=30, help="of a caption (default: %(default)s)")
+    caption.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is none (default: %(default)s)")
+    caption.add_argument("--sample", action="store_true", help="nucleus sampling instead of beam search")
+    caption.add_argument("--top-p", type=float, default=0.9, help="of the sampling (default: %(default)s)")
+    caption.add_argument("--rerank", type=int, default=0, metavar="N", help="of N captions the most similar by ITC")
+    output = caption.add_mutually_exclusive_group()
+    add_json(output, "one JSON object per image")
+    output.add_argument("--out", metavar="FILE.jsonl", help="append to a file; images already in it are skipped")
+    output.add_argument("--sidecar", action="store_true", help="write IMAGE.txt beside each image that has none")
+    add_beams(caption)
+    add_shots(caption)
+    add_model(caption)
+    caption.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
     """Caption what was named; exit code 2 when a named image failed or none could be captioned."""
-    decoding = DecodingConfig(
-        beams=options.beams,
-        num=options.num,
-        min_tokens=options.min_tokens,
-        max_tokens=options.max_tokens,
-        repetition_penalty=options.repetition_penalty,
-        sample=options.sample,
-        top_p=options.top_p,
-        rerank=options.rerank,
-    )
+    from tqdm import tqdm
+
+    from blip2.configs import DecodingConfig
+    from blip2.data.few_shot import read_shots
+    from blip2.data.folders import find_images
+
+    fields = ("beams", "num", "min_tokens", "max_tokens", "repetition_penalty", "sample", "top_p", "rerank")
+    decoding = DecodingConfig(**{name: getattr(options, name) for name in fields})
     paths = find_images(options.images)
-    todo = _not_done(paths, options)
+    todo = not_done(paths, options)
     if len(todo) < len(paths):
         print(f"{len(paths) - len(todo)} of {len(paths)} images are done already", file=sys.stderr)
     if not todo:
         return 0
     shots = read_shots(options.shots) if options.shots else []
+    from blip2.inference.few_shot import Examples
+    from blip2.inference.loading import load_model
+
     model, _ = load_model(options)
     examples = Examples(model, shots) if shots else ()
-    sink = _open_sink(options)
     failed: list[str] = []
     with tqdm(total=len(todo), unit="image", desc="captioning", disable=len(todo) < 2) as bar:
-        for names, pictures in _batches(todo, options.batch, failed):
-            chosen = {"prompt": options.prompt, "decoding": decoding, "shots": examples}
-            found = model.caption(pictures, **chosen) if pictures else []
-            for name, captions in zip(names, found, strict=True):
-                sink(name, captions if isinstance(captions, list) else [captions])
+        for names, images in batches(todo, options.batch, failed):
+            answers = model.caption(images, prompt=options.prompt, decoding=decoding, shots=examples) if images else []
+            for name, captions in zip(names, answers, strict=True):
+                write_captions(name, captions if isinstance(captions, list) else [captions], options)
             bar.update(len(names))
             bar.set_postfix(failed=len(failed), refresh=False)
     for line in failed:
@@ -62,52 +76,70 @@ def caption_command(options: argparse.Namespace) -> int:
     return 2 if named or len(failed) == len(todo) else 0
 
 
-def ask_command(options: argparse.Namespace) -> int:
-    """Answer one question about one image."""
-    picture = open_image(options.image)
-    shots = read_shots(options.shots) if options.shots else []
-    answer = load_model(options)[0].ask([picture], [options.question], beams=options.beams, shots=shots)[0]
-    if options.json:
-        print(json.dumps({"image": options.image, "question": options.question, "answer": answer}))
-    else:
-        print(answer)
-    return 0
+def batches(paths: list[str], size: int, failed: list[str]) -> Iterator[tuple[list[str], list[Image.Image]]]:
+    """Paths and their images, `size` at a time; a line for each that cannot be read is added to `failed`."""
+    from blip2.data.image_inputs import open_image
 
-
-def _batches(paths: list[str], size: int, failed: list[str]) -> Iterator[tuple[list[str], list[Image.Image]]]:
     names: list[str] = []
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     for path in paths:
         try:
-            picture = open_image(path)
+            images.append(open_image(path))
         except DataError as error:
             failed.append(str(error))
             continue
         names.append(path)
-        pictures.append(picture)
         if len(names) == max(1, size):
-            yield names, pictures
-            names, pictures = [], []
+            yield names, images
+            names, images = [], []
     if names:
-        yield names, pictures
+        yield names, images
 
 
-def _not_done(paths: list[str], options: argparse.Namespace) -> list[str]:
+def not_done(paths: list[str], options: argparse.Namespace) -> list[str]:
+    """Images without captions where the options write them."""
+    from blip2.data.collection import printable
+
     if options.sidecar:
         return [p for p in paths if not Path(p).with_suffix(".txt").exists()]
-    if not options.out:
+    if not options.out or not Path(options.out).exists():
         return paths
-    target = Path(options.out)
-    done = {entry["image"] for entry in _whole_lines(target)} if target.exists() else set()
+    done = {entry["image"] for entry in _complete_lines(Path(options.out))}
     return [p for p in paths if printable(p) not in done]
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
+def write_captions(image: str, captions: list[str], options: argparse.Namespace) -> None:
+    """Write or print the captions of an image as the options say.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    from blip2.data.collection import printable
+    from blip2.io.atomic import write_text
+
+    line = json.dumps({"image": printable(image), "captions": captions}, ensure_ascii=False)
+    if not (options.sidecar or options.out):
+        lines = [line] if options.json else [f"{printable(image)}: {text}" for text in captions]
+        print(*lines, sep="\n", flush=True)
+        return
+    target = Path(image).with_suffix(".txt") if options.sidecar else Path(options.out)
+    with os_error_as(RunError, f"{target}: cannot be written"):
+        if options.sidecar:
+            write_text(target, "".join(f"{text}\n" for text in captions))
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("a", encoding="utf-8") as handle:
+                handle.write(line + "\n")
+
+
+def _complete_lines(path: Path) -> list[dict[str, Any]]:
     """Entries of a captions file; a last line cut short by a kill is dropped from it.
 
     Raises:
         DataError: it cannot be read, or a line is not one of ours; the file is left as it is.
     """
+    from blip2.io.atomic import write_bytes
+
     try:
         *lines, rest = path.read_bytes().split(b"\n")
         entries = [_entry(path, number, line) for number, line in enumerate(lines, 1)]
@@ -131,31 +163,3 @@ def _entry(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 def _not_ours(path: Path, number: int) -> DataError:
     return DataError(f"{path}: line {number} is not a caption line; choose another --out")
-
-
-def _open_sink(options: argparse.Namespace) -> Any:
-    """A function (image, captions) that puts captions where the options say."""
-    if options.sidecar:
-        return _write_sidecar
-    if options.out:
-        return lambda image, captions: _append(Path(options.out), image, captions)
-    if options.json:
-        return lambda image, captions: print(_line(image, captions), flush=True)
-    return lambda image, captions: print(*(f"{printable(image)}: {text}" for text in captions), sep="\n", flush=True)
-
-
-def _line(image: str, captions: list[str]) -> str:
-    return json.dumps({"image": printable(image), "captions": captions}, ensure_ascii=False)
-
-
-def _append(path: Path, image: str, captions: list[str]) -> None:
-    with os_error_as(RunError, f"{path}: cannot be written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as handle:
-            handle.write(_line(image, captions) + "\n")
-
-
-def _write_sidecar(image: str, captions: list[str]) -> None:
-    target = Path(image).with_suffix(".txt")
-    with os_error_as(RunError, f"{target}: cannot be written"):
-        write_text(target, "".join(f"{text}\n" for text in captions))

@@ -7,17 +7,30 @@ import contextlib
 import importlib
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from blip2.configs import DecodingConfig
-from blip2.data.image_inputs import open_image
+from blip2.cli.options import Commands, add_beams, add_model
 from blip2.errors import ConfigError
-from blip2.inference import Blip2
-from blip2.inference.loading import load_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from blip2.configs import DecodingConfig
+    from blip2.inference import Blip2
 
 TURNS = 6  # earlier questions that the language model still sees
-_HELP = "Ask about the picture; /caption, /forget what was said, /quit or Ctrl-D."
+_HELP = "Ask about the image; /caption, /forget the conversation, /quit or Ctrl-D."
+
+
+def add_parser(commands: Commands) -> None:
+    """`blip2 chat`."""
+    chat = commands.add_parser("chat", help="ask about an image, question after question")
+    chat.add_argument("image")
+    add_beams(chat)
+    chat.add_argument("--max-tokens", type=int, default=20, help="of an answer (default: %(default)s)")
+    chat.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is none (default: %(default)s)")
+    add_model(chat)
+    chat.set_defaults(run=run)
 
 
 class Chat:
@@ -42,18 +55,22 @@ class Chat:
     def prompt(self, question: str) -> str:
         """Earlier questions and answers in the run's own form, and the new question (LAVIS's form of chat)."""
         form = self.model.config.language.question
-        before = [f"{form.format(asked)} {answer.rstrip('.')}." for asked, answer in self.turns[-TURNS:]]
-        return " ".join([*before, form.format(question.strip())])
+        earlier = [f"{form.format(q)} {a.rstrip('.')}." for q, a in self.turns[-TURNS:]]
+        return " ".join([*earlier, form.format(question.strip())])
 
 
-def chat_command(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Read questions from standard input until it ends."""
-    picture = open_image(options.image)
+    from blip2.configs import DecodingConfig
+    from blip2.data.image_inputs import open_image
+    from blip2.inference.loading import load_model
+
+    image = open_image(options.image)
     model, _ = load_model(options)
     decoding = DecodingConfig(
         beams=options.beams, min_tokens=1, max_tokens=options.max_tokens, repetition_penalty=options.repetition_penalty
     )
-    chat = Chat(model, model.features([picture]), decoding)
+    chat = Chat(model, model.features([image]), decoding)
     if sys.stdin.isatty():
         print(_HELP, file=sys.stderr)
     for line in _lines():

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from blip2.cli.options import Commands
+
 SHELLS = ("bash", "zsh", "fish")
 _NUMBERS = (int, float)
 Parsers = argparse._SubParsersAction
@@ -50,8 +52,8 @@ class Command:
     words: tuple[str, ...] = ()
 
 
-def add_command(commands: Parsers[argparse.ArgumentParser], parser: argparse.ArgumentParser) -> None:
-    """`blip2 completion`; `parser` is the one that completes."""
+def add_parser(commands: Commands) -> None:
+    """`blip2 completion`."""
     completion = commands.add_parser(
         "completion",
         help="a script that completes commands and options in a shell",
@@ -60,12 +62,15 @@ def add_command(commands: Parsers[argparse.ArgumentParser], parser: argparse.Arg
         "fish: blip2 completion fish > ~/.config/fish/completions/blip2.fish.",
     )
     completion.add_argument("shell", choices=SHELLS)
-
-    def run(options: argparse.Namespace, rest: list[str]) -> int:
-        sys.stdout.write(script(options.shell, parser))
-        return 0
-
     completion.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the script."""
+    from blip2.cli.main import make_parser
+
+    sys.stdout.write(script(options.shell, make_parser()))
+    return 0
 
 
 def script(shell: str, parser: argparse.ArgumentParser) -> str:

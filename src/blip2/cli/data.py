@@ -8,21 +8,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+from blip2.cli.options import Commands, add_json
 from blip2.errors import ConfigError
 
-Parsers = argparse._SubParsersAction
 DATA_SETS = "coco, vg, cc3m, cc12m, sbu, laion, flickr30k, nocaps, vqav2, gqa, okvqa, table, jsonl or folder"
 
 
-def add_command(commands: Parsers[argparse.ArgumentParser]) -> None:
+def add_parser(commands: Commands) -> None:
     """`blip2 data check|convert`."""
     data = commands.add_parser("data", help="look after data sets")
-    kinds = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
-    check = kinds.add_parser("check", help="decode every image, list every bad sample with its reason")
+    commands = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
+    check = commands.add_parser("check", help="decode every image, list every bad sample with its reason")
     check.add_argument("path", help="named set, shards, folder or JSONL file")
-    check.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    check.set_defaults(run=_check)
-    convert = kinds.add_parser(
+    add_json(check)
+    check.set_defaults(run=run_check)
+    convert = commands.add_parser(
         "convert",
         help="public data sets to shards, with checksums and a manifest",
         description="Reads a data set as it is downloaded, looks at every image, writes WebDataset shards, "
@@ -43,11 +43,11 @@ def add_command(commands: Parsers[argparse.ArgumentParser]) -> None:
     convert.add_argument("--threshold", type=int, default=6, help="bits of 64 in which copies differ at most")
     convert.add_argument("--skip-missing", action="store_true", help="go on where an annotated image is missing")
     convert.add_argument("--columns", default="", metavar="image=NAME,caption=NAME", help="of a table")
-    convert.add_argument("--json", action="store_true", help="the manifest on stdout")
-    convert.set_defaults(run=_convert)
+    add_json(convert, "the manifest")
+    convert.set_defaults(run=run_convert)
 
 
-def _check(options: argparse.Namespace, rest: list[str]) -> int:
+def run_check(options: argparse.Namespace) -> int:
     """Print the report of a data set; exit code 0 also when it has bad samples (training skips them)."""
     from blip2.data.check import check_collection, format_report
 
@@ -59,7 +59,7 @@ def _check(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _convert(options: argparse.Namespace, rest: list[str]) -> int:
+def run_convert(options: argparse.Namespace) -> int:
     """Convert a public data set to shards; prints what was written and what was left out."""
     from blip2.data.convert.options import Options
     from blip2.data.convert.pipeline import convert
@@ -101,9 +101,9 @@ def _summary(manifest: dict[str, Any], out: str) -> str:
         f"{manifest['captions']} captions, {manifest['questions']} questions"
     ]
     lines += [f"  {count:>7}  left out: {reason}" for reason, count in manifest["bad"].items()]
-    found = manifest["near_duplicates"]
-    if found["found"]:
-        what = "dropped" if found["dropped"] else "kept (--drop-duplicates leaves them out)"
-        lines.append(f"  {found['found']:>7}  near-duplicates of earlier images: {what}")
+    duplicates = manifest["near_duplicates"]
+    if duplicates["found"]:
+        fate = "dropped" if duplicates["dropped"] else "kept (--drop-duplicates leaves them out)"
+        lines.append(f"  {duplicates['found']:>7}  near-duplicates of earlier images: {fate}")
     lines += [f"  {count:>7}  images of {spec}: dropped" for spec, count in manifest["leaks"].items()]
     return "\n".join(lines)

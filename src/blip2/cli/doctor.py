@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2 import __version__
+from blip2.cli.options import Commands, add_json
 from blip2.io.paths import cache_folder
 
 REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "jsonargparse")
@@ -46,11 +46,18 @@ OPTIONAL = {
 }
 
 
-def doctor_command(options: argparse.Namespace) -> int:
-    """Print what is here; exit code 1 where a required package is missing or torchvision is in the way."""
-    found = report()
-    print(json.dumps(found) if options.json else "\n".join(_lines(found)))
-    return 1 if found["problems"] else 0
+def add_parser(commands: Commands) -> None:
+    """`blip2 doctor`."""
+    doctor = commands.add_parser("doctor", help="versions, devices, memory, and what is missing for which feature")
+    add_json(doctor)
+    doctor.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what is installed; exit code 1 where a required package is missing or torchvision breaks transformers."""
+    state = report()
+    print(json.dumps(state) if options.json else "\n".join(_lines(state)))
+    return 1 if state["problems"] else 0
 
 
 def report() -> dict[str, Any]:
@@ -76,6 +83,8 @@ def report() -> dict[str, Any]:
 
 def version(name: str) -> str | None:
     """Installed version of a distribution."""
+    import importlib.metadata
+
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -126,23 +135,22 @@ def _vision_imports() -> bool:
     return True
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
-    lines = [f"blip2 {found['blip2']}, Python {found['python']}, {found['system']}"]
-    if found["devices"]:
-        here = found["devices"]
-        cards = [f"{c['name']} with {c['free_gib']} of {c['total_gib']} GiB free" for c in here["cuda"]]
+def _lines(state: dict[str, Any]) -> list[str]:
+    lines = [f"blip2 {state['blip2']}, Python {state['python']}, {state['system']}"]
+    if devices := state["devices"]:
+        cards = [f"{c['name']} with {c['free_gib']} of {c['total_gib']} GiB free" for c in devices["cuda"]]
         lines.append(
-            f"{here['cpus']} CPU cores, {', '.join(cards) or 'no CUDA'}; frozen towers load in {here['dtype']}"
-            + (f" (BLIP2_PRECISION is {here['precision']})" if here["precision"] else "")
+            f"{devices['cpus']} CPU cores, {', '.join(cards) or 'no CUDA'}; frozen towers load in {devices['dtype']}"
+            + (f" (BLIP2_PRECISION is {devices['precision']})" if devices["precision"] else "")
         )
-    if found["memory_gib"]:
-        lines.append(f"memory: {found['memory_gib']['available']} of {found['memory_gib']['total']} GiB available")
-    lines.append(f"cache: {found['cache']['path']}, {found['cache']['free_gib']} GiB free")
-    known = [f"{name} {known}" for name, known in found["packages"].items() if known is not None]
-    lines += ["", "here: " + ", ".join(known)]
-    if found["missing"]:
-        lines += ["", "not here:"]
-        lines += [f"  {name:<20} {what:<36} {add}" for name, (what, add) in found["missing"].items()]
-    if found["java"] is None and found["packages"].get("pycocoevalcap"):
+    if memory := state["memory_gib"]:
+        lines.append(f"memory: {memory['available']} of {memory['total']} GiB available")
+    lines.append(f"cache: {state['cache']['path']}, {state['cache']['free_gib']} GiB free")
+    installed = [f"{name} {version}" for name, version in state["packages"].items() if version is not None]
+    lines += ["", "installed: " + ", ".join(installed)]
+    if state["missing"]:
+        lines += ["", "not installed:"]
+        lines += [f"  {name:<20} {feature:<36} {command}" for name, (feature, command) in state["missing"].items()]
+    if state["java"] is None and state["packages"].get("pycocoevalcap"):
         lines.append("  java                 METEOR and the PTB tokenizer         install a Java runtime")
-    return [*lines, "", *(found["problems"] or ["everything that is required is here"])]
+    return [*lines, "", *(state["problems"] or ["everything that is required is installed"])]

@@ -1,15 +1,25 @@
-"""Command-line options of `blip2 evaluate`; imports nothing heavy."""
+"""`blip2 evaluate caption|vqa|retrieval|prompts`: checks first, then work, then the table and the page."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-Parsers = argparse._SubParsersAction
+from blip2.cli.options import Commands, add_json, add_loading, add_model
+from blip2.errors import DataError
+
+if TYPE_CHECKING:
+    from blip2.data.collection import Collection
+    from blip2.inference import Blip2
+
+METRICS = "metrics.json"
 
 
-def add_command(commands: Parsers[argparse.ArgumentParser], add_model: Callable[..., None]) -> None:
-    """`blip2 evaluate TASK`; `add_model(parser, named=...)` adds what says which model."""
+def add_parser(commands: Commands) -> None:
+    """`blip2 evaluate TASK`."""
     evaluate = commands.add_parser("evaluate", help="captioning, VQA or retrieval on a data set, as the paper measures")
     tasks = evaluate.add_subparsers(dest="task", metavar="TASK", required=True)
     caption = tasks.add_parser("caption", help="BLEU, METEOR, ROUGE-L, CIDEr, SPICE against all references")
@@ -25,9 +35,12 @@ def add_command(commands: Parsers[argparse.ArgumentParser], add_model: Callable[
         task.add_argument("--split", help="of a named set")
         task.add_argument("--limit", type=int, help="first N images only")
         task.add_argument("--out", metavar="DIR", help="default: runs/evaluate/TASK-MODEL-DATA; resumed where it is")
-        task.add_argument("--json", action="store_true", help="one JSON object last on stdout")
-        add_model(task, named=task is not prompts)
-        task.set_defaults(run=_run)
+        add_json(task, "one JSON object last")
+        if task is prompts:
+            add_loading(task)
+        else:
+            add_model(task)
+        task.set_defaults(run=run)
     for task in (caption, vqa, retrieval):
         task.add_argument("--skip-bad", action="store_true", help="evaluate without the samples that cannot be used")
     for task in (caption, vqa, prompts):
@@ -65,11 +78,96 @@ def add_command(commands: Parsers[argparse.ArgumentParser], add_model: Callable[
     )
 
 
-def _run(options: argparse.Namespace, rest: list[str]) -> int:
+def run(options: argparse.Namespace) -> int:
+    """Evaluate, in every process of a distributed run."""
+    from blip2.evaluation.prompts import prompts_command
+    from blip2.ops.devices import pick_device
+    from blip2.training.parallel import process_group
+
     if options.task == "prompts":
-        from blip2.evaluation.prompts import prompts_command
-
         return prompts_command(options)
-    from blip2.evaluation.command import evaluate_command
+    with process_group(pick_device(options.device)):
+        return _evaluate(options)
 
-    return evaluate_command(options)
+
+def _evaluate(options: argparse.Namespace) -> int:
+    """One model on one data set."""
+    from blip2.evaluation.captioning import Captioning
+    from blip2.evaluation.inputs import open_data
+    from blip2.evaluation.prediction_log import Folder
+    from blip2.evaluation.published import published
+    from blip2.evaluation.report import table, write_page
+    from blip2.evaluation.retrieval import Retrieval
+    from blip2.evaluation.vqa import VQA
+    from blip2.inference.loading import load_model
+    from blip2.io.atomic import write_json
+    from blip2.ops import distributed
+
+    # Each refuses what can be known to fail when it is made, before a model is loaded.
+    tasks: dict[str, type[Captioning] | type[VQA] | type[Retrieval]]
+    tasks = {"caption": Captioning, "vqa": VQA, "retrieval": Retrieval}
+    data = open_data(options)
+    _refuse_bad(data, skip=options.skip_bad)
+    task = tasks[options.task](options, data)
+    model, name = load_model(options)
+    settings = _settings(model, name, data) | task.settings(model)
+    folder = Folder(Path(options.out or _default_out(options.task, name, data)), settings)
+    outcome = task.run(model, folder)
+    if distributed.rank() > 0:
+        return 0
+    result = {
+        "task": options.task,
+        "model": name,
+        "data": data.name,
+        "n": len(outcome.entries),
+        "settings": settings,
+        "metrics": _rounded(outcome.metrics),
+        "missing": outcome.missing,
+        "published": dict(published(options.task, name, data.name)),
+    }
+    write_json(folder.path / METRICS, result)
+    page = write_page(folder.path, result, outcome, data, task.example)
+    out = sys.stderr if options.json else sys.stdout
+    print(table(result, outcome), file=out)
+    print(f"predictions: {folder.path / 'predictions.jsonl'}\nreport: {page}", file=out)
+    if options.json:
+        print(json.dumps(result))
+    return 0
+
+
+def _refuse_bad(data: Collection, *, skip: bool) -> None:
+    """A number over fewer samples than the data set has is another number: not without being asked for."""
+    if data.bad and not skip:
+        first, total = data.bad[0], len(data.bad) + len(data.samples)
+        raise DataError(
+            f"{data.name}: {len(data.bad)} of {total} samples cannot be used, the first: {first.key}: {first.reason}; "
+            "--skip-bad leaves them out, `blip2 data check` lists them"
+        )
+
+
+def _settings(model: Blip2, name: str, data: Collection) -> dict[str, Any]:
+    """What of the model and the data can move the numbers of any task."""
+    from blip2 import __version__
+
+    return {
+        "blip2": __version__,
+        "model": name,
+        "data": data.name,
+        "images": len(data.samples),
+        "image_size": model.vision.size,
+        "resize": model.config.vision.resize,
+        "batch": model.batch,
+        "towers_dtype": str(next(model.vision.parameters()).dtype).removeprefix("torch."),
+        **({"left_out": len(data.bad)} if data.bad else {}),
+    }
+
+
+def _default_out(task: str, name: str, data: Collection) -> str:
+    parts = (task, Path(name).name, data.name.rstrip("/").split("/")[-1])
+    return "runs/evaluate/" + "-".join("".join(c if c.isalnum() or c in "._" else "-" for c in p) for p in parts)
+
+
+def _rounded(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {name: _rounded(value) for name, value in values.items()}
+    return round(values, 2) if isinstance(values, float) else values

@@ -1,16 +1,13 @@
-"""Command-line options of `blip2 explain`; imports nothing heavy."""
+"""`blip2 explain IMAGE [TEXT]` and `blip2 explain --data DATA`."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
-Parsers = argparse._SubParsersAction
+from blip2.cli.options import Commands, add_json, add_model
 
 
-def add_command(
-    commands: Parsers[argparse.ArgumentParser], add_model: Callable[[argparse.ArgumentParser], None]
-) -> None:
+def add_parser(commands: Commands) -> None:
     """`blip2 explain`: one image, or the queries over a data set."""
     explain = commands.add_parser(
         "explain",
@@ -18,17 +15,18 @@ def add_command(
         description="One image: where each query looks, and what ITC and ITM make of a text. "
         "With --data: what each query specialises in over a data set.",
     )
-    explain.add_argument("image", nargs="?", help="a picture; not with --data")
+    explain.add_argument("image", nargs="?", help="not with --data")
     explain.add_argument("text", nargs="?", help="shows what ITC and ITM make of it (needs stage 1)")
     explain.add_argument("--data", metavar="DATA", help="named set, shards, folder or JSONL file (needs stage 1)")
     explain.add_argument("--limit", type=int, metavar="N", help="of --data: first N images only")
     explain.add_argument("--out", metavar="REPORT.html", help="a page with the maps")
-    explain.add_argument("--json", action="store_true", help="one JSON object with all maps on stdout")
+    add_json(explain, "one JSON object with all maps")
     add_model(explain)
-    explain.set_defaults(run=_run)
+    explain.set_defaults(run=run)
 
 
-def _run(options: argparse.Namespace, rest: list[str]) -> int:
+def run(options: argparse.Namespace) -> int:
+    """Print what the model looks at; write the page where --out says."""
     from blip2.explain.report import explain_command
     from blip2.inference.loading import load_model
 

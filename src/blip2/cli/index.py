@@ -1,19 +1,32 @@
-"""Command-line options of `blip2 index` and `blip2 search`; imports nothing heavy."""
+"""`blip2 index build|add|remove|stat`."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-Parsers = argparse._SubParsersAction
-AddModel = Callable[[argparse.ArgumentParser], None]
+from blip2.cli.options import Commands, add_json, add_model
+from blip2.errors import Blip2Error, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from blip2.inference import Blip2
+    from blip2.search.segments import Row
+    from blip2.search.store import Store
+
+INDEX_MODEL = "the one that the index was built with"
+_SHOWN = 5  # bad images named on the terminal
 
 
-def add_commands(commands: Parsers[argparse.ArgumentParser], add_model: AddModel) -> None:
-    """`blip2 index build|add|remove|stat` and `blip2 search`."""
-    index = commands.add_parser("index", help="index photographs for search")
-    kinds = index.add_subparsers(dest="index_command", metavar="COMMAND", required=True)
-    build = kinds.add_parser("build", help="encode folders, shards or named sets into an index; run again to go on")
+def add_parser(commands: Commands) -> None:
+    """`blip2 index build|add|remove|stat`."""
+    index = commands.add_parser("index", help="index images for search")
+    actions = index.add_subparsers(dest="index_command", metavar="COMMAND", required=True)
+    build = actions.add_parser("build", help="encode folders, shards or named sets into an index; run again to go on")
     build.add_argument("sources", nargs="+", metavar="FOLDER|SHARDS|IMAGE")
     build.add_argument("--out", required=True, metavar="INDEX", help="folder of the index")
     build.add_argument(
@@ -26,48 +39,175 @@ def add_commands(commands: Parsers[argparse.ArgumentParser], add_model: AddModel
     build.add_argument("--engine", choices=("faiss", "exact", "lancedb"), default="faiss", help="(default: faiss)")
     build.add_argument("--exact-below", type=int, metavar="N", help="images up to which every vector is read (20000)")
     build.add_argument("--uri", help="of LanceDB's table, such as s3://bucket/path (default: inside the index)")
-    add = kinds.add_parser("add", help="add what is new, follow what has moved")
+    add_model(build)
+    add = actions.add_parser("add", help="add what is new, follow what has moved")
     add.add_argument("index", metavar="INDEX")
     add.add_argument("sources", nargs="+", metavar="FOLDER|SHARDS|IMAGE")
-    remove = kinds.add_parser("remove", help="take images out of an index; the files stay")
+    add_model(add, INDEX_MODEL)
+    remove = actions.add_parser("remove", help="take images out of an index; the files stay")
     remove.add_argument("index", metavar="INDEX")
     remove.add_argument("names", nargs="*", metavar="PATH|FOLDER|KEY")
     remove.add_argument("--gone", action="store_true", help="those whose file is not there any more")
-    stat = kinds.add_parser("stat", help="counts, sizes, model")
+    stat = actions.add_parser("stat", help="counts, sizes, model")
     stat.add_argument("index", metavar="INDEX")
     stat.add_argument("--check", action="store_true", help="read every vector; recall against exact search")
-    for command, name in ((build, "build"), (add, "add"), (remove, "remove"), (stat, "stat")):
-        command.add_argument("--json", action="store_true", help="one JSON object on stdout")
-        command.set_defaults(run=_run(f"{name}_command"))
-    search = commands.add_parser("search", help="find photographs by text, by image, or both")
-    search.add_argument("index", metavar="INDEX")
-    search.add_argument("text", nargs="?", help='what to see: "two dogs in the snow"')
-    search.add_argument("--image", metavar="PHOTO", help="find images like this one")
-    search.add_argument("--k", type=int, default=20, help="images to find (default: %(default)s)")
-    search.add_argument(
-        "--rerank",
-        type=int,
-        metavar="N",
-        help="best N re-ranked by ITM; 0 for none (default: 128, or 0 where the model never learned ITM)",
-    )
-    search.add_argument(
-        "--in", dest="within", choices=("images", "captions", "both"), default="images", help="(default: images)"
-    )
-    search.add_argument("--json", action="store_true", help="one JSON object per image on stdout")
-    search.add_argument("--out", metavar="FILE.html", help="a page with the pictures")
-    search.set_defaults(run=_run("search_command"))
-    for command in (build, add, search):
-        add_model(command)
-    for command in (add, search):
-        for action in command._actions:
-            if action.dest == "model":
-                action.help = "default: the one that the index was built with"
+    for command, run in ((build, run_build), (add, run_add), (remove, run_remove), (stat, run_stat)):
+        add_json(command)
+        command.set_defaults(run=run)
 
 
-def _run(name: str) -> Callable[[argparse.Namespace, list[str]], int]:
-    def run(options: argparse.Namespace, rest: list[str]) -> int:
-        from blip2.search import command
+def run_build(options: argparse.Namespace) -> int:
+    """Make an index, or go on with one; exit code 2 when no image could be indexed."""
+    from blip2.inference.loading import load_model
+    from blip2.search.build import list_samples
+    from blip2.search.engines import require_engine
+    from blip2.search.model_id import identify, require_same
+    from blip2.search.store import Store
 
-        return int(getattr(command, name)(options))
+    require_engine(options.engine)
+    samples, bad = list_samples(options.sources)
+    exists = (Path(options.out) / "manifest.json").exists()
+    if exists:
+        _require_settings(Store(options.out), options)
+    model, name = load_model(options)
+    model_id = identify(model, _absolute(name))
+    if exists:
+        store = Store(options.out)
+        require_same(store, model_id)
+    else:
+        given = {"exact_below": options.exact_below, "uri": options.uri}
+        settings = {name: value for name, value in given.items() if value is not None}
+        store = Store.create(options.out, model_id, options.engine, options.captions, **settings)
+    return _fill(store, model, samples, bad, options)
 
-    return run
+
+def run_add(options: argparse.Namespace) -> int:
+    """Add to an index, with the model that it was built with."""
+    from blip2.search.build import list_samples
+    from blip2.search.store import Store
+
+    store = Store(options.index)
+    samples, bad = list_samples(options.sources)
+    return _fill(store, model_of(store, options), samples, bad, options)
+
+
+def run_remove(options: argparse.Namespace) -> int:
+    """Take images out of an index by path, folder or key, or those whose file is gone."""
+    from blip2.search.build import exists
+    from blip2.search.engines import open_engine
+    from blip2.search.store import Store
+
+    store = Store(options.index)
+    if not options.names and not options.gone:
+        raise ConfigError("nothing to remove: name paths, folders or keys, or give --gone")
+    with store.writing():
+        paths = {name: os.path.abspath(name) for name in options.names}
+        matched: set[str] = set()
+        remove = []
+        for image, row in store.items():
+            names = [name for name, path in paths.items() if _is(row, name, path)]
+            matched.update(names)
+            if names or (options.gone and not exists(row)):
+                remove.append(image)
+        missing = [name for name in paths if name not in matched]
+        if missing:
+            raise DataError(f"{missing[0]}: not in {store.path}; nothing was removed")
+        store.change(remove=remove)
+        store.compact()
+        open_engine(store).update(store, progress=not options.json)
+    _print({"removed": len(remove), "images": len(store)}, f"{len(remove)} removed, {len(store)} left", options)
+    return 0
+
+
+def run_stat(options: argparse.Namespace) -> int:
+    """What an index holds; with --check exit code 1 where a segment is damaged."""
+    from blip2.search.check import check, statistics
+    from blip2.search.query import Index
+
+    index = Index.open(options.index)
+    state = statistics(index)
+    if options.check:
+        state["check"] = check(index)
+    _print(state, "\n".join(_stat_lines(state)), options)
+    return 1 if state.get("check", {}).get("damaged") else 0
+
+
+def model_of(store: Store, options: argparse.Namespace) -> Blip2:
+    """The model to embed with: --model, else the index's own.
+
+    Raises:
+        ConfigError: the index's own is not where it was, or --model is another.
+    """
+    from blip2.inference.loading import load_model
+    from blip2.search.model_id import identify, require_same
+
+    built_with, named = store.manifest.model, bool(options.model)
+    options.model = options.model or built_with.name
+    try:
+        model, name = load_model(options)
+    except Blip2Error as error:
+        if named:
+            raise
+        raise ConfigError(
+            f"{store.path}: the model that this index was built with, {built_with}, cannot be loaded ({error}): "
+            "say where it is now with --model"
+        ) from error
+    require_same(store, identify(model, _absolute(name)))
+    return model
+
+
+def _require_settings(store: Store, options: argparse.Namespace) -> None:
+    """An index that is there goes on only as it was begun."""
+    manifest = store.manifest
+    if (manifest.captions, manifest.engine["name"]) != (options.captions, options.engine):
+        raise ConfigError(
+            f"{store.path}: this index was begun with --engine {manifest.engine['name']} and "
+            f"--captions {manifest.captions or 'none'}: go on with these, or choose another --out"
+        )
+
+
+def _fill(store: Store, model: Blip2, samples: list[Any], bad: list[Any], options: argparse.Namespace) -> int:
+    from blip2.search.build import Builder
+
+    report = Builder(store, model, progress=len(samples) > 1).add(samples)
+    report.bad = [*bad, *report.bad]
+    for image in report.bad[:_SHOWN]:
+        print(f"blip2: {image.path}: {image.key}: {image.reason}", file=sys.stderr)
+    if len(report.bad) > _SHOWN:
+        print(f"blip2: and {len(report.bad) - _SHOWN} more", file=sys.stderr)
+    counts = asdict(report) | {"bad": len(report.bad), "images": len(store)}
+    _print(counts, f"{report.line()}; {len(store)} images in {store.path}", options)
+    return 0 if len(store) else 2
+
+
+def _is(row: Row, name: str, path: str) -> bool:
+    return row.key == name or row.path == path or row.path.startswith(path + os.sep)
+
+
+def _absolute(name: str) -> str:
+    """A model's name for later: a folder as its full path, a hub id as it is."""
+    return os.path.abspath(name) if Path(name).exists() else name
+
+
+def _print(value: dict[str, Any], line: str, options: argparse.Namespace) -> None:
+    print(json.dumps(value) if options.json else line)
+
+
+def _stat_lines(state: dict[str, Any]) -> list[str]:
+    queries, width = state["vectors"]
+    size = {name: f"{value / 2**20:.1f} MiB" for name, value in state["bytes"].items()}
+    lines = [
+        f"{state['images']} images, {state['captions']} captions, {state['gone']} gone",
+        f"vectors {queries} x {width} in fp16, {state['segments']} segments, {size['segments']}",
+        f"engine {state['engine']}: {state['approximate']} images approximate, the rest exact; {size['engine']}",
+        f"model {state['model']}",
+    ]
+    if (checked := state.get("check")) is not None:
+        damaged = checked["damaged"]
+        lines.append(f"DAMAGED segments: {damaged}: build the index again" if damaged else "every vector is whole")
+        if checked["recall"] is not None:
+            lines.append(
+                f"recall@{checked['depth']} against exact search {checked['recall']:.4f} over {checked['queries']} "
+                f"{checked['kind']}; {checked['ms']} ms, exact {checked['exact_ms']} ms"
+            )
+    return lines

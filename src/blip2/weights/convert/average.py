@@ -5,9 +5,7 @@ Runs that began from the same weights lie close together; their mean often does 
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -77,10 +75,3 @@ def _mean(name: str, found: list[Checkpoint], shares: list[float]) -> LazyTensor
         return sum(parts[1:], parts[0]).to(own.dtype)
 
     return LazyTensor(own.shape, own.dtype, read)
-
-
-def average_command(options: argparse.Namespace) -> int:
-    """`blip2 average DST RUN RUN ...`."""
-    target = average(options.runs, options.target, options.weights)
-    print(f"{target}: the mean of {len(options.runs)} runs", file=sys.stderr)
-    return 0

@@ -1,10 +1,8 @@
-"""`blip2 capfilt IN OUT`: which shards are whose, what is done already, and the manifest."""
+"""CapFilt of a folder of shards: which shards are whose, what is done already, and the manifest."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,18 +16,6 @@ from blip2.data.sources import shard_paths
 from blip2.errors import ConfigError, DataError, RunError, os_error_as
 
 MANIFEST = "manifest.json"
-
-
-def capfilt_command(options: argparse.Namespace) -> int:
-    """Run CapFilt as the options say; the totals go to stdout."""
-    names = {field.name for field in dataclasses.fields(CapFiltSettings)}
-    settings = CapFiltSettings(**{name: value for name, value in vars(options).items() if name in names})
-    engine = Engine(options.engine, options.workers, options.threads, options.device, progress=not options.json)
-    jobs = find_jobs(options.source, options.out)
-    mine = part_of(jobs, options.part)
-    manifest = capfilt(mine, jobs, settings, engine)
-    print(json.dumps(manifest) if options.json else _summary(manifest, options.out, len(jobs)))
-    return 0
 
 
 def capfilt(
@@ -87,16 +73,3 @@ def _manifest(records: list[dict[str, Any]], settings: CapFiltSettings) -> dict[
     total = {name: sum(record[name] for record in records) for name in names}
     shards = [{name: record[name] for name in ("file", "samples", "bytes", "sha256")} for record in records]
     return {"format": "webdataset", "capfilt": dataclasses.asdict(settings), **total, "shards": shards}
-
-
-def _summary(manifest: dict[str, Any], out: str, count: int) -> str:
-    done = len(manifest["shards"])
-    lines = [
-        f"{out}: {done} of {count} shards, {manifest['samples']} images keep {manifest['web']} web and "
-        f"{manifest['synthetic']} synthetic captions; {manifest['rejected']} texts rejected"
-    ]
-    if manifest["emptied"]:
-        lines.append(f"  {manifest['emptied']} images kept no text and were left out")
-    if manifest["bad"]:
-        lines.append(f"  {manifest['bad']} bad samples were left out (blip2 data check names them)")
-    return "\n".join(lines)
