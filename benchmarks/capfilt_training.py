@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from blip2.data.collection import Sample
-from blip2.data.shards.reader import Entry, read_entries
+from blip2.data.collection import RawSample
+from blip2.data.shards.reader import read_raw
 from blip2.data.shards.writer import write_shard
 from blip2.data.sources import shard_paths
 
@@ -98,10 +98,10 @@ def make_noisy(spec: str, out: Path, images: int | None = None, seed: int = 0) -
 
     The spoilt captions change places in one cycle, so that every text stays as frequent as it was.
     """
-    entries: dict[Path, list[Entry]] = {}
+    entries: dict[Path, list[RawSample]] = {}
     left = images if images is not None else sys.maxsize
     for path in shard_paths(spec):
-        entries[path] = read_entries(path)[0][:left]
+        entries[path] = _samples(path)[:left]
         left -= len(entries[path])
     paths = [path for path in entries if entries[path]]
     rows = [one for path in paths for one in entries[path]]
@@ -118,12 +118,8 @@ def make_noisy(spec: str, out: Path, images: int | None = None, seed: int = 0) -
             write_shard(
                 out / path.name,
                 (
-                    (
-                        one.key,
-                        Sample(one.key, "", (), str(path), one.offset, one.size).read(),
-                        {**one.entry, "captions": texts[one.key]},
-                    )
-                    for one in entries[path]
+                    (sample.key, sample.read(), {**sample.entry, "captions": texts[sample.key]})
+                    for sample in entries[path]
                 ),
             )
     return truth
@@ -168,9 +164,13 @@ def last(out: Path, step: int) -> dict[str, Any] | None:
     return None
 
 
+def _samples(shard: Path) -> list[RawSample]:
+    return [sample for sample in read_raw(shard) if isinstance(sample, RawSample)]
+
+
 def quality(folder: Path, truth: Captions) -> dict[str, Any]:
     """How many captions of shards are right; of those that a filter rejected, how many are wrong."""
-    entries = [one for path in sorted(folder.glob("*.tar")) for one in read_entries(path)[0]]
+    entries = [one for path in sorted(folder.glob("*.tar")) for one in _samples(path)]
     kept = [text in truth[one.key] for one in entries for text in one.entry["captions"]]
     thrown = [item["text"] in truth[one.key] for one in entries for item in one.entry.get("rejected", [])]
     found: dict[str, Any] = {"images": len(entries), "captions": len(kept), "right": round(float(np.mean(kept)), 4)}

@@ -16,7 +16,7 @@ from benchmarks import bench_growth, capfilt_rate, capfilt_training, on_card, pr
 from benchmarks.common import SIZES, BenchmarkError, Peer, captions, compare, settings_of, text_lengths
 from benchmarks.flickr8k_tiny import derangement, shuffled_image_check
 
-from blip2.data.shards.reader import read_entries
+from blip2.data.shards.reader import read_raw
 from blip2.data.shards.writer import write_shard
 from blip2.metrics.captioning import cider
 
@@ -128,7 +128,7 @@ def test_half_of_the_captions_are_exchanged_and_what_a_filter_finds_is_counted(t
     write_shard(tmp_path / "b.tar", rows[12:])
     truth = capfilt_training.make_noisy(str(tmp_path), tmp_path / "noisy")
     assert truth == {key: tuple(entry["captions"]) for key, _, entry in rows}
-    found = [one for name in "ab" for one in read_entries(tmp_path / "noisy" / f"{name}.tar")[0]]
+    found = [one for name in "ab" for one in read_raw(tmp_path / "noisy" / f"{name}.tar")]
     assert [one.key for one in found] == [key for key, *_ in rows]
     texts = sorted(text for one in found for text in one.entry["captions"])
     assert texts == sorted(text for own in truth.values() for text in own)

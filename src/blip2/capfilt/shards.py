@@ -17,9 +17,10 @@ from tqdm import tqdm
 from blip2.capfilt.choose import WEB, Judged, choose, filtered_entry, pool
 from blip2.capfilt.models import Captioner, Ranker
 from blip2.capfilt.settings import CapFiltSettings
-from blip2.data.collection import BadSampleError, Sample
+from blip2.data.collection import BadSampleError, RawSample
+from blip2.data.entries import texts_of
 from blip2.data.images import decode_image
-from blip2.data.shards.reader import Entry, read_entries, texts_of
+from blip2.data.shards.reader import read_raw
 from blip2.data.shards.writer import read_record, write_record, write_shard
 from blip2.errors import RunError
 
@@ -85,14 +86,15 @@ def filter_shard(
     done = finished(job, settings)
     if done is not None:
         return done
-    entries, bad = read_entries(Path(job.source))
-    counts = Counter({"bad": len(bad)})
+    raw = list(read_raw(Path(job.source)))
+    entries = [sample for sample in raw if isinstance(sample, RawSample)]
+    counts = Counter({"bad": len(raw) - len(entries)})
 
     def samples() -> Iterator[tuple[str, bytes, dict[str, Any]]]:
         with tqdm(total=len(entries), desc=job.target.name, unit="image", leave=False, disable=not progress) as bar:
             for start in range(0, len(entries), settings.batch):
                 part = entries[start : start + settings.batch]
-                yield from _filtered(_readable(part, job.source, counts), settings, captioner, ranker, counts)
+                yield from _filtered(_readable(part, counts), settings, captioner, ranker, counts)
                 bar.update(len(part))
 
     written = write_shard(job.target, samples())
@@ -159,7 +161,7 @@ def _judged(
     ]
 
 
-def _readable(entries: list[Entry], source: str, counts: Counter[str]) -> list[_Read]:
+def _readable(entries: list[RawSample], counts: Counter[str]) -> list[_Read]:
     """Samples whose image can be decoded; a sample needs no text of its own here."""
     found: list[_Read] = []
     for one in entries:
@@ -168,7 +170,7 @@ def _readable(entries: list[Entry], source: str, counts: Counter[str]) -> list[_
         except BadSampleError:
             web = ()
         try:
-            data = Sample(one.key, "", (), source, one.offset, one.size).read()
+            data = one.read()
             found.append(_Read(one.key, one.entry, web, data, decode_image(data)))
         except BadSampleError:
             counts["bad"] += 1

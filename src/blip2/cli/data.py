@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from blip2.cli.options import Commands, add_json
+from blip2.data.convert.readers import READERS
 from blip2.errors import ConfigError
-
-DATA_SETS = "coco, vg, cc3m, cc12m, sbu, laion, flickr30k, nocaps, vqav2, gqa, okvqa, table, jsonl or folder"
 
 
 def add_parser(commands: Commands) -> None:
@@ -30,7 +29,7 @@ def add_parser(commands: Commands) -> None:
     )
     convert.add_argument("source", metavar="SOURCE", help="annotation file, or the folder that holds it")
     convert.add_argument("out", metavar="OUT", help="folder of the shards")
-    convert.add_argument("--from", dest="kind", required=True, metavar="KIND", help=DATA_SETS)
+    convert.add_argument("--from", dest="kind", required=True, metavar="KIND", help=", ".join(READERS))
     convert.add_argument("--images", metavar="DIR", help="folder of the images (default: that of the annotations)")
     convert.add_argument("--split", help="train, val, test, ... as the data set names it")
     convert.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
@@ -61,9 +60,8 @@ def run_check(options: argparse.Namespace) -> int:
 
 def run_convert(options: argparse.Namespace) -> int:
     """Convert a public data set to shards; prints what was written and what was left out."""
-    from blip2.data.convert.options import Options
     from blip2.data.convert.pipeline import convert
-    from blip2.data.convert.records import Request, ShardSize
+    from blip2.data.convert.records import Options, Request, ShardSize
 
     request = Request(
         Path(options.source).expanduser(),

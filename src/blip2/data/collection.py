@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import os
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from blip2.errors import DataError
 
@@ -77,18 +77,29 @@ class Sample:
             DataError: a shard is gone: a run must not silently go on without it.
             BadSampleError: an image file is gone, or there are fewer bytes than there were.
         """
-        in_shard = self.size >= 0
-        try:
-            with open(self.path, "rb") as handle:
-                handle.seek(self.offset)
-                data = handle.read(self.size if in_shard else -1)
-        except OSError as error:
-            if in_shard:
-                raise DataError(f"{self.path}: shard cannot be read: {error.strerror}") from error
-            raise BadSampleError("image file cannot be read") from error
-        if in_shard and len(data) < self.size:
-            raise BadSampleError("image is truncated")
-        return data
+        return _read(self.path, self.offset, self.size)
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One image with all that its source says of it.
+
+    Args:
+        entry: JSON object: `image_id`, `captions` or `qa`, and whatever else the source has.
+        path, offset, size: where the image lies, as in `Sample`.
+        data: the image itself, where it lies in no file of its own.
+    """
+
+    key: str
+    entry: dict[str, Any]
+    path: str = ""
+    offset: int = 0
+    size: int = -1
+    data: bytes | None = None
+
+    def read(self) -> bytes:
+        """The image's bytes; raises what `Sample.read` does."""
+        return _read(self.path, self.offset, self.size) if self.data is None else self.data
 
 
 @dataclass
@@ -112,13 +123,10 @@ class Collection:
         if not self.mixture:
             return Collection(self.name, self.samples[:count], self.bad)
         starts = itertools.accumulate((size for size, _ in self.mixture), initial=0)
-        kept = [
-            s for start, (size, _) in zip(starts, self.mixture, strict=False) for s in self._part(start, size, count)
-        ]
-        return Collection(self.name, kept, self.bad, tuple((min(size, count), weight) for size, weight in self.mixture))
-
-    def _part(self, start: int, size: int, count: int) -> list[Sample]:
-        return self.samples[start : start + min(size, count)]
+        sizes = [min(size, count) for size, _ in self.mixture]
+        samples = [s for start, size in zip(starts, sizes, strict=False) for s in self.samples[start : start + size]]
+        mixture = tuple((size, weight) for size, (_, weight) in zip(sizes, self.mixture, strict=True))
+        return Collection(self.name, samples, self.bad, mixture)
 
     def fingerprint(self) -> str:
         """Changes when an image, a key or the order does: a cache key for what is made from the images.
@@ -136,6 +144,21 @@ class Collection:
                     digest.update(f"{sample.key}|{sample.size}|".encode("utf-8", "surrogateescape"))
                     digest.update(_tail(handle, sample) if handle else b"gone")
         return digest.hexdigest()[:16]
+
+
+def _read(path: str, offset: int, size: int) -> bytes:
+    in_shard = size >= 0
+    try:
+        with open(path, "rb") as handle:
+            handle.seek(offset)
+            data = handle.read(size if in_shard else -1)
+    except OSError as error:
+        if in_shard:
+            raise DataError(f"{path}: shard cannot be read: {error.strerror}") from error
+        raise BadSampleError("image file cannot be read") from error
+    if in_shard and len(data) < size:
+        raise BadSampleError("image is truncated")
+    return data
 
 
 def _tail(handle: BinaryIO, sample: Sample) -> bytes:

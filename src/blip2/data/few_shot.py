@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from blip2.data.collection import BadSampleError, Collection
-from blip2.data.shards.reader import parse_json
-from blip2.errors import ConfigError, DataError, os_error_as
+from blip2.data.entries import numbered_lines, parse_json
+from blip2.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,15 @@ def read_shots(path: str | Path) -> list[Shot]:
         DataError: it cannot be read, is empty, or a line is not an example; names the line.
     """
     file = Path(path)
-    with os_error_as(DataError, f"{file}: cannot be read"):
-        lines = file.read_bytes().splitlines()
-    found = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                found.append(as_shot(parse_json(line), file.parent))
-            except BadSampleError as error:
-                raise DataError(f"{file}: line {number}: {error.reason}") from error
-    if not found:
+    shots = []
+    for number, line in numbered_lines(file):
+        try:
+            shots.append(as_shot(parse_json(line), file.parent))
+        except BadSampleError as error:
+            raise DataError(f"{file}: line {number}: {error.reason}") from error
+    if not shots:
         raise DataError(f"{file}: no examples in it: one JSON object per line")
-    return found
+    return shots
 
 
 def as_shot(entry: dict[str, Any], folder: Path | None = None) -> Shot:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from blip2.data.collection import BadSample, BadSampleError, Collection, Sample, printable
+from blip2.data.entries import decode_text, image_id_of, lines_of, numbered_lines, parse_json, texts_of
 from blip2.data.image_formats import SUFFIXES
-from blip2.data.shards.reader import decode_text, image_id_of, lines_of, parse_json, texts_of
-from blip2.errors import DataError, os_error_as
+from blip2.errors import DataError
 
 
 def images_below(folder: Path) -> list[Path]:
@@ -35,12 +35,8 @@ def read_jsonl(path: Path) -> Collection:
     Raises:
         DataError: the file cannot be read.
     """
-    with os_error_as(DataError, f"{path}: cannot be read"):
-        lines = path.read_bytes().splitlines()
     collection = Collection(str(path), [])
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path):
         key = f"line {number}"
         try:
             entry = parse_json(line)

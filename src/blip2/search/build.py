@@ -27,10 +27,10 @@ from tqdm import tqdm
 from blip2.configs import DecodingConfig
 from blip2.data import sources
 from blip2.data.collection import BadSample, BadSampleError, Sample, printable
+from blip2.data.entries import decode_text, lines_of
 from blip2.data.folders import find_images
 from blip2.data.image_formats import SUFFIXES
 from blip2.data.images import ImageSpec, decode_image, plain_view
-from blip2.data.shards.reader import decode_text, lines_of
 from blip2.errors import DataError
 from blip2.inference import Blip2
 from blip2.ops.devices import to_numpy

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip2.data.convert.options import Options
 from blip2.data.convert.pipeline import convert
-from blip2.data.convert.records import Request, ShardSize
+from blip2.data.convert.records import Options, Request, ShardSize
 
 
 def draw(path: Path, number: int, side: int = 96) -> Path:

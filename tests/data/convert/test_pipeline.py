@@ -100,7 +100,7 @@ def test_stopped_conversion_goes_on(
         converted("jsonl", source, stopped, size="2")
     assert not (stopped / "manifest.json").exists()
     monkeypatch.setattr(pipeline, "write_shard", lambda p, s: (written.append(p.name), write(p, s))[1])
-    monkeypatch.setattr(pipeline, "look_at", lambda *a, **k: pytest.fail("looked again"))
+    monkeypatch.setattr(pipeline, "scan_unit", lambda *a, **k: pytest.fail("scanned again"))
     converted("jsonl", source, stopped, size="2")
     assert sorted(written) == [f"jsonl-{n:05d}.tar" for n in range(5)]  # none twice
     assert contents(stopped) == contents(whole)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from blip2.data.collection import RawSample
 from blip2.data.convert.locate import Images, annotation, expecting, images_of, load_json
-from blip2.data.convert.records import Item, Request, Unit, clean_key, cut, grouped
+from blip2.data.convert.records import Request, Unit, clean_key, merge_by_image, split_into_units
 from blip2.errors import DataError
 
 DOMAINS = {"in-domain": "in", "near-domain": "near", "out-domain": "out", "in": "in", "near": "near", "out": "out"}
@@ -19,14 +20,15 @@ _KNOWN_SPLITS = "train (with restval), val, test"
 def read_coco(request: Request) -> list[Unit]:
     """COCO: Karpathy's `dataset_coco.json`, LAVIS's `coco_karpathy_SPLIT.json`, or `captions_SPLIT.json`."""
     split = request.split or "train"
-    return _read(request, "dataset_coco.json", f"coco_karpathy_{split}*.json", f"captions_{split}*.json")
+    names = ("dataset_coco.json", f"coco_karpathy_{split}*.json", f"captions_{split}*.json")
+    return _units(request, annotation(request, *names))
 
 
 def read_nocaps(request: Request) -> list[Unit]:
     """NoCaps: `nocaps_val_4500_captions.json`; the domain of an image (in, near, out) is kept."""
     split = request.split or "val"
-    path = annotation(request, f"nocaps_{split}_4500_captions.json", f"nocaps_{split}*.json")
-    return _units(request, path, load_json(path))
+    names = (f"nocaps_{split}_4500_captions.json", f"nocaps_{split}*.json")
+    return _units(request, annotation(request, *names))
 
 
 def read_flickr30k(request: Request) -> list[Unit]:
@@ -34,23 +36,20 @@ def read_flickr30k(request: Request) -> list[Unit]:
     names = ("dataset_flickr30k.json", f"flickr30k_{request.split or 'train'}*.json", "results*.token", "results.csv")
     path = annotation(request, *names)
     if path.suffix == ".json":
-        return _units(request, path, load_json(path))
+        return _units(request, path)
     if request.split is not None:
-        raise DataError(f"{path}: tells no splits: use dataset_flickr30k.json, or leave out --split")
+        raise DataError(f"{path}: names no splits: use dataset_flickr30k.json, or leave out --split")
     images = images_of(request, path)
     with expecting(path, "a Flickr30k token file"):
-        return cut(grouped(_item(images, name, text) for name, text in _tokens(path)), request.size)
+        samples = merge_by_image(_sample(images, name, [text]) for name, text in _tokens(path))
+        return split_into_units(samples, request.size)
 
 
-def _read(request: Request, *names: str) -> list[Unit]:
-    path = annotation(request, *names)
-    return _units(request, path, load_json(path))
-
-
-def _units(request: Request, path: Path, data: Any) -> list[Unit]:
+def _units(request: Request, path: Path) -> list[Unit]:
     """Units of a JSON file, whichever of the three forms it has."""
+    data = load_json(path)
     images = images_of(request, path)
-    forms: tuple[tuple[bool, str, Callable[[Any, Images], Iterator[Item]]], ...] = (
+    forms: tuple[tuple[bool, str, Callable[[Any, Images], Iterator[RawSample]]], ...] = (
         (isinstance(data, list), "a list of images with captions", _listed),
         (isinstance(data, dict) and "annotations" in data, "a COCO captions file", _original),
         (isinstance(data, dict) and "images" in data, "Karpathy's split file", _karpathy),
@@ -58,48 +57,46 @@ def _units(request: Request, path: Path, data: Any) -> list[Unit]:
     for matches, what, read in forms:
         if matches:
             with expecting(path, what):
-                items = grouped(read(data, images))
-            return cut(_of_split(items, request.split, path), request.size)
+                samples = merge_by_image(read(data, images))
+            return split_into_units(_of_split(samples, request.split, path), request.size)
     raise DataError(f"{path}: not an annotation file of captions: expected Karpathy's, LAVIS's or COCO's own")
 
 
-def _of_split(items: list[Item], split: str | None, path: Path) -> list[Item]:
-    """Items of a split where the file tells splits; one that does not is of one split."""
-    if split is None or not any("split" in item.entry for item in items):
-        return items
-    wanted = ("train", "restval") if split == "train" else (split,)
-    kept = [item for item in items if item.entry.get("split") in wanted]
-    if not kept:
+def _of_split(samples: list[RawSample], split: str | None, path: Path) -> list[RawSample]:
+    """Samples of a split where the file names splits; one that does not is of one split."""
+    if split is None or not any("split" in sample.entry for sample in samples):
+        return samples
+    names = ("train", "restval") if split == "train" else (split,)
+    of_split = [sample for sample in samples if sample.entry.get("split") in names]
+    if not of_split:
         raise DataError(f"{path}: no image of split {split!r}: there are {_KNOWN_SPLITS}")
-    return kept
+    return of_split
 
 
-def _karpathy(data: Any, images: Images) -> Iterator[Item]:
+def _karpathy(data: Any, images: Images) -> Iterator[RawSample]:
     """{"images": [{"filepath", "filename", "split", "sentences": [{"raw"}], "cocoid"}]}"""
     for image in data["images"]:
         name = "/".join(part for part in (image.get("filepath", ""), image["filename"]) if part)
         captions = [sentence["raw"] for sentence in image["sentences"]]
-        found = _item(images, name, *captions, image_id=image.get("cocoid", image.get("imgid")))
-        yield Item(found.key, {**found.entry, "split": image["split"]}, found.path)
+        yield _sample(images, name, captions, image.get("cocoid", image.get("imgid")), split=image["split"])
 
 
-def _listed(data: Any, images: Images) -> Iterator[Item]:
+def _listed(data: Any, images: Images) -> Iterator[RawSample]:
     """[{"image": path, "caption": one or several, "image_id"}], as LAVIS keeps every caption set."""
     for row in data:
         captions = [row["caption"]] if isinstance(row["caption"], str) else list(row["caption"])
-        found = _item(images, row["image"], *captions, image_id=row.get("image_id", row.get("img_id")))
-        yield Item(found.key, found.entry | _domain(row), found.path)
+        yield _sample(images, row["image"], captions, row.get("image_id", row.get("img_id")), **_domain(row))
 
 
-def _original(data: Any, images: Images) -> Iterator[Item]:
+def _original(data: Any, images: Images) -> Iterator[RawSample]:
     """{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}, COCO's own and NoCaps's."""
     captions: dict[Any, list[str]] = {}
     for row in data["annotations"]:
         captions.setdefault(row["image_id"], []).append(row["caption"])
     for image in data["images"]:
-        found = _item(images, image["file_name"], *captions.get(image["id"], ()), image_id=image["id"])
-        more = {name: image[name] for name in ("open_images_id",) if name in image}
-        yield Item(found.key, found.entry | more | _domain(image), found.path)
+        open_images = {"open_images_id": image["open_images_id"]} if "open_images_id" in image else {}
+        texts = captions.get(image["id"], [])
+        yield _sample(images, image["file_name"], texts, image["id"], **open_images, **_domain(image))
 
 
 def _domain(row: dict[str, Any]) -> dict[str, str]:
@@ -127,7 +124,7 @@ def _tokens(path: Path) -> Iterator[tuple[str, str]]:
             yield name.rpartition("#")[0], caption
 
 
-def _item(images: Images, name: str, *captions: str, image_id: Any = None) -> Item:
+def _sample(images: Images, name: str, captions: list[str], image_id: Any = None, **more: Any) -> RawSample:
     stem = Path(name).stem
-    entry = {"image_id": str(stem if image_id is None else image_id), "captions": list(captions)}
-    return Item(clean_key(stem), entry, images.find(name))
+    entry = {"image_id": str(stem if image_id is None else image_id), "captions": captions, **more}
+    return RawSample(clean_key(stem), entry, images.find(name))

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from blip2.data.collection import BadSampleError
+from blip2.data.collection import BadSampleError, RawSample
 from blip2.data.convert.locate import Images, images_of
-from blip2.data.convert.records import Item, Request, Unit, clean_key, cut
+from blip2.data.convert.records import Request, Unit, clean_key, split_into_units
+from blip2.data.entries import decode_text, numbered_lines, parse_json
 from blip2.data.folders import find_images
-from blip2.data.shards.reader import decode_text, parse_json
-from blip2.errors import DataError, os_error_as
+from blip2.errors import DataError
 
 
-def read_folder_units(request: Request) -> list[Unit]:
+def read_image_folder(request: Request) -> list[Unit]:
     """Images below a folder with `NAME.json` or `NAME.txt` (a caption per line) beside each.
 
     Raises:
@@ -24,10 +24,10 @@ def read_folder_units(request: Request) -> list[Unit]:
     folder = request.source
     if not folder.is_dir():
         raise DataError(f"{folder}: no such file or folder")
-    return cut((_beside(Path(path), folder) for path in find_images([str(folder)])), request.size)
+    return split_into_units((_with_sidecar(Path(path), folder) for path in find_images([str(folder)])), request.size)
 
 
-def read_lines(request: Request) -> list[Unit]:
+def read_json_lines(request: Request) -> list[Unit]:
     """JSON lines: `image` (relative to the file or to --images), `captions`, `qa`, anything else is kept.
 
     Raises:
@@ -35,11 +35,11 @@ def read_lines(request: Request) -> list[Unit]:
     """
     if not request.source.is_file():
         raise DataError(f"{request.source}: no such JSON lines file")
-    return cut(_lines(request.source, images_of(request, request.source)), request.size)
+    return split_into_units(_lines(request.source, images_of(request, request.source)), request.size)
 
 
-def _beside(path: Path, folder: Path) -> Item:
-    """An image with its sidecar; a broken one leaves the texts empty, which the look at it reports."""
+def _with_sidecar(path: Path, folder: Path) -> RawSample:
+    """An image with its sidecar; a broken one leaves the texts empty, which the scan reports."""
     key = clean_key(path.relative_to(folder).with_suffix("").as_posix())
     entry: dict[str, Any] = {}
     try:
@@ -50,19 +50,15 @@ def _beside(path: Path, folder: Path) -> Item:
             entry = {**entry, "captions": text.splitlines()}
     except (BadSampleError, OSError):
         entry = {}
-    return Item(key, {"image_id": key, **entry}, str(path))
+    return RawSample(key, {"image_id": key, **entry}, str(path))
 
 
-def _lines(path: Path, images: Images) -> Iterator[Item]:
-    with os_error_as(DataError, f"{path}: cannot be read"):
-        lines = path.read_bytes().splitlines()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+def _lines(path: Path, images: Images) -> Iterator[RawSample]:
+    for number, line in numbered_lines(path):
         try:
             entry = json.loads(line)
             name = entry.pop("image")
             key = clean_key(str(entry.pop("key", f"{number}-{Path(name).stem}")))
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
             raise DataError(f"{path}: line {number} is no JSON object with an image") from None
-        yield Item(key, {"image_id": images.find(name), **entry}, images.find(name))
+        yield RawSample(key, {"image_id": images.find(name), **entry}, images.find(name))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+from blip2.data.collection import RawSample
 from blip2.data.convert.captions import read_coco
 from blip2.data.convert.locate import Images, annotation, expecting, images_of, load_json
-from blip2.data.convert.records import Item, Request, Unit, cut
+from blip2.data.convert.records import Request, Unit, split_into_units
 
 
-def read_vg(request: Request) -> list[Unit]:
+def read_genome(request: Request) -> list[Unit]:
     """`region_descriptions.json` with images `VG_100K*/ID.jpg`, or LAVIS's `vg_caption.json`.
 
     `boxes` holds [x, y, width, height] of each caption's region in pixels of the original;
@@ -19,7 +21,7 @@ def read_vg(request: Request) -> list[Unit]:
     path = annotation(request, "region_descriptions*.json", "vg_caption*.json")
     data = load_json(path)
     if data and isinstance(data, list) and isinstance(data[0], dict) and "caption" in data[0]:
-        return read_coco(Request(path, request.images, None, request.size))
+        return read_coco(replace(request, source=path, split=None))
     images = images_of(request, path)
     beside = path.with_name("image_data.json")
     coco: dict[int, Any] = {}
@@ -27,10 +29,10 @@ def read_vg(request: Request) -> list[Unit]:
         with expecting(beside, "Visual Genome's image data"):
             coco = {image["image_id"]: image.get("coco_id") for image in load_json(beside)}
     with expecting(path, "Visual Genome's region descriptions"):
-        return cut(_items(data, images, coco), request.size)
+        return split_into_units(_samples(data, images, coco), request.size)
 
 
-def _items(data: Any, images: Images, coco: dict[int, Any]) -> Iterator[Item]:
+def _samples(data: Any, images: Images, coco: dict[int, Any]) -> Iterator[RawSample]:
     for image in data:
         regions: dict[str, list[int]] = {}
         for region in image["regions"]:
@@ -40,4 +42,4 @@ def _items(data: Any, images: Images, coco: dict[int, Any]) -> Iterator[Item]:
         entry = {"image_id": str(number), "captions": list(regions), "boxes": list(regions.values())}
         if coco.get(number) is not None:
             entry["coco_id"] = str(coco[number])
-        yield Item(f"vg-{number}", entry, images.find(f"{number}.jpg"))
+        yield RawSample(f"vg-{number}", entry, images.find(f"{number}.jpg"))

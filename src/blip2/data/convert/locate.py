@@ -26,9 +26,9 @@ def annotation(request: Request, *names: str) -> Path:
         raise DataError(f"{source}: no such annotation file or folder")
     for name in names:
         for folder in (source, source / "annotations"):
-            found = sorted(folder.glob(name))
-            if found:
-                return found[0]
+            matches = sorted(folder.glob(name))
+            if matches:
+                return matches[0]
     raise DataError(f"{source}: no annotation file in it: expected {' or '.join(names)}; or give the file itself")
 
 

@@ -1,57 +1,66 @@
-"""The work of `blip2 data convert`: look at every image, decide what stays, write the shards.
+"""The work of `blip2 data convert`: scan every image, decide which samples stay, write the shards.
 
-Looking and writing are shared by processes, a unit at a time. Each unit and each shard leaves a
+Scanning and writing are shared by processes, a unit at a time. Each unit and each shard leaves a
 record in `OUT/.convert`; what has a record of the same content is not done again, so a stopped
 conversion goes on where it was, and another set of options redoes only what they change.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from blip2.data.collection import BadSampleError
+from blip2.data.collection import BadSampleError, RawSample, printable
 from blip2.data.convert.duplicates import Decision, decide
-from blip2.data.convert.manifest import MANIFEST, first_reason, manifest_of, write_report
-from blip2.data.convert.options import READERS, Options
-from blip2.data.convert.records import Item, Request, Unit, clean_key
-from blip2.data.convert.scan import Look, look_at, pictures_of
-from blip2.data.shards.reader import texts_of
+from blip2.data.convert.readers import READERS
+from blip2.data.convert.records import Options, Request, Unit, clean_key
+from blip2.data.convert.scan import Scan, hashes_of, scan_unit
+from blip2.data.entries import texts_of
 from blip2.data.shards.writer import read_record, write_record, write_shard
 from blip2.errors import DataError, RunError, os_error_as
+from blip2.io.atomic import write_json_lines
 from blip2.io.workers import in_processes
 
+MANIFEST, REPORT = "manifest.json", "left_out.jsonl"
 _RECORDS = ".convert"
+Reader = Callable[[Request], list[Unit]]
 
 
 def convert(request: Request, out: Path, options: Options) -> dict[str, Any]:
     """Convert a source to shards in `out`; returns what the manifest says.
 
+    `out` also gets `manifest.json`, and `left_out.jsonl` with a line per bad sample, near-duplicate and leak.
+
     Raises:
         DataError: an annotation file or image is missing or broken, or nothing usable is in it.
         RunError: `out` cannot be written, or processes died again and again.
     """
-    units = READERS[options.kind](request)
+    module, _, function = READERS[options.kind].partition(".")
+    read: Reader = getattr(import_module(f"blip2.data.convert.{module}"), function)
+    units = read(request)
     if not units:
         raise DataError(f"{request.source}: nothing in it")
     name = clean_key(request.split or options.kind)
     _prepare(out, units, name)
-    looks = _look_all(units, out, options)
-    decision = decide(looks, evaluation_pictures(options), options)
-    if not any(decision.kept(n, look) for n, look in enumerate(looks)):
-        raise DataError(f"{request.source}: every sample is bad, the first: {first_reason(looks, decision)}")
-    shards = _write_all(units, looks, decision, out, name, options)
-    manifest = manifest_of(request, options, looks, decision, shards)
-    write_report(out, looks, decision)
+    scans = _scan_all(units, out, options)
+    evaluation = {spec: hashes_of(spec, options.workers, options.progress) for spec in options.against}
+    decision = decide(scans, evaluation, options.threshold, options.drop_duplicates)
+    left_out: list[dict[str, Any]] = [{"key": key, "bad": reason} for scan in scans for key, reason in scan.bad]
+    left_out += decision.lines(scans)
+    if not any(decision.kept(n, scan) for n, scan in enumerate(scans)):
+        first = left_out[0]
+        cause = f"{printable(first['key'])}: {first['bad']}" if "bad" in first else f"{first}"
+        raise DataError(f"{request.source}: every sample is bad, the first: {cause}")
+    shards = _write_all(units, scans, decision, out, name, options)
+    manifest = _manifest(request, options, scans, decision, shards)
+    with os_error_as(RunError, f"{out / REPORT}: cannot be written"):
+        write_json_lines(out / REPORT, left_out)
     write_record(out / MANIFEST, manifest)
     return manifest
-
-
-def evaluation_pictures(options: Options) -> dict[str, dict[str, int]]:
-    """Hashes by key of every evaluation set."""
-    return {spec: pictures_of(spec, options.workers, options.progress) for spec in options.against}
 
 
 def _prepare(out: Path, units: list[Unit], name: str) -> None:
@@ -61,85 +70,104 @@ def _prepare(out: Path, units: list[Unit], name: str) -> None:
         expected = {f"{name}-{number:05d}.tar" for number in range(len(units))}
         for path in sorted(out.glob("*.tar")):
             if path.name not in expected:
-                if not _record(out, path.name).is_file():
+                if not _shard_record(path).is_file():
                     raise DataError(f"{out}: holds {path.name}, which no conversion wrote: choose another folder")
                 path.unlink()
-                _record(out, path.name).unlink()
+                _shard_record(path).unlink()
 
 
-def _look_all(units: list[Unit], out: Path, options: Options) -> list[Look]:
-    looks: list[Look | None] = []
-    prints = [unit.fingerprint() for unit in units]
-    for number, fingerprint in enumerate(prints):
-        record = read_record(_look_record(out, number))
-        looks.append(Look(**record["look"]) if record and record.get("unit") == fingerprint else None)
-    todo = [number for number, look in enumerate(looks) if look is None]
-    work: Callable[[Unit], Look] = partial(look_at, skip_missing=options.skip_missing)
-    done = in_processes(work, [units[n] for n in todo], options.workers, "looking", options.progress)
-    for place, look in done:
-        looks[todo[place]] = look
-        write_record(_look_record(out, todo[place]), {"unit": prints[todo[place]], "look": vars(look)})
-    return [look for look in looks if look is not None]
+def _scan_all(units: list[Unit], out: Path, options: Options) -> list[Scan]:
+    """The scan of every unit, from its record where there is one of the same content."""
+    scans: list[Scan | None] = []
+    fingerprints = [unit.fingerprint() for unit in units]
+    paths = [out / _RECORDS / f"look-{number:05d}.json" for number in range(len(units))]
+    for path, fingerprint in zip(paths, fingerprints, strict=True):
+        record = read_record(path)
+        scans.append(Scan(**record["look"]) if record and record.get("unit") == fingerprint else None)
+    todo = [number for number, scan in enumerate(scans) if scan is None]
+    work: Callable[[Unit], Scan] = partial(scan_unit, skip_missing=options.skip_missing)
+    for place, scan in in_processes(work, [units[n] for n in todo], options.workers, "scanning", options.progress):
+        scans[todo[place]] = scan
+        write_record(paths[todo[place]], {"unit": fingerprints[todo[place]], "look": vars(scan)})
+    return [scan for scan in scans if scan is not None]
 
 
 def _write_all(
-    units: list[Unit], looks: list[Look], decision: Decision, out: Path, name: str, options: Options
+    units: list[Unit], scans: list[Scan], decision: Decision, out: Path, name: str, options: Options
 ) -> list[dict[str, Any]]:
     """Write the shards that have no record of the same content; returns all records in order."""
     jobs: list[tuple[Unit, Path, set[str], str]] = []
-    for number, unit in enumerate(units):
-        kept = decision.kept(number, looks[number])
-        path = out / f"{name}-{number:05d}.tar"
-        plan = f"{unit.fingerprint()}|{len(kept)}|{decision.fingerprint(number)}"
-        record = read_record(_record(out, path.name))
-        if not (record and record.get("plan") == plan and _whole(path, record)):
-            jobs.append((unit, path, set(kept), plan))
+    paths = [out / f"{name}-{number:05d}.tar" for number in range(len(units))]
+    for number, (unit, path) in enumerate(zip(units, paths, strict=True)):
+        keys = decision.kept(number, scans[number])
+        plan = f"{unit.fingerprint()}|{len(keys)}|{decision.fingerprint(number)}"
+        record = read_record(_shard_record(path))
+        if not (record and record.get("plan") == plan and _is_written(path, record)):
+            jobs.append((unit, path, set(keys), plan))
     for place, record in in_processes(_write, jobs, options.workers, "writing", options.progress):
-        write_record(_record(out, jobs[place][1].name), record)
-    records = [read_record(_record(out, f"{name}-{number:05d}.tar")) for number in range(len(units))]
+        write_record(_shard_record(jobs[place][1]), record)
+    records = map(read_record, map(_shard_record, paths))
     return [record for record in records if record is not None and record["samples"]]
 
 
 def _write(job: tuple[Unit, Path, set[str], str]) -> dict[str, Any]:
     """One shard; its record."""
-    unit, path, kept, plan = job
-    if not kept:
+    unit, path, keys, plan = job
+    if not keys:
         path.unlink(missing_ok=True)
         return {"plan": plan, "file": path.name, "samples": 0}
     captions = questions = 0
 
     def samples() -> Iterator[tuple[str, bytes, dict[str, Any]]]:
         nonlocal captions, questions
-        for item in unit.read():
-            if isinstance(item, Item) and item.key in kept:
-                texts = texts_of(item.entry)
+        for sample in unit.read():
+            if isinstance(sample, RawSample) and sample.key in keys:
+                texts = texts_of(sample.entry)
                 captions += len(texts["captions"])
                 questions += len(texts["questions"])
-                yield item.key, item.read(), _stored(item, texts["captions"])
+                yield sample.key, sample.read(), _stored(sample, texts["captions"])
 
     try:
         written = write_shard(path, samples())
     except BadSampleError as error:
         raise RunError(f"{path}: an image changed while it was converted ({error.reason}): run it again") from error
-    counts = {"samples": len(kept), "captions": captions, "questions": questions}
+    counts = {"samples": len(keys), "captions": captions, "questions": questions}
     return {"plan": plan, "file": path.name, **counts, **vars(written)}
 
 
-def _stored(item: Item, captions: tuple[str, ...]) -> dict[str, Any]:
-    """The JSON object of a sample: ids and texts first, then whatever the source told."""
-    rest = {name: value for name, value in item.entry.items() if name not in ("image_id", "captions", "caption")}
-    return {"image_id": str(item.entry.get("image_id", item.key)), "captions": list(captions), **rest}
+def _stored(sample: RawSample, captions: tuple[str, ...]) -> dict[str, Any]:
+    """The JSON object of a sample: ids and texts first, then whatever else the source has."""
+    entry = sample.entry
+    rest = {name: value for name, value in entry.items() if name not in ("image_id", "captions", "caption")}
+    return {"image_id": str(entry.get("image_id", sample.key)), "captions": list(captions), **rest}
 
 
-def _whole(path: Path, record: dict[str, Any]) -> bool:
+def _is_written(path: Path, record: dict[str, Any]) -> bool:
     if not record["samples"]:
         return not path.exists()
     return path.is_file() and path.stat().st_size == record["bytes"]
 
 
-def _record(out: Path, shard: str) -> Path:
-    return out / _RECORDS / f"{shard}.json"
+def _shard_record(shard: Path) -> Path:
+    return shard.parent / _RECORDS / f"{shard.name}.json"
 
 
-def _look_record(out: Path, number: int) -> Path:
-    return out / _RECORDS / f"look-{number:05d}.json"
+def _manifest(
+    request: Request, options: Options, scans: list[Scan], decision: Decision, shards: list[dict[str, Any]]
+) -> dict[str, Any]:
+    total = Counter[str]()
+    for record in shards:
+        total.update({name: record[name] for name in ("samples", "captions", "questions", "bytes")})
+    return {
+        "format": "webdataset",
+        "kind": options.kind,
+        "source": request.source.name,
+        "split": request.split,
+        "licence": options.licence,
+        **total,
+        "bad": dict(Counter(reason for scan in scans for _, reason in scan.bad).most_common()),
+        "near_duplicates": {"found": len(decision.duplicates), "dropped": options.drop_duplicates},
+        "leaks": {spec: sum(leak[1] == spec for leak in decision.leaks.values()) for spec in options.against},
+        "threshold_bits": options.threshold,
+        "shards": [{name: value for name, value in record.items() if name != "plan"} for record in shards],
+    }

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from blip2.data.collection import RawSample
 from blip2.data.convert.locate import Images, annotation, expecting, images_of, load_json
-from blip2.data.convert.records import Item, Request, Unit, cut, grouped
+from blip2.data.convert.records import Request, Unit, merge_by_image, split_into_units
 from blip2.errors import DataError
 
 
@@ -15,15 +16,15 @@ def read_vqa(request: Request) -> list[Unit]:
     """VQAv2 and OK-VQA: `*questions.json`, with `*annotations.json` beside unless the split is a test one."""
     split = request.split or "val"
     path = annotation(request, f"*_{split}20*_questions.json", f"*{split}*_questions.json")
-    asked = load_json(path)
+    questions = load_json(path)
     answers = _answers(path, split)
     images = images_of(request, path)
     with expecting(path, "a VQA questions file"):
-        items = list(_vqa_items(asked, answers, images))
-    missing = len(answers) and sum(not item.entry["qa"][0]["answers"] for item in items)
+        samples = list(_vqa_samples(questions, answers, images))
+    missing = len(answers) and sum(not sample.entry["qa"][0]["answers"] for sample in samples)
     if missing:
         raise DataError(f"{path}: {missing} of its questions have no answer in the annotations beside it")
-    return cut(grouped(items), request.size)
+    return split_into_units(merge_by_image(samples), request.size)
 
 
 def read_gqa(request: Request) -> list[Unit]:
@@ -34,12 +35,12 @@ def read_gqa(request: Request) -> list[Unit]:
     else:
         paths = [annotation(request, f"{split}_questions.json", f"{split}*_questions.json")]
     images = Images(request.images or request.source) if request.source.is_dir() else images_of(request, paths[0])
-    items: list[Item] = []
+    samples: list[RawSample] = []
     for path in paths:
         data = load_json(path)
         with expecting(path, "a GQA questions file"):
-            items += _gqa_items(data, images)
-    return cut(grouped(items), request.size)
+            samples += _gqa_samples(data, images)
+    return split_into_units(merge_by_image(samples), request.size)
 
 
 def _answers(questions: Path, split: str) -> dict[Any, dict[str, Any]]:
@@ -55,32 +56,34 @@ def _answers(questions: Path, split: str) -> dict[Any, dict[str, Any]]:
         return {row["question_id"]: row for row in data["annotations"]}
 
 
-def _vqa_items(data: Any, answers: dict[Any, dict[str, Any]], images: Images) -> Iterator[Item]:
+def _vqa_samples(data: Any, answers: dict[Any, dict[str, Any]], images: Images) -> Iterator[RawSample]:
     part = data.get("data_subtype", "")
     for row in data["questions"]:
-        told = answers.get(row["question_id"], {})
-        asked = {
+        labels = answers.get(row["question_id"], {})
+        question = {
             "question": row["question"],
             "question_id": row["question_id"],
-            "answers": [answer["answer"] for answer in told.get("answers", ())],
+            "answers": [answer["answer"] for answer in labels.get("answers", ())],
         }
-        if "answer_type" in told:
-            asked["answer_type"] = told["answer_type"]
+        if "answer_type" in labels:
+            question["answer_type"] = labels["answer_type"]
         number = int(row["image_id"])
         name = images.find(f"COCO_{part}_{number:012d}.jpg")
         if not Path(name).is_file():  # the 2017 names
-            plain = images.find(f"{number:012d}.jpg")
-            name = plain if Path(plain).is_file() else name
-        yield Item(Path(name).stem, {"image_id": str(number), "captions": [], "qa": [asked]}, name)
+            name_2017 = images.find(f"{number:012d}.jpg")
+            name = name_2017 if Path(name_2017).is_file() else name
+        yield RawSample(Path(name).stem, {"image_id": str(number), "captions": [], "qa": [question]}, name)
 
 
-def _gqa_items(data: Any, images: Images) -> Iterator[Item]:
+def _gqa_samples(data: Any, images: Images) -> Iterator[RawSample]:
     for number, row in data.items():
-        asked = {"question": row["question"], "question_id": number, "answers": []}
+        question = {"question": row["question"], "question_id": number, "answers": []}
         if "answer" in row:
-            asked["answers"] = [row["answer"]]
+            question["answers"] = [row["answer"]]
         kind = row.get("types", {}).get("structural")
         if kind:
-            asked["answer_type"] = kind
+            question["answer_type"] = kind
         image = str(row["imageId"])
-        yield Item(f"gqa-{image}", {"image_id": image, "captions": [], "qa": [asked]}, images.find(f"{image}.jpg"))
+        yield RawSample(
+            f"gqa-{image}", {"image_id": image, "captions": [], "qa": [question]}, images.find(f"{image}.jpg")
+        )

@@ -1,4 +1,4 @@
-"""What the readers of `blip2 data convert` share: items, and units of work that become shards."""
+"""What a conversion is asked for, and the units of work that its readers make and that become shards."""
 
 from __future__ import annotations
 
@@ -7,38 +7,17 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
-from blip2.data.collection import BadSample, Sample
+from blip2.data.collection import BadSample, RawSample
+from blip2.data.convert.readers import READERS
+from blip2.data.hashes import THRESHOLD
 from blip2.errors import ConfigError
 
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-
-
-@dataclass(frozen=True)
-class Item:
-    """One sample of a source.
-
-    Args:
-        entry: its JSON object: `image_id`, `captions` or `qa`, and whatever the source tells.
-        path, offset, size: where the image lies, as in `Sample`.
-        data: the image itself, where it lies in no file of its own.
-    """
-
-    key: str
-    entry: dict[str, Any]
-    path: str = ""
-    offset: int = 0
-    size: int = -1
-    data: bytes | None = None
-
-    def read(self) -> bytes:
-        """The image's bytes; raises what `Sample.read` does."""
-        if self.data is not None:
-            return self.data
-        return Sample(self.key, "", (), self.path, self.offset, self.size).read()
+T = TypeVar("T")
 
 
 class Unit(Protocol):
@@ -47,7 +26,7 @@ class Unit(Protocol):
     def fingerprint(self) -> str:
         """Changes when what is read changes."""
 
-    def read(self) -> Iterator[Item | BadSample]:
+    def read(self) -> Iterator[RawSample | BadSample]:
         """Samples in a fixed order, and those that cannot be used."""
 
 
@@ -65,12 +44,29 @@ class ShardSize:
         Raises:
             ConfigError: neither.
         """
-        found = re.fullmatch(r"(\d+)\s*(KB|MB|GB)?", text.strip().upper())
-        if not found or int(found[1]) < 1:
+        match = re.fullmatch(r"(\d+)\s*(KB|MB|GB)?", text.strip().upper())
+        if not match or int(match[1]) < 1:
             raise ConfigError(f"shard-size is {text!r}: it must be a number of samples (1000) or a size (500MB)")
-        if found[2]:
-            return ShardSize(None, int(found[1]) * _SIZES[found[2]])
-        return ShardSize(int(found[1]))
+        if match[2]:
+            return ShardSize(None, int(match[1]) * _SIZES[match[2]])
+        return ShardSize(int(match[1]))
+
+    def split(
+        self, values: Iterable[T], samples: Callable[[T], int], bytes_of: Callable[[T], int]
+    ) -> Iterator[tuple[T, ...]]:
+        """Consecutive values that together are no larger than a shard, or one alone that is larger."""
+        limit, size_of = (self.samples, samples) if self.samples else (self.bytes or 1, bytes_of)
+        part: list[T] = []
+        total = 0
+        for value in values:
+            size = size_of(value)
+            if part and total + size > limit:
+                yield tuple(part)
+                part, total = [], 0
+            part.append(value)
+            total += size
+        if part:
+            yield tuple(part)
 
 
 @dataclass(frozen=True)
@@ -92,37 +88,58 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Items:
-    """A unit of items that were read from an annotation file."""
+class Options:
+    """How a source is converted.
 
-    items: tuple[Item, ...]
+    Args:
+        kind: a name of `READERS`.
+        licence: of the data, written into the manifest.
+        drop_duplicates: leave out near-duplicates of earlier images; they are reported in any case.
+        against: evaluation sets whose images must not be in the result.
+        threshold: bits of 64 in which the hashes of copies may differ.
+        skip_missing: leave out annotations whose image is not there, instead of stopping.
+        workers: processes.
+    """
+
+    kind: str
+    licence: str | None = None
+    drop_duplicates: bool = False
+    against: tuple[str, ...] = ()
+    threshold: int = THRESHOLD
+    skip_missing: bool = False
+    workers: int = 1
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in READERS:
+            raise ConfigError(f"from is {self.kind!r}: it must be one of {', '.join(READERS)}")
+        if not 0 <= self.threshold <= 16:
+            raise ConfigError(f"threshold is {self.threshold}: it must be between 0 and 16 bits")
+        if self.workers < 1:
+            raise ConfigError(f"workers is {self.workers}: it must be 1 or more")
+
+
+@dataclass(frozen=True)
+class AnnotatedSamples:
+    """A unit of samples that were read from an annotation file."""
+
+    samples: tuple[RawSample, ...]
 
     def fingerprint(self) -> str:
         """Of keys, texts and places."""
         digest = hashlib.blake2b(digest_size=16)
-        for item in self.items:
-            digest.update(json.dumps([item.key, item.entry, item.path, item.offset, item.size]).encode())
+        for sample in self.samples:
+            digest.update(json.dumps([sample.key, sample.entry, sample.path, sample.offset, sample.size]).encode())
         return digest.hexdigest()
 
-    def read(self) -> Iterator[Item | BadSample]:
-        """The items."""
-        return iter(self.items)
+    def read(self) -> Iterator[RawSample | BadSample]:
+        """The samples."""
+        return iter(self.samples)
 
 
-def cut(items: Iterable[Item], size: ShardSize) -> list[Unit]:
-    """Items in order as units of at most `size`; keys that repeat get a number."""
-    units: list[Unit] = []
-    part: list[Item] = []
-    weight = 0
-    limit = size.samples or size.bytes or 1
-    for item in _unique_keys(items):
-        own = 1 if size.samples else _bytes_of(item)
-        if part and weight + own > limit:
-            units.append(Items(tuple(part)))
-            part, weight = [], 0
-        part.append(item)
-        weight += own
-    return [*units, Items(tuple(part))] if part else units
+def split_into_units(samples: Iterable[RawSample], size: ShardSize) -> list[Unit]:
+    """Samples in order as units of at most `size`; keys that repeat get a number."""
+    return [AnnotatedSamples(part) for part in size.split(_with_unique_keys(samples), lambda _: 1, _image_bytes)]
 
 
 def clean_key(name: str) -> str:
@@ -130,36 +147,31 @@ def clean_key(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", name) or "_"
 
 
-def grouped(items: Iterable[Item]) -> list[Item]:
-    """Items of one image joined: captions and questions one after the other; the rest is the first's."""
-    found: dict[str, Item] = {}
-    for item in items:
-        first = found.setdefault(item.path, item)
-        if first is not item:
+def merge_by_image(samples: Iterable[RawSample]) -> list[RawSample]:
+    """Samples of one image joined: captions and questions one after the other; the rest is the first's."""
+    merged: dict[str, RawSample] = {}
+    for sample in samples:
+        first = merged.setdefault(sample.path, sample)
+        if first is not sample:
             for name in ("captions", "qa"):
-                if name in item.entry:
-                    first.entry.setdefault(name, []).extend(item.entry[name])
-    return list(found.values())
+                if name in sample.entry:
+                    first.entry.setdefault(name, []).extend(sample.entry[name])
+    return list(merged.values())
 
 
-def _unique_keys(items: Iterable[Item]) -> Iterator[Item]:
+def _with_unique_keys(samples: Iterable[RawSample]) -> Iterator[RawSample]:
     seen: set[str] = set()
-    for item in items:
-        key, number = item.key, 1
+    for sample in samples:
+        key, number = sample.key, 1
         while key in seen:
             number += 1
-            key = f"{item.key}-{number}"
+            key = f"{sample.key}-{number}"
         seen.add(key)
-        yield item if key == item.key else Item(key, item.entry, item.path, item.offset, item.size, item.data)
+        yield replace(sample, key=key)
 
 
-def _bytes_of(item: Item) -> int:
-    if item.data is not None:
-        return len(item.data)
+def _image_bytes(sample: RawSample) -> int:
     try:
-        return item.size if item.size >= 0 else os.path.getsize(item.path)
+        return sample.size if sample.size >= 0 else os.path.getsize(sample.path)
     except OSError:
         return 0
-
-
-Reader = Callable[[Request], list[Unit]]

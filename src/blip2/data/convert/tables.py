@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip2.data.collection import BadSample
+from blip2.data.collection import BadSample, RawSample
 from blip2.data.convert.locate import Images, images_of
-from blip2.data.convert.records import Item, Request, Unit, clean_key, cut, grouped
+from blip2.data.convert.records import Request, Unit, clean_key, merge_by_image, split_into_units
 from blip2.errors import ConfigError, DataError
 
 # Column names that are understood without being told, in order of preference.
@@ -51,7 +51,7 @@ def read_table(request: Request) -> list[Unit]:
         with source.open(encoding="utf-8-sig", newline="") as handle:
             rows = csv.DictReader(handle, delimiter="\t" if source.suffix == ".tsv" else ",")
             columns = _columns(source, rows.fieldnames or (), request.columns)
-            return cut(grouped(_item(row, columns, images) for row in rows), request.size)
+            return split_into_units(merge_by_image(_sample(row, columns, images) for row in rows), request.size)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{source}: cannot be read as a table ({error})") from error
 
@@ -68,8 +68,8 @@ class RowGroups:
         """Of name, size and place."""
         return f"{os.path.basename(self.path)}|{os.path.getsize(self.path)}|{self.groups}|{self.columns}"
 
-    def read(self) -> Iterator[Item | BadSample]:
-        """Rows as items; a row without image is a bad sample."""
+    def read(self) -> Iterator[RawSample | BadSample]:
+        """Rows as samples; a row without image is a bad sample."""
         columns = dict(self.columns)
         stem = clean_key(Path(self.path).stem)
         table = _pyarrow().ParquetFile(self.path)
@@ -80,7 +80,7 @@ class RowGroups:
                 data = row[columns["image"]]
                 data = data.get("bytes") if isinstance(data, dict) else data
                 if data:
-                    yield Item(key, _entry(row, columns, key), data=data)
+                    yield RawSample(key, _entry(row, columns, key), data=data)
                 else:
                     yield BadSample(key, self.path, "no image")
 
@@ -92,26 +92,13 @@ def _parquet(path: Path, request: Request) -> list[Unit]:
     kind = str(schema.field(columns["image"]).type)
     if kind.startswith(("struct", "binary", "large_binary")):
         named = tuple(sorted(columns.items()))
-        return [RowGroups(str(path), groups, named) for groups in _groups(table.metadata, request)]
+        group = table.metadata.row_group
+        numbers = range(table.metadata.num_row_groups)
+        parts = request.size.split(numbers, lambda n: group(n).num_rows, lambda n: group(n).total_byte_size)
+        return [RowGroups(str(path), part, named) for part in parts]
     images = images_of(request, path)
     rows = (row for batch in table.iter_batches(columns=sorted(set(columns.values()))) for row in batch.to_pylist())
-    return cut(grouped(_item(row, columns, images) for row in rows), request.size)
-
-
-def _groups(metadata: Any, request: Request) -> Iterator[tuple[int, ...]]:
-    """Consecutive row groups that together reach the size of a shard."""
-    part: list[int] = []
-    weight, limit = 0, request.size.samples or request.size.bytes or 1
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        own = group.num_rows if request.size.samples else group.total_byte_size
-        if part and weight + own > limit:
-            yield tuple(part)
-            part, weight = [], 0
-        part.append(number)
-        weight += own
-    if part:
-        yield tuple(part)
+    return split_into_units(merge_by_image(_sample(row, columns, images) for row in rows), request.size)
 
 
 def _columns(path: Path, names: Iterable[str], given: dict[str, str]) -> dict[str, str]:
@@ -122,8 +109,8 @@ def _columns(path: Path, names: Iterable[str], given: dict[str, str]) -> dict[st
             raise ConfigError(f"columns names {what!r}: it must be one of {', '.join(GUESSES)}")
         if name not in present:
             raise DataError(f"{path}: no column {name!r}: there are {', '.join(present)}")
-    found = {what: next((n for n in guesses if n in present), "") for what, guesses in GUESSES.items()}
-    columns = {what: name for what, name in {**found, **given}.items() if name}
+    guessed = {what: next((n for n in guesses if n in present), "") for what, guesses in GUESSES.items()}
+    columns = {what: name for what, name in {**guessed, **given}.items() if name}
     if "image" not in columns or not {"caption", "question"} & columns.keys():
         lacking = "image" if "image" not in columns else "caption"
         raise DataError(
@@ -132,10 +119,10 @@ def _columns(path: Path, names: Iterable[str], given: dict[str, str]) -> dict[st
     return columns
 
 
-def _item(row: dict[str, Any], columns: dict[str, str], images: Images) -> Item:
+def _sample(row: dict[str, Any], columns: dict[str, str], images: Images) -> RawSample:
     name = str(row[columns["image"]])
     stem = clean_key(Path(name).with_suffix("").as_posix())
-    return Item(stem, _entry(row, columns, stem), images.find(name))
+    return RawSample(stem, _entry(row, columns, stem), images.find(name))
 
 
 def _entry(row: dict[str, Any], columns: dict[str, str], key: str) -> dict[str, Any]:

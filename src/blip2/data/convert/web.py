@@ -1,6 +1,6 @@
 """CC3M, CC12M, SBU and LAION: what img2dataset wrote, or the lists of addresses with a folder of images.
 
-Pictures of the web are lost as time goes by: rows without an image are left out and counted.
+Images of the web are lost as time goes by: rows without an image are left out and counted.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import csv
 import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from blip2.data.collection import BadSample
-from blip2.data.convert.folders import read_folder_units
+from blip2.data.collection import BadSample, RawSample
+from blip2.data.convert.folders import read_image_folder
 from blip2.data.convert.locate import expecting, images_of, load_json
-from blip2.data.convert.records import Item, Request, Unit, clean_key, cut
-from blip2.data.shards.reader import read_entries
+from blip2.data.convert.records import Request, Unit, clean_key, split_into_units
+from blip2.data.shards.reader import read_raw
 from blip2.errors import DataError
 
 # What img2dataset keeps for itself.
@@ -34,13 +34,13 @@ class Shard:
         """Of name and size."""
         return f"{os.path.basename(self.path)}|{os.path.getsize(self.path)}"
 
-    def read(self) -> Iterator[Item | BadSample]:
+    def read(self) -> Iterator[RawSample | BadSample]:
         """Its samples, with all that their JSON tells."""
-        entries, bad = read_entries(Path(self.path))
-        for found in entries:
-            entry = {name: value for name, value in found.entry.items() if name not in _INTERNAL}
-            yield Item(found.key, entry, self.path, found.offset, found.size)
-        yield from bad
+        for sample in read_raw(Path(self.path)):
+            if isinstance(sample, RawSample):
+                entry = {name: value for name, value in sample.entry.items() if name not in _INTERNAL}
+                sample = replace(sample, entry=entry)
+            yield sample
 
 
 def read_web(request: Request) -> list[Unit]:
@@ -61,7 +61,7 @@ def read_web(request: Request) -> list[Unit]:
         return [Shard(str(source))]
     if source.is_file() or (source / _SBU[0]).is_file():
         return _from_list(request)
-    return read_folder_units(request)
+    return read_image_folder(request)
 
 
 _SBU = ("SBU_captioned_photo_dataset_urls.txt", "SBU_captioned_photo_dataset_captions.txt")
@@ -71,19 +71,19 @@ def _from_list(request: Request) -> list[Unit]:
     source = request.source
     rows = _sbu_texts(source) if source.is_dir() else _rows(source)
     images = images_of(request, source / "-" if source.is_dir() else source)
-    items: list[Item] = []
+    samples: list[RawSample] = []
     count = 0
     for count, (url, caption) in enumerate(rows, 1):
         path = images.find_stem(*_stems(url, count - 1))
         if path is not None:
             entry = {"image_id": url, "captions": [caption], "url": url}
-            items.append(Item(f"{count - 1:09d}-{clean_key(Path(path).stem)}"[:80], entry, path))
-    if not items:
+            samples.append(RawSample(f"{count - 1:09d}-{clean_key(Path(path).stem)}"[:80], entry, path))
+    if not samples:
         raise DataError(
             f"{images.root}: no image of the {count} rows of {source}: name them by the last part of the address, its "
             "CRC-32 or the row's number, or download with img2dataset and give its output"
         )
-    return cut(items, request.size)
+    return split_into_units(samples, request.size)
 
 
 def _stems(url: str, row: int) -> list[str]:
