@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
+import os
+import pty
+import re
+import select
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from blip2.cli.completion import SHELLS, read_commands, script
+from blip2.cli.completion import SHELLS, parsers, script
 from blip2.cli.main import main, make_parser
 
 
 @pytest.fixture(scope="module")
-def parser() -> argparse.ArgumentParser:
-    return make_parser()
-
-
-@pytest.fixture(scope="module")
-def scripts(tmp_path_factory: pytest.TempPathFactory, parser: argparse.ArgumentParser) -> Path:
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scripts")
     for shell in SHELLS:
-        (folder / shell).write_text(script(shell, parser))
+        (folder / shell).write_text(script(shell, make_parser()))
     (folder / "photos").mkdir()
     (folder / "report.html").touch()
     return folder
@@ -40,7 +39,7 @@ def bash(scripts: Path, line: str) -> set[str]:
     """What bash offers behind a line, whose last word is being typed."""
     words = line.split(" ")
     code = (
-        'source ./bash; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _blip2 blip2 "${COMP_WORDS[COMP_CWORD]}"; '
+        'source ./bash; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_blip2 blip2 "${COMP_WORDS[COMP_CWORD]}"; '
         'printf "%s\\n" "${COMPREPLY[@]}"'
     )
     found = subprocess.run([needs("bash"), "-c", code, "-", *words], cwd=scripts, capture_output=True, text=True)
@@ -89,34 +88,54 @@ def test_fish(scripts: Path, line: str, offered: set[str], others: set[str]) -> 
     assert not others & found
 
 
+def zsh(scripts: Path, line: str) -> set[str]:
+    """What zsh lists behind a line; its completion works only at a terminal."""
+    (scripts / "_blip2").write_text((scripts / "zsh").read_text())
+    setup = "stty columns 300 rows 100; PS1=; fpath=($PWD $fpath); autoload -U compinit; compinit -u -D; "
+    setup += "bindkey '^I' list-choices; LISTMAX=0; echo READ''Y\n"
+    ours, theirs = pty.openpty()
+    with subprocess.Popen([needs("zsh"), "-f", "-i"], cwd=scripts, stdin=theirs, stdout=theirs, stderr=theirs) as shell:
+        os.write(ours, setup.encode())
+        read_until_quiet(ours, "READY")
+        os.write(ours, f"{line}\t".encode())
+        listed = read_until_quiet(ours, "\n")
+        shell.kill()
+    os.close(ours)
+    os.close(theirs)
+    lines = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", " ", listed.partition("\n")[2]).splitlines()
+    words = {word.rstrip("/") for shown in lines for word in shown.partition(" -- ")[0].split()}
+    return words - set(line.split())  # zsh shows the line itself again
+
+
+def read_until_quiet(terminal: int, expected: str) -> str:
+    """What a terminal shows until `expected` came and half a second passed without anything more."""
+    text, end = "", time.monotonic() + 30
+    while time.monotonic() < end:
+        if select.select([terminal], [], [], 0.5)[0]:
+            text += os.read(terminal, 65536).decode(errors="replace")
+        elif expected in text:
+            break
+    return text
+
+
 @pytest.mark.parametrize(("line", "offered", "others"), OFFERED)
 def test_zsh(scripts: Path, line: str, offered: set[str], others: set[str]) -> None:
-    """zsh's completion only works at a terminal, so its three ways to offer something are replaced by printing."""
-    code = """
-    compdef() { :; }
-    _files() { print -l -- ${cur}*(N:t); }
-    _message() { :; }
-    compadd() { [[ $1 == -- ]] && shift; print -l -- ${(M)@:#${cur}*}; }
-    _describe() { local list=$@[-1]; print -l -- ${(M)${(@P)list}:#${cur}*} | sed 's/:.*//'; }
-    source ./zsh
-    words=("$@"); CURRENT=$#
-    _blip2
-    """
-    found = subprocess.run([needs("zsh"), "-f", "-c", code, "-", *line.split(" ")], cwd=scripts, capture_output=True)
-    assert found.stderr == b""
-    said = set(found.stdout.decode().split())
-    assert offered <= said
-    assert not others & said
+    found = zsh(scripts, line)
+    assert offered <= found
+    assert not others & found
 
 
-def test_every_command_and_option_is_known(parser: argparse.ArgumentParser) -> None:
-    commands = {command.path: command for command in read_commands(parser)}
-    assert {("train",), ("data", "convert"), ("evaluate", "vqa")} <= set(commands)
-    for path, command in commands.items():
-        for flag in command.flags:
-            assert flag.help, (path, flag.names)
-    settings = {name for flag in commands[("train",)].flags for name in flag.names}
-    assert {"--optim.lr", "--loss.itc", "--out", "--init", "--data", "--data.train"} <= settings
+def test_every_command_and_option_is_known(scripts: Path) -> None:
+    text = (scripts / "bash").read_text()
+    for parser in parsers(make_parser()):
+        for action in parser._actions:
+            assert not action.option_strings or action.help, (parser.prog, action.option_strings)
+        prefix = "_shtab_" + parser.prog.replace(" ", "_").replace("-", "_")
+        line = next(line for line in text.splitlines() if line.startswith(f"{prefix}_option_strings="))
+        options = {name for action in parser._actions for name in action.option_strings}
+        if parser.prog in ("blip2 train", "blip2 estimate"):
+            options |= {"--optim.lr", "--loss.itc", "--out", "--init", "--data", "--data.train"}
+        assert options <= set(line.partition("(")[2].rstrip(")").split()), parser.prog
 
 
 def test_the_command_prints_the_script(capsys: pytest.CaptureFixture[str], scripts: Path) -> None:
