@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from blip2.search.engines import open_engine
+from blip2.search.engines import Engine
 from blip2.search.query import Index
 from blip2.search.segments import Batch, Row
 from blip2.search.store import FULL, ModelId, Store
@@ -38,7 +38,7 @@ def main() -> None:
     synthetic = kinds.add_parser("synthetic")
     synthetic.add_argument("images", type=int, nargs="+")
     synthetic.add_argument("--folder", help="where the indexes are built (default: a temporary folder)")
-    synthetic.add_argument("--engine", default="faiss", choices=("faiss", "exact", "lancedb"))
+    synthetic.add_argument("--engine", default="faiss", choices=("faiss", "exact"))
     flickr = kinds.add_parser("flickr8k")
     flickr.add_argument("--model", required=True)
     flickr.add_argument("--index", help="kept and reused (default: beside the model, flickr8k-dev.index)")
@@ -109,7 +109,7 @@ def build(images: int, folder: Path, engine: str) -> dict[str, Any]:
             vectors = vectors.reshape(len(rows), QUERIES, WIDTH)
             store.change(Batch(rows, vectors, np.empty((0, WIDTH), np.float16)))
         written = time.perf_counter()
-        open_engine(store).update(store, progress=False)
+        Engine(store).update(store, progress=False)
     return {
         "images": images,
         "step": "build",

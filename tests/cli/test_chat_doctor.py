@@ -55,14 +55,14 @@ def test_chat_needs_a_language_model(tiny: Path, photos: Path, capsys: pytest.Ca
 
 def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     real = doctor.version
-    monkeypatch.setattr(doctor, "version", lambda name: None if name in ("peft", "lancedb") else real(name))
+    monkeypatch.setattr(doctor, "version", lambda name: None if name in ("peft", "faiss-cpu") else real(name))
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "pip install peft" in next(line for line in out.splitlines() if line.strip().startswith("peft"))
-    assert "pip install lancedb" in out
+    assert "pip install faiss-cpu" in out
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {"peft", "lancedb"} <= found["missing"].keys()
+    assert {"peft", "faiss-cpu"} <= found["missing"].keys()
     assert found["packages"]["torch"] == real("torch")
     assert found["devices"]["cpus"] >= 1
     monkeypatch.setattr(doctor, "version", lambda name: None if name == "safetensors" else real(name))

@@ -136,6 +136,23 @@ def test_copies_moves_changes_and_losses(index: Index, model: Blip2, photos: Pat
     assert after == {("new/moved" if k == "p02" else k): v for k, v in before.items() if k != "p05"}
 
 
+def test_two_images_that_swap_their_names(model: Blip2, photos: Path, tmp_path: Path) -> None:
+    """Each is the other's content by now; one is read again, none is lost."""
+    store = Store.create(tmp_path / "i", identify(model, "tiny"), "exact", None)
+    Builder(store, model, progress=False).add(list_samples([str(photos)])[0])
+    before = {hit.key: hit.parts["text"] for hit in Index(store, model).search(TEXT, k=12, rerank=0)}
+    (photos / "p01.png").rename(photos / "away")
+    (photos / "p02.png").rename(photos / "p01.png")
+    (photos / "away").rename(photos / "p02.png")
+    report = Builder(store, model, progress=False).add(list_samples([str(photos)])[0])
+    assert (report.unchanged, report.replaced, report.moved, report.added) == (10, 1, 1, 1)
+    hits = Index(Store(store.path), model).search(TEXT, k=12, rerank=0)
+    after = {hit.key: hit.parts["text"] for hit in hits}
+    swapped = {"p01": "p02", "p02": "p01"}
+    assert after == {key: pytest.approx(before[swapped.get(key, key)], abs=1e-5) for key in before}
+    assert {hit.state for hit in hits} == {"ok"}
+
+
 def test_gone_and_changed_files_are_found_and_told(index: Index, photos: Path) -> None:
     (photos / "p01.png").unlink()
     shutil.copy(photos / "p04.png", photos / "p02.png")
@@ -210,6 +227,26 @@ def test_commands(tiny: Path, photos: Path, tmp_path: Path, capsys: pytest.Captu
     assert run(capsys, "index", "add", out, photos)[1].startswith("4 added, 7 unchanged; 11 images")
 
 
+def test_lancedb_means_faiss(tiny: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [
+        "index",
+        "build",
+        photos,
+        "--out",
+        tmp_path / "i",
+        "--model",
+        tiny,
+        "--engine",
+        "lancedb",
+        "--uri",
+        "s3://x",
+    ]
+    for line in ("12 added; 12 images", "0 added, 12 unchanged"):
+        code, out, err = run(capsys, *command)
+        assert (code, out.startswith(line), err.count("lancedb is not supported")) == (0, True, int("12 added" in line))
+    assert Store(tmp_path / "i").manifest.engine == {"name": "faiss"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
@@ -248,7 +285,7 @@ def test_mistakes_are_one_line(
     ("name", "told"),
     [
         ("runs/other", ["runs/other [0000000000000000], not with {tiny} [", "give --model runs/other", "index build"]),
-        ("{tiny}", ["{tiny} [0000000000000000], which has changed since", "model of then with --model", "index build"]),
+        ("{tiny}", ["{tiny} [0000000000000000], which has changed since", "earlier model with --model", "index build"]),
         (None, ["runs/other [0000000000000000], cannot be loaded (runs/other: ", "where it is now with --model"]),
     ],
 )

@@ -211,7 +211,7 @@ def test_a_byte_in_the_middle_is_told_by_the_check(tmp_path: Path, monkeypatch: 
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    assert [segment.whole() for segment in Store(tmp_path / "i").segments] == [True, False, True, True]
+    assert [segment.intact() for segment in Store(tmp_path / "i").segments] == [True, False, True, True]
 
 
 def test_an_index_without_seals_is_read(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_an_index_without_seals_is_read(tmp_path: Path) -> None:
     (tmp_path / "i" / "manifest.json").write_text(json.dumps(manifest))
     store = Store(tmp_path / "i")
     assert contents(store) == before
-    assert all(segment.whole() for segment in store.segments)
+    assert all(segment.intact() for segment in store.segments)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 9}', '{"format": 1, "model": 3}'])

@@ -194,7 +194,7 @@ def test_another_index_or_none_in_its_place(
         manifest.write_text(json.dumps(other))
         said.append(refused(address, "index_of_another_model"))
         assert "start the server again with that model" in said[-1]
-        assert "built anew with" in caplog.text
+        assert "rebuilt with" in caplog.text
         path.rename(tmp_path / "away")
         said.append(refused(address, "index_damaged"))
         assert "build it again" in said[-1]

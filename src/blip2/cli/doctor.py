@@ -37,7 +37,6 @@ OPTIONAL = {
     "python-multipart": ("blip2 serve", _SERVE),
     "prometheus-client": ("blip2 serve", _SERVE),
     "faiss-cpu": ("fast search above 20,000 images", "pip install faiss-cpu"),
-    "lancedb": ("search with --engine lancedb", "pip install lancedb"),
     "pyarrow": ("data in Parquet", "pip install pyarrow"),
     "s3fs": ("data on s3://", "pip install s3fs"),
     "ray": ("CapFilt on a cluster", "pip install 'ray[data]'"),

@@ -36,9 +36,15 @@ def add_parser(commands: Commands) -> None:
         choices=("data", "model"),
         help="store captions: the data's own, the model's where there is none (`model`: always the model's)",
     )
-    build.add_argument("--engine", choices=("faiss", "exact", "lancedb"), default="faiss", help="(default: faiss)")
+    build.add_argument(
+        "--engine",
+        choices=("faiss", "exact", "lancedb"),  # lancedb of earlier versions means faiss
+        metavar="{faiss,exact}",
+        default="faiss",
+        help="(default: faiss)",
+    )
     build.add_argument("--exact-below", type=int, metavar="N", help="images up to which every vector is read (20000)")
-    build.add_argument("--uri", help="of LanceDB's table, such as s3://bucket/path (default: inside the index)")
+    build.add_argument("--uri", help=argparse.SUPPRESS)  # of LanceDB's table, ignored
     add_model(build)
     add = actions.add_parser("add", help="add what is new, follow what has moved")
     add.add_argument("index", metavar="INDEX")
@@ -60,11 +66,10 @@ def run_build(options: argparse.Namespace) -> int:
     """Make an index, or go on with one; exit code 2 when no image could be indexed."""
     from blip2.inference.loading import load_model
     from blip2.search.build import list_samples
-    from blip2.search.engines import require_engine
+    from blip2.search.engines import current_name
     from blip2.search.model_id import identify, require_same
     from blip2.search.store import Store
 
-    require_engine(options.engine)
     samples, bad = list_samples(options.sources)
     exists = (Path(options.out) / "manifest.json").exists()
     if exists:
@@ -75,9 +80,8 @@ def run_build(options: argparse.Namespace) -> int:
         store = Store(options.out)
         require_same(store, model_id)
     else:
-        given = {"exact_below": options.exact_below, "uri": options.uri}
-        settings = {name: value for name, value in given.items() if value is not None}
-        store = Store.create(options.out, model_id, options.engine, options.captions, **settings)
+        settings = {} if options.exact_below is None else {"exact_below": options.exact_below}
+        store = Store.create(options.out, model_id, current_name(options.engine), options.captions, **settings)
     return _fill(store, model, samples, bad, options)
 
 
@@ -94,7 +98,7 @@ def run_add(options: argparse.Namespace) -> int:
 def run_remove(options: argparse.Namespace) -> int:
     """Take images out of an index by path, folder or key, or those whose file is gone."""
     from blip2.search.build import exists
-    from blip2.search.engines import open_engine
+    from blip2.search.engines import Engine
     from blip2.search.store import Store
 
     store = Store(options.index)
@@ -114,7 +118,7 @@ def run_remove(options: argparse.Namespace) -> int:
             raise DataError(f"{missing[0]}: not in {store.path}; nothing was removed")
         store.change(remove=remove)
         store.compact()
-        open_engine(store).update(store, progress=not options.json)
+        Engine(store).update(store, progress=not options.json)
     _print({"removed": len(remove), "images": len(store)}, f"{len(remove)} removed, {len(store)} left", options)
     return 0
 
@@ -157,9 +161,12 @@ def model_of(store: Store, options: argparse.Namespace) -> Blip2:
 
 
 def _require_settings(store: Store, options: argparse.Namespace) -> None:
-    """An index that is there goes on only as it was begun."""
+    """An existing index goes on only as it was begun."""
+    from blip2.search.engines import REPLACED
+
     manifest = store.manifest
-    if (manifest.captions, manifest.engine["name"]) != (options.captions, options.engine):
+    begun, given = (REPLACED.get(name, name) for name in (manifest.engine["name"], options.engine))
+    if (manifest.captions, begun) != (options.captions, given):
         raise ConfigError(
             f"{store.path}: this index was begun with --engine {manifest.engine['name']} and "
             f"--captions {manifest.captions or 'none'}: go on with these, or choose another --out"

@@ -1,7 +1,7 @@
-"""From photographs to an index: list, tell new from known, encode, write segment after segment.
+"""From images to an index: list, tell new from known, encode, write segment after segment.
 
 What is indexed already is known by its content: a copy is a duplicate, a file whose old place is
-empty has moved and keeps its vectors, a file whose content is another is encoded again.
+empty has moved and keeps its vectors, a file whose content changed is encoded again.
 
 Shape letters: B images, Q queries, E contrastive width, P patches, C image-encoder channels.
 """
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,11 +29,12 @@ from blip2.data.collection import BadSample, BadSampleError, Sample, printable
 from blip2.data.entries import decode_text, lines_of
 from blip2.data.folders import find_images
 from blip2.data.image_formats import SUFFIXES
-from blip2.data.images import ImageSpec, decode_image, plain_view
+from blip2.data.images import decode_image, plain_view
 from blip2.errors import DataError
 from blip2.inference import Blip2
 from blip2.ops.devices import to_numpy
-from blip2.search.engines import open_engine
+from blip2.search.engines import Engine
+from blip2.search.query import read
 from blip2.search.segments import Batch, Half, Row
 from blip2.search.store import Store
 
@@ -45,7 +45,7 @@ _SEGMENT, _SECONDS = 1024, 60.0  # images, or time, after which what is encoded 
 
 @dataclass
 class Report:
-    """What came of adding: counts of images, and the bad ones with their reasons."""
+    """The result of adding: counts of images, and the bad ones with their reasons."""
 
     added: int = 0
     unchanged: int = 0
@@ -55,24 +55,17 @@ class Report:
     bad: list[BadSample] = field(default_factory=list)
 
     def line(self) -> str:
-        counts = {
-            "added": self.added,
-            "unchanged": self.unchanged,
-            "duplicates": self.duplicates,
-            "moved": self.moved,
-            "replaced": self.replaced,
-            "bad": len(self.bad),
-        }
+        counts = {**vars(self), "bad": len(self.bad)}
         return ", ".join(f"{count} {name}" for name, count in counts.items() if count or name == "added")
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What reading one file told: a row, and its view where it must be encoded."""
+class _Read:
+    """A file that was read: its row, and its view [3, S, S] where the index may lack it."""
 
     row: Row
     view: Tensor | None = None
-    fate: str = "added"
+    unchanged: bool = False
 
 
 def list_samples(names: Iterable[str]) -> tuple[list[Sample], list[BadSample]]:
@@ -102,7 +95,7 @@ def list_samples(names: Iterable[str]) -> tuple[list[Sample], list[BadSample]]:
 
 def _file_sample(path: str, below: Path) -> Sample:
     captions: tuple[str, ...] = ()
-    with contextlib.suppress(OSError, BadSampleError):  # a photograph needs no caption to be found
+    with contextlib.suppress(OSError, BadSampleError):  # an image needs no caption to be indexed
         captions = lines_of(decode_text(Path(path).with_suffix(".txt").read_bytes()))["captions"]
     key = printable(below.with_suffix("").as_posix())
     return Sample(key, key, captions, os.path.abspath(path))
@@ -117,90 +110,82 @@ class Builder:
 
     def __init__(self, store: Store, model: Blip2, *, progress: bool = True) -> None:
         self.store, self.model, self.progress = store, model, progress
-        self.report = Report()
+        self._spec, self.report = model.image_spec, Report()
 
     def add(self, samples: list[Sample]) -> Report:
-        """Add what is new; killed at any moment, what was written stays and the rest is added by the next run."""
+        """Add what is new. Killed at any moment, what was written stays and the next run adds the rest."""
         with self.store.writing():
-            self._know()
+            known = list(self.store.items())
+            self._by_digest = {row.digest: (image, row) for image, row in known}
+            self._by_place = {row.place: (image, row) for image, row in known}
             self._clear()
             written = time.monotonic()
             bar = tqdm(total=len(samples), unit="image", desc="indexing", disable=not self.progress)
             with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-                spec = self.model.image_spec
-                waiting: list[_Look] = []
-                for sample, look in zip(samples, _ahead(pool, self._looker(spec), samples), strict=True):
+                new: list[_Read] = []
+                for sample, result in zip(samples, _ahead(pool, self._read, samples), strict=True):
                     bar.update()
-                    if isinstance(look, str):
-                        self.report.bad.append(BadSample(sample.key, sample.path, look))
-                    elif self._sorted(look):
-                        waiting.append(look)
-                    if len(waiting) >= self.model.batch:
-                        self._encode(waiting)
-                        waiting = []
+                    if isinstance(result, str):
+                        self.report.bad.append(BadSample(sample.key, sample.path, result))
+                    elif self._is_new(result):
+                        # no view: its content was known when it was read, and has been replaced since
+                        new.append(replace(result, view=self._view(sample.read())) if result.view is None else result)
+                    if len(new) >= self.model.batch:
+                        self._encode(new)
+                        new = []
                     if len(self._rows) >= _SEGMENT or time.monotonic() - written > _SECONDS:
                         self._flush()
                         written = time.monotonic()
-                self._encode(waiting)
+                self._encode(new)
                 self._flush()
             self.store.compact()
-            open_engine(self.store).update(self.store, self.progress)
+            Engine(self.store).update(self.store, self.progress)
         return self.report
 
     # -- telling new from known ---------------------------------------------------------------
 
-    def _know(self) -> None:
-        self._by_digest: dict[str, tuple[int, Row]] = {}
-        self._by_place: dict[tuple[str, int], tuple[int, Row]] = {}
-        for image, row in self.store.items():
-            self._by_digest[row.digest] = image, row
-            self._by_place[row.place] = image, row
+    def _read(self, sample: Sample) -> _Read | str:
+        """A sample's file, or why it cannot be used.
 
-    def _looker(self, spec: ImageSpec) -> Callable[[Sample], _Look | str]:
-        """What the reading threads do; they only read what is known, and a stale answer is sorted out later."""
+        Runs in threads, which only read what is known; `_is_new` decides later on the state of then.
+        """
+        try:
+            stamp = _stamp(sample)
+            _, known = self._by_place.get((sample.path, sample.offset), (-1, None))
+            if known is not None and stamp != (0, 0) and known.stamp == stamp:
+                return _Read(known, unchanged=True)
+            data = sample.read()
+            digest = hashlib.sha256(data).hexdigest()[:32]
+            row = Row(sample.key, sample.path, digest, sample.offset, sample.size, stamp, sample.captions)
+            return _Read(row, None if digest in self._by_digest else self._view(data))
+        except BadSampleError as error:
+            return error.reason
 
-        def look(sample: Sample) -> _Look | str:
-            try:
-                stamp = _stamp(sample)
-                known = self._by_place.get((sample.path, sample.offset))
-                if known is not None and stamp != (0, 0) and known[1].stamp == stamp:
-                    return _Look(known[1], fate="unchanged")
-                data = sample.read()
-                digest = hashlib.sha256(data).hexdigest()[:32]
-                row = Row(sample.key, sample.path, digest, sample.offset, sample.size, stamp, sample.captions)
-                if digest in self._by_digest:
-                    return _Look(row)
-                return _Look(row, plain_view(decode_image(data), spec))
-            except BadSampleError as error:
-                return error.reason
+    def _view(self, data: bytes) -> Tensor:
+        return plain_view(decode_image(data), self._spec)
 
-        return look
-
-    def _sorted(self, look: _Look) -> bool:
+    def _is_new(self, result: _Read) -> bool:
         """Count an image and note what changes; True where it must be encoded."""
-        row = look.row
-        here = self._by_place.get(row.place)
-        if look.fate == "unchanged" or (here is not None and here[1].digest == row.digest):
+        row = result.row
+        in_place = self._by_place.get(row.place)
+        if result.unchanged or (in_place is not None and in_place[1].digest == row.digest):
             self.report.unchanged += 1
             return False
-        if here is not None:  # another picture under the same name
-            self._forget(*here)
+        if in_place is not None:  # another image under the same name
+            self._forget(*in_place)
             self.report.replaced += 1
-        same = self._by_digest.get(row.digest)
-        if same is None:
-            self._by_digest[row.digest] = self._by_place[row.place] = -1, row
-            return True
-        image, old = same
-        if image < 0 or exists(old):
+        image, same = self._by_digest.get(row.digest, (-1, None))
+        if same is not None and (image < 0 or _holds(same)):
             self.report.duplicates += 1
             return False
-        self._forget(image, old)
-        self._rows.append(replace(row, captions=old.captions))
-        self._vectors.append(self.store.vectors(np.array([image])))
-        self._caption_vectors.append(self._stored_captions(image))
+        if same is not None:
+            self._forget(image, same)
+            self._rows.append(replace(row, captions=same.captions))
+            self._vectors.append(self.store.vectors(np.array([image])))
+            self._caption_vectors.append(self._stored_captions(image))
+            self.report.moved += 1
         self._by_digest[row.digest] = self._by_place[row.place] = -1, row
-        self.report.moved += 1
-        return False
+        return same is None
 
     def _forget(self, image: int, row: Row) -> None:
         self._by_digest.pop(row.digest, None)
@@ -220,23 +205,21 @@ class Builder:
         self._caption_vectors: list[Half] = []
         self._removed: list[int] = []
 
-    def _encode(self, looks: list[_Look]) -> None:
+    def _encode(self, new: list[_Read]) -> None:
         """Vectors, and captions where the index keeps them, of up to a batch of images."""
-        if not looks:
+        if not new:
             return
         model, mode = self.model, self.store.manifest.captions
-        with torch.no_grad():
-            views = [look.view for look in looks if look.view is not None]
-            features_BPC = model.encode(views)
-        rows = [look.row if mode == "data" else replace(look.row, captions=()) for look in looks]
+        features_BPC = model.encode([result.view for result in new if result.view is not None])
+        rows = [result.row if mode == "data" else replace(result.row, captions=()) for result in new]
         if mode is not None:
             bare = [n for n, row in enumerate(rows) if not row.captions]
             if bare:
-                texts = model.caption_features(features_BPC[bare], None, DecodingConfig())
-                for n, found in zip(bare, texts, strict=True):
-                    rows[n] = replace(rows[n], captions=tuple(found))
-            listed = [caption for row in rows for caption in row.captions]
-            self._caption_vectors.append(to_numpy(model.embed_texts(listed)).astype(np.float16))
+                captions = model.caption_features(features_BPC[bare], None, DecodingConfig())
+                for n, own in zip(bare, captions, strict=True):
+                    rows[n] = replace(rows[n], captions=tuple(own))
+            texts = [caption for row in rows for caption in row.captions]
+            self._caption_vectors.append(to_numpy(model.embed_texts(texts)).astype(np.float16))
         self._rows += rows
         self._vectors.append(to_numpy(model.embed_features(features_BPC)).astype(np.float16))
         self.report.added += len(rows)
@@ -252,26 +235,34 @@ class Builder:
 
 
 def exists(row: Row) -> bool:
-    """Whether something still lies where an image was found."""
+    """Whether an image's file is still there, and long enough to hold it."""
     try:
         return os.stat(row.path).st_size >= row.offset + max(row.size, 0)
     except (OSError, ValueError):
         return False
 
 
-def _stamp(sample: Sample) -> tuple[int, int]:
+def _holds(row: Row) -> bool:
+    """Whether an image still lies where it was indexed; read only where size or time differ."""
+    try:
+        return _stamp(row) == row.stamp != (0, 0) or read(row)[1] == "ok"
+    except BadSampleError:
+        return False
+
+
+def _stamp(sample: Sample | Row) -> tuple[int, int]:
     """Size and time of a whole file; shards are read, since their time says nothing of one member."""
     if sample.size >= 0:
         return 0, 0
     try:
-        found = os.stat(sample.path)
+        status = os.stat(sample.path)
     except (OSError, ValueError):
         raise BadSampleError("image file cannot be read") from None
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def _ahead(pool: ThreadPoolExecutor, work: Callable[[A], B], items: list[A], depth: int = 64) -> Iterator[B]:
-    """Results in order, worked out a little ahead of their use."""
+    """Results in order, computed up to `depth` items ahead of their use."""
     waiting: deque[Future[B]] = deque()
     for item in items:
         waiting.append(pool.submit(work, item))

@@ -1,4 +1,4 @@
-"""What an index holds, and whether its approximate engine finds what exact search finds.
+"""What an index holds, whether its files are intact, and whether its engine finds what exact search finds.
 
 Shape letters: Q queries, E contrastive width, M vectors of the query.
 """
@@ -50,27 +50,27 @@ def check(index: Index, queries: int = 100) -> dict[str, Any]:
     images, which are easier to find than a text.
 
     Returns:
-        `damaged`: segments with a byte that is not as it was written, or a vector that is not of unit
+        `damaged`: segments with a byte that is not the one written, or a vector that is not of unit
         length; `recall`, `ms`, `exact_ms`, `queries` and `kind`.
     """
     store = index.store
-    damaged = [segment.serial for segment in store.segments if not (segment.whole() and _of_unit_length(segment))]
-    kind, asked = _queries(index, queries)
-    found: dict[str, Any] = {"damaged": damaged, "queries": len(asked), "kind": kind, "depth": DEPTH}
-    if not len(asked):
-        return {**found, "recall": None}
-    hits, times, exact_times = [], [], []
-    for query_E in asked:
+    damaged = [segment.serial for segment in store.segments if not (segment.intact() and _of_unit_length(segment))]
+    kind, queries_NE = _queries(index, queries)
+    result: dict[str, Any] = {"damaged": damaged, "queries": len(queries_NE), "kind": kind, "depth": DEPTH}
+    if not len(queries_NE):
+        return {**result, "recall": None}
+    recalls, times, exact_times = [], [], []
+    for query_E in queries_NE:
         start = time.perf_counter()
         ids, _ = index.nearest(query_E[None], DEPTH)
         between = time.perf_counter()
-        right, _ = index.nearest(query_E[None], DEPTH, exact=True)
+        best, _ = index.nearest(query_E[None], DEPTH, exact=True)
         times.append(between - start)
         exact_times.append(time.perf_counter() - between)
-        hits.append(len(np.intersect1d(ids, right)) / len(right))
+        recalls.append(len(np.intersect1d(ids, best)) / len(best))
     return {
-        **found,
-        "recall": float(np.mean(hits)),
+        **result,
+        "recall": float(np.mean(recalls)),
         "ms": round(1e3 * float(np.median(times)), 2),
         "exact_ms": round(1e3 * float(np.median(exact_times)), 2),
     }
@@ -86,7 +86,7 @@ def _of_unit_length(segment: Segment) -> bool:
 
 
 def _queries(index: Index, count: int) -> tuple[str, Tensor]:
-    """(`captions` or `query embeddings`, [count, E]), spread over the index."""
+    """Kind (`captions` or `query embeddings`) and vectors [count, E] of queries, spread over the index."""
     store, rng = index.store, np.random.default_rng(0)
     width = store.manifest.model.width
     captioned = [np.asarray(s.caption_vectors[store.live(s)[s.owners]]) for s in store.segments if len(s.owners)]

@@ -9,40 +9,40 @@ from blip2.inference import Blip2
 from blip2.ops.devices import to_host, to_numpy
 from blip2.search.store import ModelId, Store
 
-# The image encoder, and what no embedding depends on (a checkpoint may lack it, to be filled at random).
-_APART = ("vision.", "temp", "itm_head.", "qformer.head.")
+# The image encoder, and what no embedding depends on (a checkpoint may lack it, and it is then random).
+_NOT_HASHED = ("vision.", "temp", "itm_head.", "qformer.head.")
 
 
 def identify(model: Blip2, name: str) -> ModelId:
     """The identity of a model's stage 1: what every query embedding depends on.
 
-    The image encoder counts by its name and how it is used; should it be trained, so is the Q-Former,
-    whose weights are hashed.
+    The image encoder counts by its name and how it is used: when it is trained the Q-Former is too, and
+    its weights are hashed.
     """
     stage1, vision = model.stage1, model.config.vision
     digest = hashlib.sha256(f"{vision.name}|{vision.layer}|{vision.pool}|{model.image_spec}".encode())
     for key, tensor in sorted(stage1.state_dict().items()):
-        if not key.startswith(_APART):
+        if not key.startswith(_NOT_HASHED):
             digest.update(key.encode())
             digest.update(to_numpy(to_host(tensor).float()).tobytes())
     return ModelId(name, digest.hexdigest()[:16], stage1.qformer.num_queries, stage1.vision_proj.out_features)
 
 
-def require_same(store: Store, found: ModelId) -> None:
+def require_same(store: Store, model: ModelId) -> None:
     """Refuse to mix the vectors of two models.
 
     Raises:
         ConfigError: names the index's model and the one at hand, and says what to do.
     """
-    made = store.manifest.model
-    if made.fingerprint == found.fingerprint:
+    made_by = store.manifest.model
+    if made_by.fingerprint == model.fingerprint:
         return
-    if made.name == found.name:
+    if made_by.name == model.name:
         raise ConfigError(
-            f"{store.path}: this index was built with {made}, which has changed since (now [{found.fingerprint}]): "
-            "give the model of then with --model, or build another index (`blip2 index build FOLDER --out ANOTHER`)"
+            f"{store.path}: this index was built with {made_by}, which has changed since (now [{model.fingerprint}]): "
+            "give the earlier model with --model, or build another index (`blip2 index build FOLDER --out ANOTHER`)"
         )
     raise ConfigError(
-        f"{store.path}: this index was built with {made}, not with {found}: give --model {made.name}, or build "
-        "another index with the second (`blip2 index build FOLDER --out ANOTHER`)"
+        f"{store.path}: this index was built with {made_by}, not with {model}: give --model {made_by.name}, or build "
+        "another index with this one (`blip2 index build FOLDER --out ANOTHER`)"
     )

@@ -24,21 +24,21 @@ from blip2.data.collection import BadSampleError, Sample
 from blip2.data.image_inputs import ImageLike, open_image
 from blip2.errors import ConfigError, DataError
 from blip2.inference import Blip2, load
-from blip2.ops.devices import to_list, to_numpy
-from blip2.search.engines import open_engine
+from blip2.ops.devices import to_numpy
+from blip2.search.engines import Engine
 from blip2.search.model_id import identify, require_same
-from blip2.search.scores import Scores, caption_scores, caption_top, exact_top, scores_of, top
+from blip2.search.scores import Scores, caption_scores, caption_top, exact_top, top, vector_scores
 from blip2.search.segments import Ids, Row
 from blip2.search.store import Store
 
 FIELDS = ("images", "captions", "both")
 _RERANKED = 128
-_POOL = 4  # candidates of an approximate engine that are scored exactly, per one that is wanted
+_CANDIDATES = 4  # of an approximate engine, scored exactly for each image to be found
 
 
 @dataclass(frozen=True)
 class Hit:
-    """An image that was found.
+    """An image of a search's result.
 
     Args:
         path: its file, or the shard that holds it.
@@ -47,8 +47,8 @@ class Hit:
         parts: exact scores that went into it: `text` and `image` (cosines, largest over the queries),
             `caption` (cosine), `itm` (probability that text and image belong together).
         captions: stored ones.
-        state: `ok`; `gone` where the file is not there any more, `changed` where another picture is
-            in its place. Both were found by the vectors that are stored and could not be re-ranked.
+        state: `ok`; `gone` where the file does not exist any more, `changed` where another image is
+            in its place. Both are ranked by their stored vectors and cannot be re-ranked.
     """
 
     key: str
@@ -76,7 +76,7 @@ class Index:
 
     def __init__(self, store: Store, model: Blip2 | None = None) -> None:
         self.store, self._model = store, model
-        self.engine = open_engine(store)
+        self.engine = Engine(store)
 
     @classmethod
     def open(cls, path: str | Path, model: Blip2 | str | None = None) -> Index:
@@ -87,7 +87,7 @@ class Index:
 
         Raises:
             DataError: no index there, or damaged.
-            ConfigError: the engine's package is not installed.
+            CheckpointError: the model given cannot be loaded.
         """
         return cls(Store(path), load(model) if isinstance(model, str) else model)
 
@@ -95,32 +95,31 @@ class Index:
         return len(self.store)
 
     def refresh(self) -> None:
-        """Take up what was written since the index was opened; cheap where nothing was.
+        """Read what was written since the index was opened; cheap where nothing was.
 
         Raises:
             DataError: the index is gone or damaged by now.
-            ConfigError: it was built anew with another model.
+            ConfigError: it was rebuilt with another model.
         """
         store = self.store.current()
         if store is not self.store:
             now, before = store.manifest.model, self.store.manifest.model
             if now.fingerprint != before.fingerprint:
                 raise ConfigError(
-                    f"{store.path}: this index was built anew with {now}; it was {before} when it was opened: open it "
+                    f"{store.path}: this index was rebuilt with {now}; it was {before} when it was opened: open it "
                     "again with the new model, or put the old index back"
                 )
         if store is not self.store or not self.engine.unchanged():
-            self.store, self.engine = store, open_engine(store)
+            self.store, self.engine = store, Engine(store)
 
     @cached_property
     def model(self) -> Blip2:
         """The model of the index.
 
         Raises:
-            ConfigError: the one given is another than the index was built with; names both.
+            ConfigError: the one given is not the one that the index was built with; names both.
         """
-        made = self.store.manifest.model
-        model = self._model or load(made.name)
+        model = self._model or load(self.store.manifest.model.name)
         require_same(self.store, identify(model, str(model.home or "the model at hand")))
         return model
 
@@ -138,11 +137,11 @@ class Index:
 
         Args:
             text: what to see; an image scores the largest cosine over its query embeddings.
-            image: picture to compare with; the mean over its query embeddings of that largest cosine.
-            rerank: best candidates of a text whose ITM logit is added to cosine / temperature, the scale
-                that ITC was trained on (captions, and several scores at once, are added as they are); each
-                is read and encoded again. 0 for none; None takes 128,
-                and none where the model never learned ITM.
+            image: image to compare with; the mean over its query embeddings of that largest cosine.
+            rerank: number of the best candidates of a text that are read and encoded again, and whose ITM logit is
+                added to cosine / temperature, the scale that ITC was trained on (captions, and several scores at
+                once, are added as they are). 0 for none; None takes 128, and none where the model never learned
+                ITM.
             within: `images`, stored `captions`, or `both`.
 
         Several scores (text and image, or both fields) are each shifted and scaled to mean 0 and
@@ -157,19 +156,19 @@ class Index:
         if k < 1 or rerank < 0:
             raise ConfigError(f"k is {k} and rerank is {rerank}: they must be at least 1 and 0")
         parts = self._parts(text, image, within)
-        wanted = max(k, rerank if text else 0)
-        ids = np.unique(np.concatenate([part.find(wanted) for part in parts.values()]))
-        scores = {name: part.score(ids) for name, part in parts.items()}
-        places = {int(image): n for n, image in enumerate(ids)}
-        ids, ranked = top(ids, combined(list(scores.values())), wanted)
+        count = max(k, rerank if text else 0)
+        candidates = np.unique(np.concatenate([part.top(count) for part in parts.values()]))
+        scores = {name: part.score(candidates) for name, part in parts.items()}
+        ids, totals = top(candidates, combined(list(scores.values())), count)
         hits = []
-        for number, score in zip(to_list(ids), to_list(ranked), strict=True):
-            here = {name: float(s[places[number]]) for name, s in scores.items()}
-            hits.append(self._hit(number, score, {name: s for name, s in here.items() if np.isfinite(s)}))
+        for image_id, place, total in zip(ids, np.searchsorted(candidates, ids), totals, strict=True):
+            row = self.store.row(int(image_id))
+            known = {name: float(s[place]) for name, s in scores.items() if np.isfinite(s[place])}
+            hits.append(Hit(row.key, row.path, float(total), known, row.captions, "ok", row))
         if text and rerank:
             weight = self.model.stage1.itc_scale if list(parts) == ["text"] else 1.0
             hits = self._reranked(hits[:rerank], text, weight, progress) + hits[rerank:]
-        return [hit if hit.state != "ok" else replace(hit, state=_state(hit.row)) for hit in hits[:k]]
+        return [hit if "itm" in hit.parts else replace(hit, state=read(hit.row)[1]) for hit in hits[:k]]
 
     def nearest(self, query_ME: Tensor, count: int, *, exact: bool = False) -> tuple[Ids, Scores]:
         """The `count` best images of a query's vectors with their exact scores, best first.
@@ -178,14 +177,14 @@ class Index:
             exact: read every vector, whatever the engine covers.
         """
         covered = set() if exact else self.engine.covered()
-        bare = [segment for segment in self.store.segments if segment.serial not in covered]
-        ids, scores = exact_top(self.store, bare, query_ME, count)
+        uncovered = (segment for segment in self.store.segments if segment.serial not in covered)
+        ids, scores = exact_top(self.store, uncovered, query_ME, count)
         if covered:
-            named = self.engine.candidates(to_numpy(query_ME), _POOL * max(count, 64))
-            named = self.store.living(np.unique(named))
-            named = named[np.isin(named >> 32, list(covered))]
-            ids = np.concatenate([ids, named])
-            scores = np.concatenate([scores, scores_of(self.store, named, query_ME)])
+            candidates = self.engine.candidates(to_numpy(query_ME), _CANDIDATES * max(count, 64))
+            candidates = self.store.living(np.unique(candidates))
+            candidates = candidates[np.isin(candidates >> 32, list(covered))]
+            ids = np.concatenate([ids, candidates])
+            scores = np.concatenate([scores, vector_scores(self.store.vectors(candidates), query_ME)])
         return top(ids, scores, count)
 
     def _parts(self, text: str | None, image: ImageLike | None, within: str) -> dict[str, _Part]:
@@ -201,47 +200,47 @@ class Index:
         if text:
             query_E = self.model.embed_texts(text)[0]
             if within != "captions":
-                parts["text"] = self._vectors_part(query_E[None])
+                parts["text"] = self._by_vectors(query_E[None])
             if within != "images":
                 parts["caption"] = _Part(
                     lambda count: caption_top(self.store, query_E, count)[0],
                     lambda ids: caption_scores_of(self.store, ids, query_E),
                 )
         if image is not None:
-            parts["image"] = self._vectors_part(self.model.embed_images(open_image(image))[0])
+            parts["image"] = self._by_vectors(self.model.embed_images(open_image(image))[0])
         return parts
 
-    def _vectors_part(self, query_ME: Tensor) -> _Part:
-        return _Part(lambda count: self.nearest(query_ME, count)[0], lambda ids: scores_of(self.store, ids, query_ME))
-
-    def _hit(self, image: int, score: float, parts: dict[str, float]) -> Hit:
-        row = self.store.row(image)
-        return Hit(row.key, row.path, score, parts, row.captions, "ok", row)
+    def _by_vectors(self, query_ME: Tensor) -> _Part:
+        return _Part(
+            lambda count: self.nearest(query_ME, count)[0],
+            lambda ids: vector_scores(self.store.vectors(ids), query_ME),
+        )
 
     def _reranked(self, hits: list[Hit], text: str, weight: float, progress: bool) -> list[Hit]:
         """Hits by weighted score + ITM class-1 logit; those whose file cannot be read follow as they were."""
-        model, done, failed = self.model, [], []
+        model = self.model
+        reranked, unreadable = [], []
         bar = tqdm(total=len(hits), unit="image", desc="re-ranking", disable=not progress, leave=False)
         for start in range(0, len(hits), model.batch):
-            chunk = [(hit, *read(hit.row)) for hit in hits[start : start + model.batch]]
-            whole = [(hit, data) for hit, data, _ in chunk if data is not None]
-            failed += [replace(hit, state=state) for hit, data, state in chunk if data is None]
-            if whole:
-                kv = model.image_kv(model.features([data for _, data in whole]))
-                logits = model.match_logits(kv, [text] * len(whole))
-                for (hit, _), logit, chance in zip(whole, logits[:, 1], logits.softmax(-1)[:, 1], strict=True):
+            chunk = [(hit, read(hit.row)[0]) for hit in hits[start : start + model.batch]]
+            readable = [(hit, data) for hit, data in chunk if data is not None]
+            unreadable += [hit for hit, data in chunk if data is None]
+            if readable:
+                kv = model.image_kv(model.features([data for _, data in readable]))
+                logits = model.match_logits(kv, [text] * len(readable))
+                for (hit, _), logit, chance in zip(readable, logits[:, 1], logits.softmax(-1)[:, 1], strict=True):
                     parts = {**hit.parts, "itm": float(chance)}
-                    done.append(replace(hit, score=weight * hit.score + float(logit), parts=parts))
+                    reranked.append(replace(hit, score=weight * hit.score + float(logit), parts=parts))
             bar.update(len(chunk))
         bar.close()
-        return sorted(done, key=lambda hit: -hit.score) + failed
+        return sorted(reranked, key=lambda hit: -hit.score) + unreadable
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One of the scores of a search: who may be among the best, and the exact score of any image."""
+    """One of the scores of a search: the images that are best by it alone, and the exact scores of any images."""
 
-    find: Callable[[int], Ids]
+    top: Callable[[int], Ids]
     score: Callable[[Ids], Scores]
 
 
@@ -250,21 +249,20 @@ def combined(scores: list[Scores]) -> Scores:
     if len(scores) == 1:
         return scores[0]
     total = np.zeros_like(scores[0])
-    for each in scores:
-        known = np.isfinite(each)
-        lowest = each[known].min() if known.any() else 0.0
-        filled = np.where(known, each, lowest)  # an image without a caption is as far as the farthest
-        total += (filled - filled.mean()) / max(float(filled.std()), 1e-6) / len(scores)
+    for values in scores:
+        known = np.isfinite(values)
+        lowest = values[known].min() if known.any() else 0.0
+        values = np.where(known, values, lowest)  # an image without a caption is as far as the farthest
+        total += (values - values.mean()) / max(float(values.std()), 1e-6) / len(scores)
     return total
 
 
 def caption_scores_of(store: Store, ids: Ids, query_E: Tensor) -> Scores:
     """Largest cosine over each image's captions; minus infinity where it has none."""
-    out = np.full(len(ids), -np.inf, dtype=np.float32)
-    for serial in to_list(np.unique(ids >> 32)):
-        here = ids >> 32 == serial
-        out[here] = caption_scores(store.by_serial[serial], query_E)[ids[here] & 0xFFFFFFFF]
-    return out
+    scores = np.full(len(ids), -np.inf, dtype=np.float32)
+    for segment, mask, numbers in store.by_segment(ids):
+        scores[mask] = caption_scores(segment, query_E)[numbers]
+    return scores
 
 
 def read(row: Row) -> tuple[bytes | None, str]:
@@ -276,7 +274,3 @@ def read(row: Row) -> tuple[bytes | None, str]:
     if hashlib.sha256(data).hexdigest()[:32] != row.digest:
         return None, "changed"
     return data, "ok"
-
-
-def _state(row: Row) -> str:
-    return read(row)[1]

@@ -1,4 +1,4 @@
-"""A page with the pictures that a search found: one file, nothing from elsewhere."""
+"""A page with the images of a search result: one file that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from blip2.search.query import Hit, read
 THUMB = 320
 
 
-def write_page(path: Path, hits: list[Hit], text: str | None, picture: Image.Image | None, what: str) -> None:
-    """Write the page beside and rename.
+def write_page(path: Path, hits: list[Hit], text: str | None, image: Image.Image | None, subtitle: str) -> None:
+    """Write the page.
+
+    Args:
+        text, image: what was searched for.
+        subtitle: what was searched, after the number of hits.
 
     Raises:
         RunError: it cannot be written.
@@ -31,7 +35,7 @@ def write_page(path: Path, hits: list[Hit], text: str | None, picture: Image.Ima
         }
         for hit in hits
     ]
-    page = template.render(hits=shown, text=text, query=jpeg(picture, THUMB) if picture else None, what=printable(what))
+    page = template.render(hits=shown, text=text, query=jpeg(image, THUMB) if image else None, what=printable(subtitle))
     write(path, page)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ class Row:
     Args:
         path, offset, size: file and bytes; offset 0 and size -1 is a whole file.
         digest: of the image's bytes, in hexadecimal.
-        stamp: size and modification time of a whole file, by which one unchanged is known unread.
+        stamp: size and modification time of a whole file; while they stay the file is not read again.
     """
 
     key: str
@@ -63,11 +63,11 @@ class Seal(NamedTuple):
 
     Args:
         ends: digest of their sizes, beginnings and ends; compared at every opening.
-        whole: digest of every byte; compared by `index stat --check`.
+        full: digest of every byte; compared by `index stat --check`.
     """
 
     ends: str
-    whole: str
+    full: str
 
 
 class Segment:
@@ -87,12 +87,12 @@ class Segment:
             self._starts = np.fromfile(folder / "rows.u64", dtype=np.uint64)
             self.count = len(self._starts) - 1
             self.vectors = _mapped(folder / "vectors.f16", np.float16, (self.count, queries, width))
-            self.hashes = _mapped(folder / "hashes.u8", np.uint8, (self.count, 16))
+            _mapped(folder / "hashes.u8", np.uint8, (self.count, 16))  # of the right size
             self.owners = np.fromfile(folder / "owners.u32", dtype=np.uint32)
             self.caption_vectors = _mapped(folder / "captions.f16", np.float16, (len(self.owners), width))
-            # Mapped, not opened at need: a writer may remove the segment while it is searched.
+            # Mapped now: a writer may remove the segment while it is searched.
             self._lines = _mapped(folder / "rows.jsonl", np.uint8, (int(self._starts[-1]),))
-            if seal is not None and ends_of(folder / name for name in FILES) != seal.ends:
+            if seal is not None and digest_of_ends(folder / name for name in FILES) != seal.ends:
                 raise ValueError("a file is not the one that was written")
         except (OSError, ValueError, IndexError) as error:
             what = getattr(error, "strerror", None) or error
@@ -107,9 +107,9 @@ class Segment:
         except OSError:
             return False
 
-    def whole(self) -> bool:
-        """Whether every byte is as it was written; True where there is no seal to tell."""
-        return self._seal is None or whole_of(self.folder / name for name in FILES) == self._seal.whole
+    def intact(self) -> bool:
+        """Whether every byte is as it was written; True where there is no seal to compare with."""
+        return self._seal is None or digest_of_all(self.folder / name for name in FILES) == self._seal.full
 
     def row(self, number: int) -> Row:
         """Where image `number` lies."""
@@ -124,19 +124,19 @@ class Segment:
         return sum(path.stat().st_size for path in self.folder.iterdir())
 
 
-def sealed(folder: Path) -> Seal:
+def seal_of(folder: Path) -> Seal:
     """The seal of a segment's files as they are."""
     paths = [folder / name for name in FILES]
-    return Seal(ends_of(paths), whole_of(paths))
+    return Seal(digest_of_ends(paths), digest_of_all(paths))
 
 
 def stamp(path: Path) -> Stamp:
-    """What tells one file from another in its place, unread."""
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    """Inode, size and time of change: they differ where another file has taken the place."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def ends_of(paths: Iterable[Path]) -> str:
+def digest_of_ends(paths: Iterable[Path]) -> str:
     """Digest of files' sizes, beginnings and ends."""
     digest = hashlib.blake2b(digest_size=8)
     for path in paths:
@@ -148,7 +148,7 @@ def ends_of(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def whole_of(paths: Iterable[Path]) -> str:
+def digest_of_all(paths: Iterable[Path]) -> str:
     """Digest of every byte of files."""
     digest = hashlib.blake2b(digest_size=16)
     for path in paths:
@@ -158,6 +158,18 @@ def whole_of(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def groups(segments: Iterable[Segment], size: Callable[[Segment], int], limit: int) -> Iterator[list[Segment]]:
+    """Segments in order, as many together as `limit` allows, and at least one."""
+    group: list[Segment] = []
+    for segment in segments:
+        if group and sum(map(size, group)) + size(segment) > limit:
+            yield group
+            group = []
+        group.append(segment)
+    if group:
+        yield group
+
+
 def image_id(serial: int, number: int) -> int:
     """One number for an image: its segment and its row there."""
     return serial << 32 | number
@@ -165,10 +177,10 @@ def image_id(serial: int, number: int) -> int:
 
 def _mapped(path: Path, dtype: type, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """A file as an array, copy-on-write: nothing that is done to it reaches the disk."""
-    wanted = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    if (size := path.stat().st_size) != wanted:
-        raise ValueError(f"{path.name} has {size} bytes instead of {wanted}")
-    if not wanted:
+    expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if (size := path.stat().st_size) != expected:
+        raise ValueError(f"{path.name} has {size} bytes instead of {expected}")
+    if not expected:
         return np.empty(shape, dtype=dtype)
     return np.memmap(path, dtype=dtype, mode="c", shape=shape)
 

@@ -7,10 +7,10 @@
                                  captions.f16 [M, E], owners.u32 [M]   where captions are stored
     INDEX/engine/                what the approximate engine made of the segments
 
-A segment is written beside and renamed, then the manifest; whatever a killed process left is not in
-the manifest and is swept by the next writer. Removing marks rows in the manifest; a file that moved
-is removed and added again with its stored vectors. Compaction copies what is left of small and
-thinned segments.
+A segment is written beside its place and renamed, then the manifest; what a killed process left is not in
+the manifest, and the next writer deletes it. Removing marks rows in the manifest; a file that moved
+is removed and added again with its stored vectors. Compaction copies what remains of small segments
+and of those that lost many rows.
 
 Shape letters: N images of a segment, Q queries, E contrastive width, M captions.
 """
@@ -33,7 +33,7 @@ import numpy.typing as npt
 from blip2.errors import DataError, RunError
 from blip2.io.atomic import replacing
 from blip2.ops.devices import to_list
-from blip2.search.segments import Batch, Half, Ids, Row, Seal, Segment, image_id, sealed
+from blip2.search.segments import Batch, Half, Ids, Row, Seal, Segment, groups, image_id, seal_of
 
 try:
     import fcntl
@@ -42,7 +42,7 @@ except ImportError:  # not on Windows
 
 FORMAT = 1
 FULL = 4096  # images of a segment: 64 MiB at 32 x 256
-_THINNED = 0.3  # share of removed rows from which a segment is copied
+_THINNED = 0.3  # share of removed rows from which the rest of a segment is copied
 _MANIFEST, _SEGMENTS = "manifest.json", "segments"
 _OURS = (_SEGMENTS, ".lock", f".{_MANIFEST}.tmp*")  # what a creation that was killed leaves
 
@@ -62,12 +62,12 @@ class ModelId:
 
 @dataclass
 class Manifest:
-    """What counts.
+    """The state of an index.
 
     Args:
-        serial: of the next segment; never used twice, so ids of other times find nothing.
+        serial: of the next segment; never used twice, so an old id never means another image.
         removed: rows of segments that count no longer.
-        seals: of the segments: what their files hold.
+        seals: by segment, digests of its files.
         captions: `data` or `model` where captions are stored.
         engine: the approximate engine's own notes, `name` among them.
     """
@@ -140,26 +140,30 @@ class Store:
         mask[self.manifest.removed.get(segment.serial, [])] = False
         return mask
 
-    def living(self, ids: Ids) -> Ids:
-        """Those of the ids that still count, in the same order."""
-        keep = np.zeros(len(ids), dtype=bool)
+    def by_segment(self, ids: Ids) -> Iterator[tuple[Segment, npt.NDArray[np.bool_], Ids]]:
+        """For every segment that holds some of the ids: it, a mask over `ids`, and their rows in it."""
         for serial in to_list(np.unique(ids >> 32)):
             if (segment := self.by_serial.get(serial)) is not None:
-                here = ids >> 32 == serial
-                keep[here] = self.live(segment)[ids[here] & 0xFFFFFFFF]
-        return ids[keep]
+                mask = ids >> 32 == serial
+                yield segment, mask, ids[mask] & 0xFFFFFFFF
+
+    def living(self, ids: Ids) -> Ids:
+        """Those of the ids that still count, in the same order."""
+        alive = np.zeros(len(ids), dtype=bool)
+        for segment, mask, numbers in self.by_segment(ids):
+            alive[mask] = self.live(segment)[numbers]
+        return ids[alive]
 
     def row(self, image: int) -> Row:
         return self.by_serial[image >> 32].row(image & 0xFFFFFFFF)
 
     def vectors(self, ids: Ids) -> Half:
-        """Query embeddings [len(ids), Q, E]."""
+        """Query embeddings [len(ids), Q, E] of images that count."""
         model = self.manifest.model
-        out = np.empty((len(ids), model.queries, model.width), dtype=np.float16)
-        for serial in to_list(np.unique(ids >> 32)):
-            here = ids >> 32 == serial
-            out[here] = self.by_serial[serial].vectors[ids[here] & 0xFFFFFFFF]
-        return out
+        vectors = np.empty((len(ids), model.queries, model.width), dtype=np.float16)
+        for segment, mask, numbers in self.by_segment(ids):
+            vectors[mask] = segment.vectors[numbers]
+        return vectors
 
     def items(self) -> Iterator[tuple[int, Row]]:
         """(id, row) of every image that counts."""
@@ -173,7 +177,7 @@ class Store:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the index alone; takes up what was written since it was opened, sweeps what a killed writer left.
+        """Lock the index; reads what was written since it was opened, deletes what a killed writer left.
 
         Raises:
             RunError: another process is writing, or the folder cannot be written.
@@ -189,7 +193,7 @@ class Store:
             yield
 
     def change(self, add: Batch | None = None, remove: Sequence[int] = ()) -> None:
-        """Add and remove images in one step, whole or not at all."""
+        """Add and remove images in one step: both or neither."""
         new = dataclasses.replace(self.manifest, removed=_with_removed(self.manifest.removed, remove))
         if add is not None and add.rows:
             self._append(new, add)
@@ -200,74 +204,55 @@ class Store:
         self._commit(dataclasses.replace(self.manifest, engine=engine))
 
     def compact(self) -> None:
-        """Join small segments into full ones and leave removed rows behind; each step is whole by itself."""
-        group: list[Segment] = []
-        for segment in [*self.segments, None]:
-            left = 0 if segment is None else self._left(segment)
-            if group and (segment is None or sum(map(self._left, group)) + left > FULL):
-                self._merge(group)
-                group = []
-            if segment is not None and (left < FULL // 2 or left < (1 - _THINNED) * segment.count):
-                group.append(segment)
+        """Join small segments into full ones and drop removed rows; the index is whole after each step."""
+        small = [s for s in self.segments if self._left(s) < max(FULL // 2, (1 - _THINNED) * s.count)]
+        for group in groups(small, self._left, FULL):
+            self._merge(group)
         self._sweep()
 
     def _left(self, segment: Segment) -> int:
+        """Images of a segment that count."""
         return segment.count - len(self.manifest.removed.get(segment.serial, ()))
 
     def _merge(self, group: list[Segment]) -> None:
         if len(group) == 1 and self._left(group[0]) == group[0].count:
             return
-        gone = {segment.serial for segment in group}
-        new = dataclasses.replace(
-            self.manifest,
-            segments=[s for s in self.manifest.segments if s not in gone],
-            removed={s: rows for s, rows in self.manifest.removed.items() if s not in gone},
+        serials = {segment.serial for segment in group}
+        new = dataclasses.replace(self.manifest, segments=[s for s in self.manifest.segments if s not in serials])
+        live = [(segment, self.live(segment)) for segment in group]
+        batch = Batch(
+            [segment.row(int(number)) for segment, mask in live for number in np.flatnonzero(mask)],
+            np.concatenate([segment.vectors[mask] for segment, mask in live]),
+            np.concatenate([segment.caption_vectors[mask[segment.owners]] for segment, mask in live]),
         )
-        batch = self._remaining(group)
         if batch.rows:
             self._append(new, batch)
         self._commit(new)
 
-    def _remaining(self, group: list[Segment]) -> Batch:
-        lives = [self.live(segment) for segment in group]
-        return Batch(
-            [
-                row
-                for s, live in zip(group, lives, strict=True)
-                for row, kept in zip(s.rows(), live, strict=True)
-                if kept
-            ],
-            np.concatenate([s.vectors[live] for s, live in zip(group, lives, strict=True)]),
-            np.concatenate([s.caption_vectors[live[s.owners]] for s, live in zip(group, lives, strict=True)]),
-        )
-
     def _append(self, manifest: Manifest, batch: Batch) -> None:
         """Write a segment, and name it in a manifest that is not committed yet."""
         serial = manifest.serial
-        manifest.seals = {**manifest.seals, serial: self._write_segment(serial, batch)}
-        manifest.segments, manifest.serial = [*manifest.segments, serial], serial + 1
-
-    def _write_segment(self, serial: int, batch: Batch) -> Seal:
-        final = self.path / _SEGMENTS / f"{serial:06d}"
-        shutil.rmtree(final, ignore_errors=True)  # of a writer killed before its manifest
-        with writable(self.path), replacing(final, sync=True) as temporary:
+        folder = self._folder(serial)
+        shutil.rmtree(folder, ignore_errors=True)  # of a writer killed before its manifest
+        lines = [json.dumps(dataclasses.asdict(row)).encode() + b"\n" for row in batch.rows]
+        owners = np.repeat(np.arange(len(batch.rows)), [len(row.captions) for row in batch.rows])
+        files: dict[str, bytes | memoryview] = {
+            "rows.jsonl": b"".join(lines),
+            "rows.u64": np.cumsum([0, *map(len, lines)]).astype(np.uint64).tobytes(),
+            "hashes.u8": b"".join(bytes.fromhex(row.digest) for row in batch.rows),
+            "vectors.f16": np.ascontiguousarray(batch.vectors, dtype=np.float16).data,
+            "owners.u32": owners.astype(np.uint32).tobytes(),
+            "captions.f16": np.ascontiguousarray(batch.caption_vectors, dtype=np.float16).tobytes(),
+        }
+        with writable(self.path), replacing(folder, sync=True) as temporary:
             temporary.mkdir(parents=True)
-            lines = [json.dumps(dataclasses.asdict(row)).encode() + b"\n" for row in batch.rows]
-            owners = np.repeat(np.arange(len(batch.rows)), [len(row.captions) for row in batch.rows])
-            files: dict[str, bytes | memoryview] = {
-                "rows.jsonl": b"".join(lines),
-                "rows.u64": np.cumsum([0, *map(len, lines)]).astype(np.uint64).tobytes(),
-                "hashes.u8": b"".join(bytes.fromhex(row.digest) for row in batch.rows),
-                "vectors.f16": np.ascontiguousarray(batch.vectors, dtype=np.float16).data,
-                "owners.u32": owners.astype(np.uint32).tobytes(),
-                "captions.f16": np.ascontiguousarray(batch.caption_vectors, dtype=np.float16).tobytes(),
-            }
             for name, data in files.items():
                 (temporary / name).write_bytes(data)
-            seal = sealed(temporary)
-        return seal
+            manifest.seals = {**manifest.seals, serial: seal_of(temporary)}
+        manifest.segments, manifest.serial = [*manifest.segments, serial], serial + 1
 
     def _commit(self, manifest: Manifest) -> None:
+        """Write a manifest, without segments of which no image counts, and go on with it."""
         empty = [s.serial for s in self.segments if len(manifest.removed.get(s.serial, ())) == s.count]
         manifest.segments = [s for s in manifest.segments if s not in empty]
         manifest.removed = {s: rows for s, rows in manifest.removed.items() if s in manifest.segments}
@@ -277,23 +262,24 @@ class Store:
         self._reload(manifest)
 
     def _reload(self, manifest: Manifest) -> None:
-        have = self.by_serial
+        opened = self.by_serial
         self.manifest = manifest
-        self.segments = [have.get(serial) or self._open(serial) for serial in manifest.segments]
+        self.segments = [opened.get(serial) or self._open(serial) for serial in manifest.segments]
         del self.by_serial
+
+    def _folder(self, serial: int) -> Path:
+        return self.path / _SEGMENTS / f"{serial:06d}"
 
     def _open(self, serial: int) -> Segment:
         model = self.manifest.model
-        folder = self.path / _SEGMENTS / f"{serial:06d}"
-        return Segment(folder, model.queries, model.width, self.manifest.seals.get(serial))
+        return Segment(self._folder(serial), model.queries, model.width, self.manifest.seals.get(serial))
 
     def _sweep(self) -> None:
-        wanted = {f"{serial:06d}" for serial in self.manifest.segments}
-        for folder in (self.path / _SEGMENTS).iterdir():
-            if folder.name not in wanted:
-                shutil.rmtree(folder, ignore_errors=True)
-        for left in self.path.glob(f".{_MANIFEST}.tmp*"):
-            left.unlink(missing_ok=True)
+        """Delete what the manifest does not name."""
+        for folder in set((self.path / _SEGMENTS).iterdir()) - set(map(self._folder, self.manifest.segments)):
+            shutil.rmtree(folder, ignore_errors=True)
+        for temporary in self.path.glob(f".{_MANIFEST}.tmp*"):
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -309,10 +295,10 @@ def writable(path: Path) -> Iterator[None]:
 
 
 def _with_removed(removed: Mapping[int, list[int]], ids: Sequence[int]) -> dict[int, list[int]]:
-    found = {serial: set(rows) for serial, rows in removed.items()}
+    numbers = {serial: set(rows) for serial, rows in removed.items()}
     for image in ids:
-        found.setdefault(image >> 32, set()).add(image & 0xFFFFFFFF)
-    return {serial: sorted(rows) for serial, rows in found.items()}
+        numbers.setdefault(image >> 32, set()).add(image & 0xFFFFFFFF)
+    return {serial: sorted(rows) for serial, rows in numbers.items()}
 
 
 def _read_manifest(path: Path) -> Manifest:
