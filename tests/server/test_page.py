@@ -182,16 +182,16 @@ def test_pages_that_commands_write(
     browser: Any, axe: str, both: Blip2, photos: Path, tmp_path: Path, scheme: str
 ) -> None:
     """`explain` of an image, and of a data set."""
-    from blip2.data.image_inputs import open_image
+    from blip2.data.images import open_image
     from blip2.data.sources import open_collection
-    from blip2.explain import queries
-    from blip2.explain import report as command
+    from blip2.explain.queries import write_queries
     from blip2.explain.query_statistics import specialisation
+    from blip2.explain.report import write_attention
 
     picture = open_image(photos / "p01.png")
-    command.write_page(tmp_path / "image.html", picture, both.attend(picture, "a dog"), "p01.png", "tiny", "squash")
-    found = specialisation(both, open_collection(str(photos)).samples)
-    queries.write_page(tmp_path / "queries.html", found, both, "photos", "tiny")
+    write_attention(tmp_path / "image.html", picture, both.attend(picture, "a dog"), "p01.png", "tiny", "squash")
+    result = specialisation(both, open_collection(str(photos)).samples)
+    write_queries(tmp_path / "queries.html", result, "squash", "photos", "tiny")
     page = browser.new_page(color_scheme=scheme)
     for name in ("image.html", "queries.html"):
         page.goto((tmp_path / name).as_uri())

@@ -23,7 +23,7 @@ def add_parser(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Answer one question about one image."""
     from blip2.data.few_shot import read_shots
-    from blip2.data.image_inputs import open_image
+    from blip2.data.images import open_image
     from blip2.inference.loading import load_model
 
     image = open_image(options.image)

@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
 
 def batches(paths: list[str], size: int, failed: list[str]) -> Iterator[tuple[list[str], list[Image.Image]]]:
     """Paths and their images, `size` at a time; a line for each that cannot be read is added to `failed`."""
-    from blip2.data.image_inputs import open_image
+    from blip2.data.images import open_image
 
     names: list[str] = []
     images: list[Image.Image] = []

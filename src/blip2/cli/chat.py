@@ -62,7 +62,7 @@ class Chat:
 def run(options: argparse.Namespace) -> int:
     """Read questions from standard input until it ends."""
     from blip2.configs import DecodingConfig
-    from blip2.data.image_inputs import open_image
+    from blip2.data.images import open_image
     from blip2.inference.loading import load_model
 
     image = open_image(options.image)

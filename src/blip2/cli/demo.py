@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _read(names: list[str]) -> list[tuple[Sample, Image.Image]]:
     from blip2.data.collection import BadSampleError
-    from blip2.data.image_inputs import open_image
+    from blip2.data.images import open_image
     from blip2.search.build import list_samples
 
     samples, bad = list_samples(names or ["skimage"])

@@ -41,7 +41,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Find images; exit code 0 also where there is none."""
-    from blip2.data.image_inputs import open_image
+    from blip2.data.images import open_image
     from blip2.search.query import Index
     from blip2.search.report import write_page
     from blip2.search.store import Store

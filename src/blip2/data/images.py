@@ -1,4 +1,4 @@
-"""Pictures from bytes, and the square, normalised views that encoders take. No torchvision.
+"""Images from paths and bytes, and the square, normalised views that encoders take. No torchvision.
 
 Shape letters: S side in pixels.
 """
@@ -11,8 +11,9 @@ import re
 import struct
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from blip2.data.collection import BadSampleError
 from blip2.data.image_formats import FORMATS
+from blip2.errors import DataError
 
 # Above this an image is refused from its header, before a pixel is decoded.
 MAX_PIXELS = 100_000_000
@@ -29,6 +31,8 @@ _LONGEST = 16
 _BROKEN_EXIF = (SyntaxError, ValueError, TypeError, KeyError, IndexError, OSError, struct.error)
 # `warnings.catch_warnings` changes the whole process; views are made in several threads.
 _WARNINGS = threading.Lock()
+# An image as users hand it over.
+ImageLike = str | Path | bytes | Image.Image
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,44 @@ class ImageSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize: str = "squash"
+
+
+def open_image(image: ImageLike) -> Image.Image:
+    """An RGB image from a path, bytes, or a Pillow image.
+
+    Raises:
+        DataError: names the file and what is wrong with it.
+    """
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, bytes):
+        name, data = "image", image
+    else:
+        name = str(image)
+        try:
+            data = Path(image).read_bytes()
+        except OSError as error:
+            raise DataError(f"{name}: {error.strerror}") from error
+    try:
+        return decode_image(data)
+    except BadSampleError as error:
+        raise DataError(f"{name}: {error.reason}") from error
+
+
+def listed(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
+    """One image or several, as a list."""
+    if isinstance(images, str | Path | bytes | Image.Image):
+        return [images]
+    return list(images)
+
+
+def distinct(images: list[ImageLike]) -> tuple[list[ImageLike], list[int]]:
+    """Images without repeats (by path, content or identity), and for each image given its position among them."""
+    keys = [id(image) if isinstance(image, Image.Image) else image for image in images]
+    keys = [str(key) if isinstance(key, Path) else key for key in keys]
+    by_key = dict(zip(reversed(keys), reversed(images), strict=True))  # of equal ones the first
+    positions = {key: position for position, key in enumerate(dict.fromkeys(keys))}
+    return [by_key[key] for key in positions], [positions[key] for key in keys]
 
 
 def decode_image(data: bytes, opened: Callable[[Image.Image], object] | None = None) -> Image.Image:

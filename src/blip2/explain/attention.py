@@ -1,10 +1,10 @@
-"""Where a bridge looks: attention maps of the queries, and what a text depends on.
+"""Where a model looks: attention maps of the queries, and what its scores with a text depend on.
 
-    found = model.attend("dog.jpg", "a dog in the grass")
-    found.queries           # [L, Q, P] attention of every query, per cross-attention layer; sums to one
-    found.itc               # [Q] cosine of each query with the text: the largest is the image's
-    found.itm_maps          # [L, P] gradient-weighted: what made the pair a match
-    found.heatmap(found.itm_maps.sum(0))     # [h, w] over the picture
+    attention = model.attend("dog.jpg", "a dog in the grass")
+    attention.queries       # [L, Q, P] attention of every query, per cross-attention layer; sums to one
+    attention.itc           # [Q] cosine of each query with the text: the largest is the image's
+    attention.itm_maps      # [L, P] gradient-weighted: what made the pair a match
+    attention.heatmap(attention.itm_maps.sum(0))     # [h, w] over the image
 
 Shape letters: Q queries, P tokens of the image encoder, L cross-attention layers, W words (tokens) of
 the caption, C image-encoder channels, E contrastive width.
@@ -15,34 +15,57 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from blip2.configs import DecodingConfig
-from blip2.data.image_inputs import ImageLike
+from blip2.data.images import ImageLike
 from blip2.errors import ConfigError
 from blip2.explain.attention_maps import cross_prompt_attention, prompt_attention, recording
 from blip2.explain.types import Explainable
+from blip2.io.figures import overlay, png
 from blip2.models.qformer.model import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
-from blip2.ops.devices import to_host, to_list
+from blip2.ops.devices import to_host, to_list, to_numpy
 
 
 @dataclass
-class Attention:
-    """What `Blip2.attend` found; tensors are float32 on the CPU.
+class PatchMaps:
+    """Maps over the tokens of an image encoder.
+
+    Args:
+        grid: rows and columns of patches.
+        prefix: image tokens in front of the patches ([CLS], registers), part of P.
+    """
+
+    grid: tuple[int, int]
+    prefix: int
+
+    def heatmap(self, map_P: Tensor) -> Tensor:
+        """[h, w]: the patches of a map over image tokens; what fell on the tokens before them is left out."""
+        return map_P[..., self.prefix :].unflatten(-1, self.grid)
+
+    def overlay(self, view: Image.Image, map_P: Tensor, share: float = 0.6) -> str:
+        """A map over the view of the encoder as an inline PNG; `share` as in `io.figures.overlay`."""
+        return png(overlay(view, to_numpy(self.heatmap(map_P)), share=share))
+
+
+@dataclass
+class Attention(PatchMaps):
+    """What `Blip2.attend` returns; tensors are float32 on the CPU.
 
     Args:
         grid: rows and columns of patches.
         prefix: image tokens in front of the patches ([CLS], registers), part of P.
         layers: numbers of the Q-Former's layers that have cross-attention.
         queries: [L, Q, P] the queries' attention to the image, mean over heads; sums to one over P.
-            With a text of the stage-1 Q-Former, else of the model's own.
-        text: what was asked about; the fields below are None without it.
+            With a text it is that of the stage-1 Q-Former, else of the model's own.
+        text: as given; the fields below are None without it.
         itc: [Q] cosines of the queries with the text.
         itc_maps: [L, P] what the largest of them depends on, gradient-weighted.
-        itm: probability that text and image belong together; this and what follows from it None where the
-            model never learned ITM.
+        itm: probability that text and image belong together; this, `itm_maps` and `pair_queries` are None where
+            the model never learned ITM.
         itm_maps: [L, P] what the class-1 logit depends on, gradient-weighted.
         pair_queries: [L, Q, P] the queries' attention while they see the text.
         caption: of a stage-2 model; the fields below are None where there is none.
@@ -51,8 +74,6 @@ class Attention:
         word_maps: [W, P] that attention, carried on to the image through the queries' last layer.
     """
 
-    grid: tuple[int, int]
-    prefix: int
     layers: list[int]
     queries: Tensor
     text: str | None = None
@@ -71,29 +92,24 @@ class Attention:
         """The query whose cosine with the text is the image's score."""
         return None if self.itc is None else int(self.itc.argmax())
 
-    def heatmap(self, map_P: Tensor) -> Tensor:
-        """[h, w]: the patches of a map over image tokens; what fell on the tokens before them is left out."""
-        return map_P[..., self.prefix :].unflatten(-1, self.grid)
-
 
 def attend(model: Explainable, image: ImageLike, text: str | None = None) -> Attention:
     """See `Blip2.attend`."""
     features_1PC = model.features([image])
-    grid, prefix = grid_of(model), model.vision.prefix
     if text is not None and text.strip():
-        found = _with_text(model, features_1PC, text.strip(), grid)
+        attention = _with_text(model, features_1PC, text.strip())
     else:
         stage = model.stage2 or model.stage1
         shadow, recorded = recording(qformer_of(stage))
         with torch.no_grad():
-            shadow.encode_queries(shadow.project_image(stage.ln_vision(features_1PC.float())))
-        found = Attention(grid, prefix, cross_layers(qformer_of(stage)), recorded.maps())
+            shadow.encode_queries(shadow.project_image(features_1PC, stage.ln_vision))
+        attention = Attention(grid_of(model), model.vision.prefix, cross_layers(qformer_of(stage)), recorded.maps())
     if model.stage2 is not None:
-        _add_words(model, features_1PC, found)
-    return found
+        _add_words(model, features_1PC, attention)
+    return attention
 
 
-def _with_text(model: Explainable, features_1PC: Tensor, text: str, grid: tuple[int, int]) -> Attention:
+def _with_text(model: Explainable, features_1PC: Tensor, text: str) -> Attention:
     """ITC and ITM of one pair, with their maps."""
     stage1 = model.stage1
     ids, mask = model.text_ids([text])
@@ -101,52 +117,43 @@ def _with_text(model: Explainable, features_1PC: Tensor, text: str, grid: tuple[
         kv = stage1.project_image(features_1PC)
         text_E = stage1.embed_texts(ids, mask)[0]
     with torch.enable_grad():
-        shadow, alone = recording(stage1.qformer)
+        shadow, recorded = recording(stage1.qformer)
         queries_1QD, _ = shadow.encode_queries(kv)
         itc_Q = stage1.image_embeddings(queries_1QD)[0] @ text_E
-        itc_maps = alone.relevance(itc_Q.max())
-    found = Attention(
-        grid,
-        model.vision.prefix,
-        cross_layers(stage1.qformer),
-        alone.maps(),
-        text,
-        to_host(itc_Q),
-        itc_maps,
-    )
+        itc_maps = recorded.relevance(itc_Q.max())
+    layers = cross_layers(stage1.qformer)
+    attention = Attention(grid_of(model), model.vision.prefix, layers, recorded.maps(), text, to_host(itc_Q), itc_maps)
     if model.has_itm:
         with torch.enable_grad():
-            shadow, paired = recording(stage1.qformer)
+            shadow, recorded = recording(stage1.qformer)
             logits_12 = stage1.pair_logits(shadow.encode_pair(ids, mask, kv))
-            found.itm_maps = paired.relevance(logits_12[0, 1])
-        found.itm = float(logits_12.detach().softmax(dim=-1)[0, 1])
-        found.pair_queries = paired.maps()
-    return found
+            attention.itm_maps = recorded.relevance(logits_12[0, 1])
+        attention.itm = float(logits_12.detach().softmax(dim=-1)[0, 1])
+        attention.pair_queries = recorded.maps()
+    return attention
 
 
-def _add_words(model: Explainable, features_1PC: Tensor, found: Attention) -> None:
+def _add_words(model: Explainable, features_1PC: Tensor, attention: Attention) -> None:
     """Caption the image, and read how each token of the caption attended to the soft prompts."""
-    stage2, language = model.stage2, model.config.language
+    stage2, tokenizer, prompt = model.stage2, model.language_tokenizer, model.config.language.prompt
     assert stage2 is not None
-    found.caption = model.caption_features(features_1PC, None, DecodingConfig())[0][0]
+    caption = model.caption_features(features_1PC, None, DecodingConfig())[0][0]
     shadow, recorded = recording(qformer_of(stage2))
     with torch.no_grad():
-        kv = shadow.project_image(stage2.ln_vision(features_1PC.to(stage2.ln_vision.weight.dtype)))
-        soft_1QH = stage2.language_proj(shadow.encode_queries(kv)[0])
-    tokenizer = model.language_tokenizer
+        queries_1QD, _ = shadow.encode_queries(shadow.project_image(features_1PC, stage2.ln_vision))
+        soft_1QH = stage2.language_proj(queries_1QD)
     if stage2.language_model.encoder_decoder:
-        pair = (x.to(model.device) for x in tokenizer.pairs([language.prompt], [found.caption]))
-        enc_ids, enc_mask, ids, mask = pair
+        enc_ids, enc_mask, ids, mask = (x.to(model.device) for x in tokenizer.pairs([prompt], [caption]))
         at_W = torch.arange(int(mask.sum()) - 1)  # all but the end token
-        found.word_prompts = cross_prompt_attention(stage2.language_model, soft_1QH, enc_ids, enc_mask, ids)[at_W]
+        word_prompts = cross_prompt_attention(stage2.language_model, soft_1QH, enc_ids, enc_mask, ids)[at_W]
     else:
-        ids, mask, labels = (x.to(model.device) for x in tokenizer.targets([language.prompt], [found.caption]))
-        rows = prompt_attention(stage2.language_model, soft_1QH, ids, mask)
+        ids, mask, labels = (x.to(model.device) for x in tokenizer.targets([prompt], [caption]))
         at_W = to_host(labels[0].nonzero()[:, 0])[:-1]
-        found.word_prompts = rows[soft_1QH.shape[1] + at_W - 1]
-    found.words = [tokenizer.decode([token]) for token in to_list(to_host(ids[0])[at_W])]
-    shares_WQ = found.word_prompts / found.word_prompts.sum(dim=1, keepdim=True).clamp(min=1e-9)
-    found.word_maps = shares_WQ @ recorded.maps()[-1]
+        word_prompts = prompt_attention(stage2.language_model, soft_1QH, ids, mask)[soft_1QH.shape[1] + at_W - 1]
+    attention.caption, attention.word_prompts = caption, word_prompts
+    attention.words = [tokenizer.decode([token]) for token in to_list(to_host(ids[0])[at_W])]
+    shares_WQ = word_prompts / word_prompts.sum(dim=1, keepdim=True).clamp(min=1e-9)
+    attention.word_maps = shares_WQ @ recorded.maps()[-1]
 
 
 def grid_of(model: Explainable) -> tuple[int, int]:

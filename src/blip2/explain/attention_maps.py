@@ -44,12 +44,12 @@ class Recorded:
     def relevance(self, score: Tensor) -> Tensor:
         """[L, P]: attention x its positive gradient, summed over queries, mean over heads.
 
-        The gradient-weighted maps of ALBEF (arXiv 2107.07651, section 4), kept per layer. What does
-        not raise the score counts nothing.
+        The gradient-weighted maps of ALBEF (arXiv 2107.07651, section 4), kept per layer. Attention that does
+        not raise the score counts as zero.
         """
-        found = torch.autograd.grad(score, self.probes, allow_unused=True)
+        gradients = torch.autograd.grad(score, self.probes, allow_unused=True)
         rows = []
-        for weights, gradient in zip(self.weights, found, strict=True):
+        for weights, gradient in zip(self.weights, gradients, strict=True):
             gain = torch.zeros_like(weights) if gradient is None else weights * gradient[0].clamp(min=0)
             rows.append(gain.mean(dim=0).sum(dim=0))
         return to_host(torch.stack(rows))
@@ -149,7 +149,7 @@ def _open_mean(model: LanguageModel, kind: str, **inputs: Tensor) -> Tensor:
         out = model.model(**inputs, use_cache=False, output_attentions=True)
     finally:
         model.model.set_attn_implementation(before)
-    found = getattr(out, kind, None)
-    if not found:
+    layers = getattr(out, kind, None)
+    if not layers:
         raise ValueError(f"{model.model.config.model_type} does not give its attention")
-    return to_host(torch.stack([weights[0].float().mean(dim=0) for weights in found]).mean(dim=0))
+    return to_host(torch.stack([weights[0].float().mean(dim=0) for weights in layers]).mean(dim=0))

@@ -7,18 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from blip2.data.collection import printable
-from blip2.data.image_inputs import open_image
+from blip2.data.images import open_image
 from blip2.errors import ConfigError
 from blip2.explain.attention import Attention, attend
 from blip2.explain.queries import Load, queries_command
-from blip2.io.figures import overlay, png, seen
-from blip2.io.html import environment, write
-from blip2.ops.devices import to_list, to_numpy
+from blip2.io.figures import png, seen
+from blip2.io.html import write_page
+from blip2.ops.devices import to_list
 
 LARGE, SMALL = 280, 112  # sides of maps on the page
 
@@ -33,103 +32,113 @@ def explain_command(options: argparse.Namespace, load: Load) -> int:
         return queries_command(options, load)
     if options.image is None or options.limit is not None:
         raise ConfigError("nothing to explain: name an IMAGE, or a data set with --data DATA [--limit N]")
-    picture = open_image(options.image)
+    image = open_image(options.image)
     model, name = load(options)
-    found = attend(model, picture, options.text)
+    attention = attend(model, image, options.text)
     if options.out:
-        write_page(Path(options.out), picture, found, printable(options.image), name, model.image_spec.resize)
-    print(json.dumps(as_dict(found, options.image, name)) if options.json else "\n".join(_lines(found, options.out)))
+        write_attention(Path(options.out), image, attention, printable(options.image), name, model.image_spec.resize)
+    if options.json:
+        print(json.dumps(as_dict(attention, options.image, name)))
+    else:
+        print("\n".join(_lines(attention, options.out)))
     return 0
 
 
-def as_dict(found: Attention, image: str, model: str) -> dict[str, Any]:
-    """Everything that was found; maps as nested lists, rounded to 6 digits."""
-    values = {name: _plain(value) for name, value in vars(found).items()}
-    return {"image": printable(image), "model": model, "winner": found.winner, **values}
+def as_dict(attention: Attention, image: str, model: str) -> dict[str, Any]:
+    """All of `attention`; maps as nested lists, rounded to 6 digits."""
+    values = {k: to_list(value, 6) if isinstance(value, Tensor) else value for k, value in vars(attention).items()}
+    return {"image": printable(image), "model": model, "winner": attention.winner, **values}
 
 
-def _plain(value: Any) -> Any:
-    return to_list(np.round(to_numpy(value).astype(np.float64), 6)) if isinstance(value, Tensor) else value
-
-
-def _lines(found: Attention, out: str | None) -> list[str]:
-    L, Q, P = found.queries.shape
-    on_prefix = float(found.queries[..., : found.prefix].sum(dim=-1).mean())
-    lines = [f"{Q} queries, cross-attention in {L} layers {found.layers}, {P} image tokens"]
-    lines.append(f"{on_prefix:.0%} of the attention is on the {found.prefix} token(s) before the patches")
-    if found.itc is not None:
-        order = to_list(found.itc.argsort(descending=True)[:5])
-        lines.append("ITC " + ", ".join(f"query {q} {float(found.itc[q]):.3f}" for q in order))
-        lines.append("ITM: this model never learned it" if found.itm is None else f"ITM {found.itm:.3f}")
-    if found.caption is not None:
-        lines.append(f"caption: {found.caption}")
-    if found.words is not None and found.word_prompts is not None:
-        shares = to_list(found.word_prompts.sum(dim=1))
-        words = [f"{word.strip() or '_'} {share:.0%}" for word, share in zip(found.words, shares, strict=True)]
+def _lines(attention: Attention, out: str | None) -> list[str]:
+    L, Q, P = attention.queries.shape
+    lines = [f"{Q} queries, cross-attention in {L} layers {attention.layers}, {P} image tokens"]
+    on_prefix = _on_prefix(attention, attention.queries)
+    lines.append(f"{on_prefix:.0%} of the attention is on the {attention.prefix} token(s) before the patches")
+    if attention.itc is not None:
+        order = to_list(attention.itc.argsort(descending=True)[:5])
+        lines.append("ITC " + ", ".join(f"query {q} {float(attention.itc[q]):.3f}" for q in order))
+        lines.append("ITM: this model never learned it" if attention.itm is None else f"ITM {attention.itm:.3f}")
+    if attention.caption is not None:
+        lines.append(f"caption: {attention.caption}")
+    if attention.words is not None and attention.word_prompts is not None:
+        shares = to_list(attention.word_prompts.sum(dim=1))
+        words = [f"{word.strip() or '_'} {share:.0%}" for word, share in zip(attention.words, shares, strict=True)]
         lines.append("attention to the soft prompts: " + ", ".join(words))
     return [*lines, *([f"maps: {out}"] if out else [])]
 
 
-def write_page(path: Path, picture: Image.Image, found: Attention, image: str, model: str, resize: str) -> None:
-    """Write the page beside and rename.
+def _on_prefix(attention: Attention, maps: Tensor) -> float:
+    """Share of the attention of maps [..., P] that is on the tokens before the patches."""
+    return float(maps[..., : attention.prefix].sum(dim=-1).mean())
+
+
+def write_attention(
+    path: Path, picture: Image.Image, attention: Attention, image: str, model: str, resize: str
+) -> None:
+    """Write the page.
 
     Args:
-        resize: how the encoder saw the picture; maps lie over that view.
+        image, model: their names.
+        resize: how the encoder saw the image; maps lie over that view.
 
     Raises:
         RunError: it cannot be written.
     """
-    template = environment(Path(__file__).parent).get_template("explain.html.j2")
     view = seen(picture, resize, LARGE)
-    page = template.render(
+    small = view.resize((SMALL, SMALL))
+    write_page(
+        path,
+        Path(__file__).with_name("explain.html.j2"),
         image=image,
         model=printable(model),
-        found=found,
-        view=png(view.resize((LARGE, LARGE))),
-        on_prefix=float(found.queries[..., : found.prefix].sum(dim=-1).mean()),
-        scores=_scores(view, found),
-        queries=_queries(view, found),
-        words=_words(view, found),
+        attention=attention,
+        view=png(view),
+        on_prefix=_on_prefix(attention, attention.queries),
+        scores=_scores(view, small, attention),
+        queries=_queries(small, attention),
+        words=_words(small, attention),
     )
-    write(path, page)
 
 
-def _map(view: Image.Image, found: Attention, map_P: Tensor, side: int) -> str:
-    return png(overlay(view.resize((side, side)), to_numpy(found.heatmap(map_P))))
-
-
-def _scores(view: Image.Image, found: Attention) -> list[dict[str, Any]]:
+def _scores(view: Image.Image, small: Image.Image, attention: Attention) -> list[dict[str, Any]]:
     """What ITC and ITM depend on: all layers together, then each."""
-    shown = []
-    for name, maps in (("ITC", found.itc_maps), ("ITM", found.itm_maps)):
-        if maps is None or found.itc is None:
-            continue
-        value = f"{float(found.itc.max()):.3f}" if name == "ITC" else f"probability {found.itm:.3f}"
-        layers = [(number, _map(view, found, row, SMALL)) for number, row in zip(found.layers, maps, strict=True)]
-        shown.append({"name": name, "value": value, "image": _map(view, found, maps.sum(0), LARGE), "layers": layers})
-    return shown
-
-
-def _queries(view: Image.Image, found: Attention) -> list[dict[str, Any]]:
-    """One row per query, best for the text first; one map per layer."""
-    Q = found.queries.shape[1]
-    order = range(Q) if found.itc is None else to_list(found.itc.argsort(descending=True))
+    scores = []
+    if attention.itc is not None and attention.itc_maps is not None:
+        scores.append(("ITC", f"{float(attention.itc.max()):.3f}", attention.itc_maps))
+    if attention.itm is not None and attention.itm_maps is not None:
+        scores.append(("ITM", f"probability {attention.itm:.3f}", attention.itm_maps))
     return [
         {
-            "number": q,
-            "cosine": None if found.itc is None else f"{float(found.itc[q]):.3f}",
-            "maps": [_map(view, found, layer[q], SMALL) for layer in found.queries],
-            "on_prefix": float(found.queries[:, q, : found.prefix].sum(dim=-1).mean()),
+            "name": name,
+            "value": value,
+            "image": attention.overlay(view, maps_LP.sum(0)),
+            "layers": [
+                (n, attention.overlay(small, map_P)) for n, map_P in zip(attention.layers, maps_LP, strict=True)
+            ],
         }
-        for q in order
+        for name, value, maps_LP in scores
     ]
 
 
-def _words(view: Image.Image, found: Attention) -> list[dict[str, Any]]:
-    if found.words is None or found.word_maps is None or found.word_prompts is None:
-        return []
-    rows = zip(found.words, found.word_maps, found.word_prompts, strict=True)
+def _queries(small: Image.Image, attention: Attention) -> list[dict[str, Any]]:
+    """One row per query, best for the text first; one map per layer."""
+    itc, Q = attention.itc, attention.queries.shape[1]
     return [
-        {"word": word.strip() or "_", "image": _map(view, found, map_P, SMALL), "share": float(prompts_Q.sum())}
+        {
+            "number": q,
+            "cosine": None if itc is None else f"{float(itc[q]):.3f}",
+            "maps": [attention.overlay(small, map_QP[q]) for map_QP in attention.queries],
+        }
+        for q in (range(Q) if itc is None else to_list(itc.argsort(descending=True)))
+    ]
+
+
+def _words(small: Image.Image, attention: Attention) -> list[dict[str, Any]]:
+    if attention.words is None or attention.word_maps is None or attention.word_prompts is None:
+        return []
+    rows = zip(attention.words, attention.word_maps, attention.word_prompts, strict=True)
+    return [
+        {"word": word.strip() or "_", "image": attention.overlay(small, map_P), "share": float(prompts_Q.sum())}
         for word, map_P, prompts_Q in rows
     ]

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from blip2.configs import DecodingConfig, RunConfig
-from blip2.data.image_inputs import ImageLike
-from blip2.data.images import ImageSpec
+from blip2.data.images import ImageLike, ImageSpec
 from blip2.data.tokenizers import LanguageTokenizer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2

@@ -1,4 +1,4 @@
-"""A trained bridge, loaded and at work."""
+"""A trained model, loaded and at work."""
 
 from blip2.inference.loading import load, torch_dtype
 from blip2.inference.model import Blip2

@@ -1,6 +1,6 @@
-"""The parts of a loaded model that everything done with it needs: stages, tokenizers, image features.
+"""The parts of a loaded model that all its uses need: stages, tokenizers, image features, soft prompts.
 
-Shape letters: B images, N texts, T text tokens, P patches, C image-encoder channels.
+Shape letters: B images, N texts, Q queries, T text tokens, P patches, C image-encoder channels, H language-model width.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from blip2.configs import RunConfig
-from blip2.data.image_inputs import ImageLike, listed, open_image
-from blip2.data.images import ImageSpec, plain_view
+from blip2.data.images import ImageLike, ImageSpec, listed, open_image, plain_view
 from blip2.data.tokenizers import LanguageTokenizer, QFormerTokenizer, clean_caption
 from blip2.errors import ConfigError
 from blip2.models import towers
@@ -26,13 +25,12 @@ from blip2.weights.formats import stage1_behind
 from blip2.weights.loading import LoadReport, fill
 
 
-class Loaded:
-    """Models at hand, and what feeds them.
+class LoadedModel:
+    """One stage or both, and what feeds them.
 
     Args:
         config: of the run.
-        stage1, stage2: the models at hand; a missing stage 1 is loaded from `config.init` when
-            first needed.
+        stage1, stage2: one or both; a missing stage 1 is loaded from `config.init` when first needed.
         batch: images that go through the model together.
         home: where the run was loaded from; runs that moved together find each other by name.
         report: what was loaded, left out, started fresh and reshaped.
@@ -50,7 +48,7 @@ class Loaded:
     ) -> None:
         self.config, self.batch, self.home, self.report = config, batch, home, report
         self._stage1, self.stage2 = stage1, stage2
-        self._stage1_config = config  # of the stage 1 at hand
+        self._stage1_config = config  # of `_stage1`
         main = stage2 or stage1
         if main is None or not isinstance(main.vision, VisionEncoder):
             raise ConfigError("a model needs a stage and its image encoder")
@@ -65,22 +63,22 @@ class Loaded:
                 raise ConfigError(
                     "this is stage 2 and names no stage 1 (init): embeddings and matches need a stage-1 checkpoint"
                 )
-            found = stage1_behind(self.config.init, self.home)
-            if self.config.vision.train or found.config.vision.train:
+            checkpoint = stage1_behind(self.config.init, self.home)
+            if self.config.vision.train or checkpoint.config.vision.train:
                 raise ConfigError(
-                    f"this run or its stage 1 fine-tuned the image encoder: load {found.source} for embeddings and "
-                    "matches"
+                    "this run or its stage 1 fine-tuned the image encoder: "
+                    f"load {checkpoint.source} for embeddings and matches"
                 )
-            self._stage1_config = found.config
-            stage1 = build_stage1(found.config, self.vision, start=False)
-            fill(stage1, found.source, found.tensors, found.allowed)
+            self._stage1_config = checkpoint.config
+            stage1 = build_stage1(checkpoint.config, self.vision, start=False)
+            fill(stage1, checkpoint.source, checkpoint.tensors, checkpoint.allowed)
             self._stage1 = stage1.to(self.device).eval()
         return self._stage1
 
     @property
     def has_itm(self) -> bool:
-        """Whether the stage 1 at hand was trained with ITM; its matches mean nothing where not."""
-        _ = self.stage1  # which brings its configuration where it is not at hand yet
+        """Whether stage 1 was trained with ITM; without, its matches mean nothing."""
+        _ = self.stage1  # loads it and its configuration
         return self._stage1_config.loss.itm > 0
 
     @cached_property
@@ -108,31 +106,42 @@ class Loaded:
 
     def features(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
         """Features [B, P, C] of the frozen image encoder."""
-        return torch.cat(list(self._chunks(images)))
+        return torch.cat(list(self.batches(images)))
 
     def encode(self, views: Sequence[Tensor], *, apart: bool = False) -> Tensor:
         """Features [B, P, C] of views [3, S, S] that `image_spec` prepared.
 
         Args:
-            apart: each image by itself where its features would else depend on the others by more than float32's
-                rounding: on a CPU in bf16, whose kernels add up in an order that goes by the number of rows. Text
-                that is written from them is then the same alone and in a batch.
+            apart: encode each image by itself where its features would otherwise depend on the others by more than
+                float32's rounding: on a CPU in bf16, whose kernels sum in an order that depends on the number of rows.
+                Text that is generated from them is then the same alone and in a batch.
         """
         pixels_B3SS = torch.stack(list(views)).to(self.device)
         apart = apart and self.device.type == "cpu" and next(self.vision.parameters()).dtype == torch.bfloat16
         with torch.no_grad():
             return torch.cat([self.vision(part) for part in pixels_B3SS.split(1 if apart else len(views))])
 
-    def _for_text(self, images: ImageLike | Sequence[ImageLike]) -> Iterator[Tensor]:
-        return self._chunks(images, apart=True)
-
-    def _chunks(self, images: ImageLike | Sequence[ImageLike], *, apart: bool = False) -> Iterator[Tensor]:
-        pictures = listed(images)
-        for start in range(0, len(pictures), self.batch):
-            views = [plain_view(open_image(image), self.image_spec) for image in pictures[start : start + self.batch]]
+    def batches(self, images: ImageLike | Sequence[ImageLike], *, apart: bool = False) -> Iterator[Tensor]:
+        """Features of `batch` images at a time; `apart` as in `encode`."""
+        images = listed(images)
+        for start in range(0, len(images), self.batch):
+            views = [plain_view(open_image(image), self.image_spec) for image in images[start : start + self.batch]]
             yield self.encode(views, apart=apart)
 
     def text_ids(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask [N, T] of captions for the Q-Former, cleaned where its training cleaned them."""
         ids, mask = self.text_tokenizer([clean_caption(text) for text in texts] if self.config.data.clean else texts)
         return ids.to(self.device), mask.to(self.device)
+
+    def soft_prompts(self, features_BPC: Tensor, questions: Sequence[str] | None = None) -> Tensor:
+        """Soft prompts [B, Q, H] of stage 2.
+
+        Args:
+            questions: one per image, for a Q-Former that reads them; others ignore them.
+        """
+        assert self.stage2 is not None
+        with torch.no_grad():
+            if questions is None or not self.stage2.reads_questions:
+                return self.stage2.soft_prompts(features_BPC)
+            ids_BT, mask_BT = self.text_tokenizer(list(questions))
+            return self.stage2.soft_prompts(features_BPC, ids_BT.to(self.device), mask_BT.to(self.device))

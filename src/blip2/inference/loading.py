@@ -1,4 +1,4 @@
-"""From whatever names a model to a `Blip2`: its device, precision and towers as the caller wants them."""
+"""From whatever names a model to a `Blip2`, with the device, precision and towers that the caller asks for."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ from typing import Any
 
 import torch
 
-from blip2.errors import ConfigError
+from blip2.errors import CheckpointError, ConfigError
 from blip2.inference.model import Blip2
+from blip2.models.build import build_stage1, build_stage2
+from blip2.models.freezing import freeze
+from blip2.models.language.model import load_language_model, parameter_count
 from blip2.models.stage1 import Stage1
-from blip2.ops.devices import pick_device
+from blip2.models.stage2 import Stage2
+from blip2.models.vision.encoder import VisionEncoder, load_vision_encoder
+from blip2.ops.devices import fast_dtype, pick_device, writing_dtype
 from blip2.weights import runs
-from blip2.weights.assemble import assemble
+from blip2.weights.checkpoint import Checkpoint
 from blip2.weights.formats import located, open_checkpoint
+from blip2.weights.frozen_towers import eva_encoder
+from blip2.weights.loading import fill
 
 
 def load(
@@ -47,18 +54,50 @@ def load(
             run was trained with.
 
     Raises:
-        CheckpointError: nothing there, incomplete, damaged, or its weights do not fit.
+        CheckpointError: nothing there, incomplete, damaged, a bare Q-Former, or its weights do not fit.
         ConfigError: a setting that cannot be used.
     """
     home = Path(located(source))
-    found = open_checkpoint(source, vision=vision, language=language)
+    checkpoint = open_checkpoint(source, vision=vision, language=language)
+    if checkpoint.partial:
+        raise CheckpointError(
+            f"{checkpoint.source}: a Q-Former alone, without query tokens and image encoder: "
+            "use it as --init of a training"
+        )
+    config = checkpoint.config
     if quantize is not None:
-        settings = replace(found.config.language, quantize=None if quantize == "none" else quantize)
-        found = replace(found, config=replace(found.config, language=settings))
-    model, report = assemble(found, device=pick_device(device), dtype=torch_dtype(dtype), device_map=device_map)
+        settings = replace(config.language, quantize=None if quantize == "none" else quantize)
+        config = replace(config, language=settings)
+    place, precision = pick_device(device), torch_dtype(dtype)
+    encoder = _image_encoder(checkpoint, precision or fast_dtype(place))
+    model: Stage1 | Stage2
+    if config.stage == "stage1":
+        model = build_stage1(config, encoder, start=False)
+    else:
+        precision = precision or writing_dtype(place, parameter_count(config.language))
+        language_model = load_language_model(config.language, precision, device=place, device_map=device_map)
+        model = build_stage2(config, encoder, language_model, start=False)
+    report = fill(model, checkpoint.source, checkpoint.tensors, checkpoint.allowed)
+    freeze(encoder)
+    if encoder.interpolated:
+        report = replace(report, reshaped=(*report.reshaped, encoder.interpolated))
     if isinstance(model, Stage1):
-        return Blip2(found.config, stage1=model, home=home, report=report)
-    return Blip2(found.config, stage2=model, home=home, report=report)
+        return Blip2(config, stage1=model.to(place).eval(), home=home, report=report)
+    # with a device map transformers has placed the language model
+    parts = (model,) if device_map is None else (encoder, model.ln_vision, model.qformer, model.language_proj)
+    for part in parts:
+        part.to(place)
+    return Blip2(config, stage2=model.eval(), home=home, report=report)
+
+
+def _image_encoder(checkpoint: Checkpoint, dtype: torch.dtype) -> VisionEncoder:
+    """The one that came along in a checkpoint, else the one that it names."""
+    if checkpoint.vision:
+        return eva_encoder(checkpoint, dtype)
+    encoder = load_vision_encoder(checkpoint.config.vision, dtype)
+    if checkpoint.config.vision.train:
+        encoder.unfreeze()  # until its own weights are in
+    return encoder
 
 
 def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
@@ -69,10 +108,10 @@ def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     """
     if name is None or isinstance(name, torch.dtype):
         return name
-    known = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if name not in known:
-        raise ConfigError(f"dtype is {name!r}: it must be one of {', '.join(known)}")
-    return known[name]
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name not in dtypes:
+        raise ConfigError(f"dtype is {name!r}: it must be one of {', '.join(dtypes)}")
+    return dtypes[name]
 
 
 def load_model(options: argparse.Namespace) -> tuple[Blip2, str]:
@@ -97,12 +136,11 @@ def load_model(options: argparse.Namespace) -> tuple[Blip2, str]:
 
 def default_run() -> str:
     """`$BLIP2_MODEL`, else the stage-2 run under `runs/` whose weights are newest, else the packaged `tiny`."""
-    named = os.environ.get("BLIP2_MODEL")
-    if named:
-        return named
+    if name := os.environ.get("BLIP2_MODEL"):
+        return name
     newest: tuple[float, str] | None = None
     for config in Path("runs").rglob(runs.CONFIG):
-        found = runs.checkpoints(config.parent)
-        if found and runs.read_config(config).stage == "stage2":
-            newest = max(newest or (0.0, ""), (found[-1][1].stat().st_mtime, str(config.parent)))
+        checkpoints = runs.checkpoints(config.parent)
+        if checkpoints and runs.read_config(config).stage == "stage2":
+            newest = max(newest or (0.0, ""), (checkpoints[-1][1].stat().st_mtime, str(config.parent)))
     return newest[1] if newest is not None else "tiny"

@@ -1,4 +1,4 @@
-"""A trained bridge at work: captions, answers, embeddings, matches.
+"""A trained model at work: captions, answers, embeddings, matches.
 
     model = blip2.load("runs/s2")
     model.caption(["dog.jpg"])                      # ["a dog runs through the grass"]
@@ -6,41 +6,40 @@
     model.similarity(["dog.jpg"], ["a dog", "a cat"])   # [1, 2], needs a stage-1 run
 
 Shape letters: B images, N texts, Q queries, T text tokens, P patches, C image-encoder channels,
-E contrastive width.
+E contrastive width, H language-model width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from blip2.configs import DecodingConfig
-from blip2.data.image_inputs import ImageLike, distinct, listed
+from blip2.data.images import ImageLike, distinct, listed, open_image
 from blip2.errors import ConfigError
-from blip2.inference.loaded import Loaded
+from blip2.explain.attention import Attention, attend
+from blip2.inference.few_shot import Examples, ShotLike
+from blip2.inference.loaded import LoadedModel
+from blip2.inference.notebook import Card, Shown
 from blip2.models.qformer.model import ImageKV
 from blip2.ops.contrastive import query_text_similarity
 from blip2.ops.devices import to_host, to_list
 
-if TYPE_CHECKING:
-    from blip2.explain.attention import Attention
-    from blip2.inference.few_shot import Examples, ShotLike
-    from blip2.inference.notebook import Shown
-
 _QUESTIONS = 4  # questions about repeated images that go together, for each image that does
 
 
-class Blip2(Loaded):
+class Blip2(LoadedModel):
     """A loaded model; methods take one image or text, or a list, and work in batches.
 
     Stage-2 runs caption and answer; embeddings and matches come from the stage-1 run that they
     began from. A stage-1 run captions by itself, through its ITG head.
 
-    See `blip2.inference.loaded.Loaded` for its attributes.
+    See `blip2.inference.loaded.LoadedModel` for its attributes.
     """
 
     # -- text from images ---------------------------------------------------------------------
@@ -66,16 +65,15 @@ class Blip2(Loaded):
         Returns:
             B strings; with `num` above 1, B lists of `num` strings.
         """
-        config = decoding or DecodingConfig(**options)
-        if shots:
-            if config.rerank:
-                raise ConfigError(f"rerank is {config.rerank}: it must be 0 with examples in front of the images")
-            text, examples = self.config.language.prompt if prompt is None else prompt, self._examples(shots)
-            parts = (examples.generate(chunk, [text] * len(chunk), config) for chunk in self._for_text(images))
-        else:
-            parts = (self.caption_features(chunk, prompt, config) for chunk in self._for_text(images))
-        found = [texts for part in parts for texts in part]
-        return found if config.num > 1 else [texts[0] for texts in found]
+        config, examples = decoding or DecodingConfig(**options), self._examples(shots)
+        if examples and config.rerank:
+            raise ConfigError(f"rerank is {config.rerank}: it must be 0 with examples in front of the images")
+        captions = [
+            texts
+            for features in self.batches(images, apart=True)
+            for texts in self.caption_features(features, prompt, config, examples)
+        ]
+        return captions if config.num > 1 else [texts[0] for texts in captions]
 
     def ask(
         self,
@@ -96,23 +94,29 @@ class Blip2(Loaded):
         Args:
             shots: examples in front of every image, `{"image", "question", "answer"}` each, as in `caption`.
         """
-        config = decoding or DecodingConfig.for_answers(**options)
-        pictures = listed(images)
-        asked = [questions] * len(pictures) if isinstance(questions, str) else list(questions)
-        if len(asked) != len(pictures):
-            raise ConfigError(f"{len(asked)} questions for {len(pictures)} images: give one per image, or one in all")
-        once, places = distinct(pictures)
-        # a Q-Former that reads questions has soft prompts of their own for each
-        alone = self.stage2 is not None and not self.stage2.reads_questions and not shots
-        if alone and len(once) < len(pictures):
-            return self._ask_repeatedly(once, places, asked, config)
-        prompts = [self.config.language.question.format(q.strip()) for q in asked]
-        write = self._examples(shots).generate if shots else self.generate
-        answers: list[str] = []
-        for start, features in zip(range(0, len(pictures), self.batch), self._for_text(pictures), strict=True):
-            part = slice(start, start + self.batch)
-            texts = write(features, prompts[part], config, questions=asked[part])
-            answers += [t[0] for t in texts]
+        config, examples = decoding or DecodingConfig.for_answers(**options), self._examples(shots)
+        images = listed(images)
+        questions = _paired(questions, len(images), "questions")
+        self._require_language_model()
+        assert self.stage2 is not None
+        if self.stage2.reads_questions or examples:  # an image's soft prompts are not the same for all its questions
+            unique, image_of = images, list(range(len(images)))
+        else:
+            unique, image_of = distinct(images)
+        answers = [""] * len(questions)
+        for start, features_BPC in zip(
+            range(0, len(unique), self.batch), self.batches(unique, apart=True), strict=True
+        ):
+            soft_BQH = self.soft_prompts(features_BPC, questions[start : start + self.batch])
+            rows = [n for n, image in enumerate(image_of) if start <= image < start + self.batch]
+            for first in range(0, len(rows), _QUESTIONS * self.batch):
+                part = rows[first : first + _QUESTIONS * self.batch]
+                used = sorted({image_of[n] - start for n in part})
+                prompts = [self._question_prompt(questions[n]) for n in part]
+                places = [used.index(image_of[n] - start) for n in part]
+                texts = self._generate(soft_BQH[used], prompts, config, places, examples)
+                for n, (best, *_) in zip(part, texts, strict=True):
+                    answers[n] = best
         return answers
 
     def ask_many(
@@ -124,43 +128,10 @@ class Blip2(Loaded):
         **options: Any,
     ) -> list[list[str]]:
         """Answers to every question about every image: B lists, in the order of the questions; see `ask`."""
-        pictures, asked = listed(images), list(questions)
-        repeated = [picture for picture in pictures for _ in asked]
-        answers = self.ask(repeated, asked * len(pictures), decoding=decoding, **options)
-        return [answers[n * len(asked) : (n + 1) * len(asked)] for n in range(len(pictures))]
-
-    def _examples(self, shots: Examples | Sequence[ShotLike]) -> Examples:
-        from blip2.inference.few_shot import Examples
-
-        return shots if isinstance(shots, Examples) else Examples(self, shots)
-
-    def _ask_repeatedly(
-        self, once: list[ImageLike], places: list[int], questions: list[str], config: DecodingConfig
-    ) -> list[str]:
-        """Answers to questions of which number n is about image `places[n]`."""
-        assert self.stage2 is not None
-        tokenizer, answers = self.language_tokenizer, [""] * len(questions)
-        for start, features in zip(range(0, len(once), self.batch), self._for_text(once), strict=True):
-            with torch.no_grad():
-                soft = self.stage2.soft_prompts(features)
-            about = [n for n, place in enumerate(places) if start <= place < start + self.batch]
-            for first in range(0, len(about), _QUESTIONS * self.batch):
-                rows = about[first : first + _QUESTIONS * self.batch]
-                used = sorted({places[n] - start for n in rows})
-                prompts = [self.config.language.question.format(questions[n].strip()) for n in rows]
-                ids, mask = (x.to(self.device) for x in tokenizer.prompts(prompts))
-                out = self.stage2.language_model.generate(
-                    soft[used],
-                    ids,
-                    mask,
-                    config,
-                    end_id=tokenizer.end_id,
-                    pad_id=tokenizer.pad_id,
-                    images_B=torch.tensor([used.index(places[n] - start) for n in rows], device=self.device),
-                )
-                for n, ids in zip(rows, to_list(out[:: config.num]), strict=True):
-                    answers[n] = tokenizer.decode(ids)
-        return answers
+        images, questions = listed(images), list(questions)
+        repeated = [image for image in images for _ in questions]
+        answers = self.ask(repeated, questions * len(images), decoding=decoding, **options)
+        return [answers[n * len(questions) : (n + 1) * len(questions)] for n in range(len(images))]
 
     def rank_answers(
         self,
@@ -172,17 +143,15 @@ class Blip2(Loaded):
 
         Candidates are compared by the sum of their tokens' log-probabilities, end token included.
         """
-        if self.stage2 is None:
-            raise ConfigError("this run is stage 1 and has no language model: questions need a stage-2 run")
-        pictures = listed(images)
-        asked = [questions] * len(pictures) if isinstance(questions, str) else list(questions)
+        self._require_language_model()
+        images = listed(images)
+        questions = _paired(questions, len(images), "questions")
         best: list[str] = []
-        for start, features in zip(range(0, len(pictures), self.batch), self._for_text(pictures), strict=True):
-            prompts = [self.config.language.question.format(q.strip()) for q in asked[start : start + self.batch]]
-            with torch.no_grad():
-                soft = self.soft_prompts(features, asked[start : start + self.batch])
-                likely = torch.stack([self._likelihood(soft, prompts, [c] * len(prompts)) for c in candidates])
-            best += [candidates[n] for n in to_list(likely.argmax(dim=0))]
+        for features_BPC in self.batches(images, apart=True):
+            part = questions[len(best) : len(best) + self.batch]
+            prompts, soft_BQH = [self._question_prompt(text) for text in part], self.soft_prompts(features_BPC, part)
+            scores = [self._log_likelihood(soft_BQH, prompts, [text] * len(prompts)) for text in candidates]
+            best += [candidates[n] for n in to_list(torch.stack(scores).argmax(dim=0))]
         return best
 
     def log_likelihood(
@@ -194,56 +163,45 @@ class Blip2(Loaded):
         questions: Sequence[str] | None = None,
     ) -> Tensor:
         """Log-probability [B] of a text after each prompt, its end token included."""
-        with torch.no_grad():
-            return self._likelihood(self.soft_prompts(features_BPC, questions), list(prompts), list(texts))
+        return self._log_likelihood(self.soft_prompts(features_BPC, questions), list(prompts), list(texts))
 
-    def _likelihood(self, soft_BQH: Tensor, prompts: list[str], texts: list[str]) -> Tensor:
+    @torch.no_grad()
+    def _log_likelihood(self, soft_BQH: Tensor, prompts: list[str], texts: list[str]) -> Tensor:
         assert self.stage2 is not None
         tokenizer, model = self.language_tokenizer, self.stage2.language_model
         if model.encoder_decoder:
             parts = tuple(x.to(self.device) for x in tokenizer.pairs(prompts, texts))
-            loss_M, rows = model.encoder_decoder_loss(soft_BQH, *parts, reduction="none"), parts[3]
+            loss_M, labels_BT = model.encoder_decoder_loss(soft_BQH, *parts, reduction="none"), parts[3]
         else:
             parts = tuple(x.to(self.device) for x in tokenizer.targets(prompts, texts))
-            loss_M, rows = model.decoder_loss(soft_BQH, *parts, reduction="none"), parts[2]
-        at_M = rows.nonzero()[:, 0]
-        return loss_M.new_zeros(len(prompts)).index_add(0, at_M, -loss_M)
+            loss_M, labels_BT = model.decoder_loss(soft_BQH, *parts, reduction="none"), parts[2]
+        row_M = labels_BT.nonzero()[:, 0]
+        return loss_M.new_zeros(len(prompts)).index_add(0, row_M, -loss_M)
 
-    def caption_features(self, features_BPC: Tensor, prompt: str | None, config: DecodingConfig) -> list[list[str]]:
-        """Captions from image features: B lists of `config.num` strings."""
+    def caption_features(
+        self, features_BPC: Tensor, prompt: str | None, config: DecodingConfig, examples: Examples | None = None
+    ) -> list[list[str]]:
+        """Captions from image features: B lists of `config.num` strings; see `caption`."""
         if config.rerank:
             wide = replace(config, rerank=0, num=config.rerank, beams=max(config.beams, config.rerank))
-            found = self.caption_features(features_BPC, prompt, wide)
-            return [texts[: config.num] for texts in self._by_similarity(features_BPC, found)]
+            captions = self.caption_features(features_BPC, prompt, wide)
+            return [
+                [text for _, text in sorted(zip(scores, texts, strict=True), key=lambda pair: -pair[0])][: config.num]
+                for scores, texts in zip(self.itc_scores(features_BPC, captions), captions, strict=True)
+            ]
         if self.stage2 is None:
             return [[text] for text in self._caption_with_qformer(features_BPC, config)]
         prompt = self.config.language.prompt if prompt is None else prompt
-        return self.generate(features_BPC, [prompt] * len(features_BPC), config)
+        return self._generate(self.soft_prompts(features_BPC), [prompt] * len(features_BPC), config, examples=examples)
 
-    def itc_scores(self, features_BPC: Tensor, found: list[list[str]]) -> list[list[float]]:
-        """ITC similarity of each image with its own texts: B lists, as long as those of `found`."""
+    def itc_scores(self, features_BPC: Tensor, texts: list[list[str]]) -> list[list[float]]:
+        """ITC similarity of each image with its own texts: B lists, as long as those of `texts`."""
         images_BQE = self.embed_features(features_BPC)
-        texts_NE = self.embed_texts([text for texts in found for text in texts]).split([len(t) for t in found])
-        own = (
-            query_text_similarity(image_QE[None], text_NE)[0]
-            for image_QE, text_NE in zip(images_BQE, texts_NE, strict=True)
-        )
-        return [to_list(scores_N) for scores_N in own]
-
-    def _by_similarity(self, features_BPC: Tensor, found: list[list[str]]) -> list[list[str]]:
-        """Each image's texts, the most similar to it by ITC first."""
-        scores = self.itc_scores(features_BPC, found)
-        order = [sorted(range(len(one)), key=one.__getitem__, reverse=True) for one in scores]
-        return [[texts[n] for n in places] for texts, places in zip(found, order, strict=True)]
-
-    def soft_prompts(self, features_BPC: Tensor, questions: Sequence[str] | None = None) -> Tensor:
-        """Soft prompts [B, Q, H]; a Q-Former that reads questions is given them."""
-        assert self.stage2 is not None
-        if questions is None or not self.stage2.reads_questions:
-            return self.stage2.soft_prompts(features_BPC)
-        return self.stage2.soft_prompts(
-            features_BPC, *(x.to(self.device) for x in self.text_tokenizer(list(questions)))
-        )
+        texts_NE = self.embed_texts([text for own in texts for text in own]).split([len(own) for own in texts])
+        return [
+            to_list(query_text_similarity(image_QE[None], own_NE)[0])
+            for image_QE, own_NE in zip(images_BQE, texts_NE, strict=True)
+        ]
 
     def generate(
         self,
@@ -258,16 +216,38 @@ class Blip2(Loaded):
         Args:
             questions: for a Q-Former that reads them; one per image.
         """
-        if self.stage2 is None:
-            raise ConfigError("this run is stage 1 and has no language model: questions need a stage-2 run")
+        self._require_language_model()
+        return self._generate(self.soft_prompts(features_BPC, questions), prompts, config)
+
+    @torch.no_grad()
+    def _generate(
+        self,
+        soft_BQH: Tensor,
+        prompts: list[str],
+        config: DecodingConfig,
+        image_of_prompt: list[int] | None = None,
+        examples: Examples | None = None,
+    ) -> list[list[str]]:
+        """`config.num` texts after each prompt.
+
+        Args:
+            image_of_prompt: row of `soft_BQH` that a prompt is about; None where every row has its own.
+        """
+        assert self.stage2 is not None
         tokenizer = self.language_tokenizer
-        with torch.no_grad():
-            soft = self.soft_prompts(features_BPC, questions)
-            ids, mask = (x.to(self.device) for x in tokenizer.prompts(prompts))
-            out = self.stage2.language_model.generate(
-                soft, ids, mask, config, end_id=tokenizer.end_id, pad_id=tokenizer.pad_id
-            )
-        texts = [tokenizer.decode(row) for row in to_list(out)]
+        ids_NT, mask_NT = (x.to(self.device) for x in tokenizer.prompts(prompts))
+        if examples and tokenizer.front:  # a sequence begins once, with the first example
+            mask_NT = mask_NT & (mask_NT.cumsum(dim=1) > tokenizer.front)
+        if image_of_prompt == list(range(len(soft_BQH))):
+            image_of_prompt = None
+        ids = self.stage2.language_model.generate(
+            *(soft_BQH, ids_NT, mask_NT, config),
+            end_id=tokenizer.end_id,
+            pad_id=tokenizer.pad_id,
+            images_B=None if image_of_prompt is None else torch.tensor(image_of_prompt, device=self.device),
+            examples_1SH=examples.embeds if examples else None,
+        )
+        texts = [tokenizer.decode(row) for row in to_list(ids)]
         return [texts[n : n + config.num] for n in range(0, len(texts), config.num)]
 
     def _caption_with_qformer(self, features_BPC: Tensor, config: DecodingConfig) -> list[str]:
@@ -283,18 +263,29 @@ class Blip2(Loaded):
             )
         return [tokenizer.decode(row) for row in rows]
 
+    def _examples(self, shots: Examples | Sequence[ShotLike]) -> Examples | None:
+        if isinstance(shots, Examples):
+            return shots
+        return Examples(self, shots) if shots else None
+
+    def _question_prompt(self, question: str) -> str:
+        return self.config.language.question.format(question.strip())
+
+    def _require_language_model(self) -> None:
+        if self.stage2 is None:
+            raise ConfigError("this run is stage 1 and has no language model: questions need a stage-2 run")
+
     # -- embeddings and matches (stage 1) -------------------------------------------------------
 
     def embed_images(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
         """Unit-norm query embeddings [B, Q, E] (32 x 256 at the paper's sizes), float32 on the CPU."""
-        return torch.cat([self.embed_features(chunk) for chunk in self._chunks(images)])
+        return torch.cat([self.embed_features(chunk) for chunk in self.batches(images)])
 
     def embed_texts(self, texts: str | Sequence[str]) -> Tensor:
         """Unit-norm text embeddings [N, E], float32 on the CPU."""
-        given = [texts] if isinstance(texts, str) else list(texts)
-        size = 8 * self.batch
+        texts, size = [texts] if isinstance(texts, str) else list(texts), 8 * self.batch
         with torch.no_grad():
-            parts = [self.stage1.embed_texts(*self.text_ids(given[n : n + size])) for n in range(0, len(given), size)]
+            parts = [self.stage1.embed_texts(*self.text_ids(texts[n : n + size])) for n in range(0, len(texts), size)]
         return to_host(torch.cat(parts))
 
     def embed_features(self, features_BPC: Tensor) -> Tensor:
@@ -309,14 +300,13 @@ class Blip2(Loaded):
 
     def match(self, images: ImageLike | Sequence[ImageLike], texts: str | Sequence[str]) -> Tensor:
         """ITM probability [B] that text i describes image i (one text may stand for all)."""
-        pictures = listed(images)
-        paired = [texts] * len(pictures) if isinstance(texts, str) else list(texts)
-        if len(paired) != len(pictures):
-            raise ConfigError(f"{len(paired)} texts for {len(pictures)} images: give one per image, or one in all")
-        found = []
-        for start, features in zip(range(0, len(pictures), self.batch), self._chunks(pictures), strict=True):
-            found.append(self.match_features(self.image_kv(features), paired[start : start + self.batch]))
-        return torch.cat(found)
+        images = listed(images)
+        texts = _paired(texts, len(images), "texts")
+        parts = [
+            self.match_features(self.image_kv(features_BPC), texts[n * self.batch : (n + 1) * self.batch])
+            for n, features_BPC in enumerate(self.batches(images))
+        ]
+        return torch.cat(parts)
 
     def image_kv(self, features_BPC: Tensor) -> ImageKV:
         """An image's keys/values for many texts: project once, match often."""
@@ -332,10 +322,10 @@ class Blip2(Loaded):
         """ITM probabilities [N]; text n is paired with image n mod B."""
         return self.match_logits(image_kv, texts).softmax(dim=-1)[:, 1]
 
+    # -- what it looks at, and how a notebook shows it -------------------------------------------
+
     def attend(self, image: ImageLike, text: str | None = None) -> Attention:
         """Where the model looks in one image, and with a text (needs stage 1) what its scores depend on."""
-        from blip2.explain.attention import attend
-
         return attend(self, image, text)
 
     def show(
@@ -348,15 +338,37 @@ class Blip2(Loaded):
         prompt: str | None = None,
         **options: Any,
     ) -> Shown:
-        """What the model says of B pictures, as cards that a notebook shows and a terminal prints.
+        """What the model says of B images, as cards that a notebook shows and a terminal prints.
 
         Args:
-            questions: asked of every picture (needs stage 2).
-            text: scored against every picture, with maps of what the scores depend on (needs stage 1).
+            questions: asked about every image (needs stage 2).
+            text: scored against every image, with maps of what the scores depend on (needs stage 1).
             maps: where the model looked; None shows them where there is a text.
             prompt: text that the captions continue; None takes the run's.
             options: of the captions' decoding (`num=3, beams=1`), see `DecodingConfig`.
         """
-        from blip2.inference.notebook import show
+        images, questions = listed(images), [questions] if isinstance(questions, str) else list(questions)
+        opened = [open_image(image) for image in images]
+        captions = self.caption(opened, prompt=prompt, decoding=DecodingConfig(**options))
+        answers = self.ask_many(opened, questions) if questions else [[] for _ in images]
+        return Shown(
+            [
+                Card(
+                    Path(image).name if isinstance(image, str | Path) else "image",
+                    picture,
+                    own if isinstance(own, list) else [own],
+                    list(zip(questions, replies, strict=True)),
+                    self.attend(picture, text) if maps or (maps is None and text is not None) else None,
+                    self.image_spec.resize,
+                )
+                for image, picture, own, replies in zip(images, opened, captions, answers, strict=True)
+            ]
+        )
 
-        return show(self, images, questions, text=text, maps=maps, prompt=prompt, **options)
+
+def _paired(texts: str | Sequence[str], count: int, name: str) -> list[str]:
+    """One text per image; a single one stands for all."""
+    paired = [texts] * count if isinstance(texts, str) else list(texts)
+    if len(paired) != count:
+        raise ConfigError(f"{len(paired)} {name} for {count} images: give one per image, or one in all")
+    return paired

@@ -128,6 +128,13 @@ def to_numpy(values: Tensor) -> Any:
     return to_host(values).numpy()
 
 
-def to_list(values: Any) -> Any:
-    """The values of a tensor or a numpy array as nested lists of Python's numbers (a number where it has no axis)."""
-    return to_host(values).tolist() if isinstance(values, Tensor) else values.tolist()
+def to_list(values: Any, digits: int | None = None) -> Any:
+    """The values of a tensor or a numpy array as nested lists of Python's numbers (a number where it has no axis).
+
+    Args:
+        digits: decimals that a tensor's values are rounded to; None keeps them all.
+    """
+    if not isinstance(values, Tensor):
+        return values.tolist()
+    values = to_host(values)
+    return values.tolist() if digits is None else values.double().round(decimals=digits).tolist()

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from blip2.data.collection import BadSampleError, Sample
-from blip2.data.image_inputs import ImageLike, open_image
+from blip2.data.images import ImageLike, open_image
 from blip2.errors import ConfigError, DataError
 from blip2.inference import Blip2, load
 from blip2.ops.devices import to_numpy

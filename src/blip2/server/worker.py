@@ -18,7 +18,7 @@ from blip2.configs import DecodingConfig
 from blip2.errors import Blip2Error, ConfigError, DataError, RunError
 from blip2.inference import Blip2
 from blip2.models.qformer.model import QFormer
-from blip2.ops.devices import to_host, to_list
+from blip2.ops.devices import to_list
 from blip2.search.query import Hit, Index
 from blip2.server.errors import RequestError, bad, broken_index, other_index
 
@@ -288,24 +288,20 @@ class Worker:
             "grid": list(found.grid),
             "resize": self.model.image_spec.resize,
             "layers": found.layers,
-            "queries": _rows(found.heatmap(found.queries)),
+            "queries": to_list(found.heatmap(found.queries), 6),
             "winner": found.winner,
             "caption": found.caption,
             "itm": found.itm,
-            "itc": None if found.itc is None else _rows(found.itc),
-            "itm_map": None if found.itm_maps is None else _rows(found.heatmap(found.itm_maps.sum(0))),
-            "itc_map": None if found.itc_maps is None else _rows(found.heatmap(found.itc_maps.sum(0))),
+            "itc": None if found.itc is None else to_list(found.itc, 6),
+            "itm_map": None if found.itm_maps is None else to_list(found.heatmap(found.itm_maps.sum(0)), 6),
+            "itc_map": None if found.itc_maps is None else to_list(found.heatmap(found.itc_maps.sum(0)), 6),
             "words": found.words,
-            "word_maps": None if found.word_maps is None else _rows(found.heatmap(found.word_maps)),
+            "word_maps": None if found.word_maps is None else to_list(found.heatmap(found.word_maps), 6),
         }
         return maps
 
     def _features(self, views: list[Tensor], *, apart: bool = False) -> Tensor:
         return self.model.encode(views, apart=apart)
-
-
-def _rows(values: Tensor) -> Any:
-    return to_list(to_host(values).double().mul(1e6).round().div(1e6))
 
 
 def _sentence(answer: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,7 +10,6 @@ from blip2.configs import RunConfig, from_dict
 from blip2.errors import CheckpointError
 from blip2.weights.lazy_tensors import Tensors
 from blip2.weights.loading import Allowed
-from blip2.weights.names import listed
 
 Format = Literal["blip2", "hf", "lavis"]
 
@@ -45,15 +43,6 @@ class Checkpoint:
     partial: bool = False
 
 
-def renamed(theirs: Tensors, both: Mapping[str, str], ignored: tuple[str, ...], source: str) -> Tensors:
-    """Their tensors under our names; what is neither in the table nor in the list is an error."""
-    back = {their: ours for ours, their in both.items()}
-    unknown = [name for name in theirs if name not in back and not listed(name, ignored)]
-    if unknown:
-        raise CheckpointError(f"{source}: {unknown[0]} is no tensor of BLIP-2 ({len(unknown)} such)")
-    return {back[name]: lazy for name, lazy in theirs.items() if name in back}
-
-
 def stored_config(text: str, where: str) -> RunConfig:
     """A run's configuration from the JSON that lies beside its tensors; `where` names the file.
 
@@ -78,11 +67,3 @@ def stored_json(text: str, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{where}: the configuration stored in it cannot be read")
     return values
-
-
-def one_batch(tensors: Tensors) -> Tensors:
-    """Query tokens as [Q, D]: both formats keep [1, Q, D]."""
-    queries = tensors.get("qformer.query_tokens")
-    if queries is not None and len(queries.shape) == 3:
-        tensors["qformer.query_tokens"] = queries.reshaped(*queries.shape[1:])
-    return tensors

@@ -14,7 +14,9 @@ import torch
 from blip2.configs import RunConfig
 from blip2.errors import CheckpointError
 from blip2.models import towers
+from blip2.models.freezing import freeze
 from blip2.models.language.model import load_language_model
+from blip2.models.vision.encoder import VisionEncoder, vision_encoder_from_config
 from blip2.weights.checkpoint import Checkpoint
 from blip2.weights.lazy_tensors import LazyTensor, Tensors, open_folder
 
@@ -133,6 +135,31 @@ def eva_config(found: Checkpoint) -> Any:
     config.patch_size = vision["embeddings.patch_embedding.weight"].shape[-1]
     config.image_size = config.patch_size * math.isqrt(vision["embeddings.position_embedding"].shape[1] - 1)
     return config
+
+
+def eva_encoder(found: Checkpoint, dtype: torch.dtype) -> VisionEncoder:
+    """The frozen image encoder that came along in a LAVIS file.
+
+    Raises:
+        CheckpointError: a tensor of it is missing or of another shape.
+    """
+    settings = found.config.vision
+    config = eva_config(found)
+    encoder = vision_encoder_from_config(
+        config, layer=settings.layer, pool=settings.pool, size=settings.image_size, name=found.source
+    ).to(dtype)
+    own = encoder.model.state_dict()
+    for name, value in own.items():
+        if name.startswith("post_layernorm."):  # BLIP-2's own `ln_vision` stands in its place
+            continue
+        lazy = found.vision.get(name)
+        if lazy is None or lazy.shape != tuple(value.shape):
+            has = "missing" if lazy is None else f"{lazy.shape}, not {tuple(value.shape)}"
+            raise CheckpointError(f"{found.source}: {name} of its image encoder is {has}")
+        with torch.no_grad():
+            value.copy_(lazy.read())
+    freeze(encoder)
+    return encoder
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

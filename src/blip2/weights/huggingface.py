@@ -10,7 +10,7 @@ from blip2.configs import LanguageConfig, QFormerConfig, RunConfig, VisionConfig
 from blip2.errors import CheckpointError, ConfigError
 from blip2.models import towers
 from blip2.weights import names
-from blip2.weights.checkpoint import OPT_END, T5_QUESTION, Checkpoint, one_batch, renamed, stored_config
+from blip2.weights.checkpoint import OPT_END, T5_QUESTION, Checkpoint, stored_config
 from blip2.weights.lazy_tensors import Tensors, open_folder, open_safetensors
 from blip2.weights.loading import STAGE2_ONLY, Allowed
 from blip2.weights.native import read_metadata
@@ -32,7 +32,7 @@ def open_huggingface(source: str, folder: Path) -> Checkpoint:
         raise CheckpointError(f"{source}: a {config.model_type} model, not a BLIP-2 one")
     theirs = open_folder(folder)
     both = names.huggingface(names.depth_of(theirs))
-    tensors = renamed(theirs, both, (*names.HF_TOWERS, *names.HF_IGNORED), source)
+    tensors = names.renamed(theirs, both, (*names.HF_TOWERS, *names.HF_IGNORED), source)
     allowed = Allowed()
     if "language_proj.weight" not in tensors:
         side = folder / SIDE_FILE
@@ -42,7 +42,7 @@ def open_huggingface(source: str, folder: Path) -> Checkpoint:
         run = _side_config(folder) or _huggingface_config(config, str(folder), tensors)
     except ConfigError as error:
         raise CheckpointError(f"{source}: its configuration cannot be used: {error}") from error
-    return Checkpoint(source, "hf", run, one_batch(tensors), allowed=allowed)
+    return Checkpoint(source, "hf", run, names.one_batch(tensors), allowed=allowed)
 
 
 def _huggingface_config(config: Any, folder: str, tensors: Tensors) -> RunConfig:
@@ -88,7 +88,7 @@ def _side_config(folder: Path) -> RunConfig | None:
 
 
 def _bare_qformer(source: str, config: Any, theirs: Tensors) -> Checkpoint:
-    tensors = renamed(theirs, names.huggingface_qformer(names.depth_of(theirs)), names.HF_IGNORED, source)
+    tensors = names.renamed(theirs, names.huggingface_qformer(names.depth_of(theirs)), names.HF_IGNORED, source)
     fresh = ("qformer.query_tokens", "qformer.embeddings.", "ln_vision.", "vision_proj.", "text_proj.", "itm_head.")
     run = RunConfig(
         recipe="huggingface",

@@ -12,7 +12,7 @@ import torch
 from blip2.configs import LanguageConfig, QFormerConfig, RunConfig, VisionConfig
 from blip2.errors import CheckpointError
 from blip2.weights import names
-from blip2.weights.checkpoint import OPT_END, T5_QUESTION, Checkpoint, one_batch, renamed, stored_config, stored_json
+from blip2.weights.checkpoint import OPT_END, T5_QUESTION, Checkpoint, stored_config, stored_json
 from blip2.weights.lazy_tensors import LazyTensor, Tensors, open_pickled
 
 # Language models of LAVIS by projection and width, image encoders by width: a `.pth` names neither.
@@ -37,7 +37,7 @@ def open_lavis(path: Path) -> Checkpoint:
     projection = next((p for p in names.LAVIS_PROJECTIONS if f"{p}.weight" in theirs), None)
     vision_names = [n for n in theirs if n.startswith(names.LAVIS_VISION)]
     both = names.lavis(names.depth_of(theirs), projection or names.LAVIS_PROJECTIONS[0])
-    tensors = renamed(theirs, both, (*names.LAVIS_IGNORED, names.LAVIS_VISION), str(path))
+    tensors = names.renamed(theirs, both, (*names.LAVIS_IGNORED, names.LAVIS_VISION), str(path))
     if "temp" in tensors and tensors["temp"].shape == ():
         tensors["temp"] = tensors["temp"].reshaped(1)
     vision = _eva({name: theirs[name] for name in vision_names}, path) if vision_names else {}
@@ -48,7 +48,7 @@ def open_lavis(path: Path) -> Checkpoint:
         run = _lavis_config(path, tensors, projection, vision)
     settings = beside.get("blip2_vision")
     own = stored_json(settings, str(path)) if isinstance(settings, str) else None
-    return Checkpoint(str(path), "lavis", run, one_batch(tensors), vision, own)
+    return Checkpoint(str(path), "lavis", run, names.one_batch(tensors), vision, own)
 
 
 def _require_blip2(path: Path, theirs: Tensors) -> None:
@@ -101,7 +101,7 @@ def _eva(theirs: Tensors, path: Path) -> Tensors:
         raise CheckpointError(f"{path}: its image encoder is not EVA ViT-g; convert a checkpoint without one")
     both = names.eva(depth)
     biases = tuple(f"visual_encoder.blocks.{n}.attn.{kind}" for n in range(depth) for kind in ("q_bias", "v_bias"))
-    out = renamed(theirs, both, biases, str(path))
+    out = names.renamed(theirs, both, biases, str(path))
     missing = [name for name in (*both.values(), *biases) if name not in theirs]
     if missing:
         raise CheckpointError(f"{path}: {missing[0]} is missing ({len(missing)} such): its image encoder is incomplete")

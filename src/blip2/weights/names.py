@@ -7,7 +7,10 @@ format has no place for, and what it holds besides, is named here and nowhere el
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from blip2.errors import CheckpointError
+from blip2.weights.lazy_tensors import Tensors
 
 # Ours that transformers has no place for: they travel in a file of our own beside its weights.
 HF_WITHOUT = ("temp", "qformer.head.")
@@ -116,6 +119,32 @@ def eva(depth: int) -> dict[str, str]:
 def listed(name: str, entries: Iterable[str]) -> bool:
     """Whether a list names this tensor, or (with a dot at the end) the part it is of."""
     return any(name.startswith(entry) if entry.endswith(".") else name == entry for entry in entries)
+
+
+def renamed(theirs: Tensors, both: Mapping[str, str], ignored: tuple[str, ...], source: str) -> Tensors:
+    """Their tensors under our names.
+
+    Args:
+        both: our names to theirs.
+        ignored: names, and parts with a dot at the end, that are left out.
+        source: file or folder, for messages.
+
+    Raises:
+        CheckpointError: a tensor is neither in the table nor ignored.
+    """
+    back = {their: ours for ours, their in both.items()}
+    unknown = [name for name in theirs if name not in back and not listed(name, ignored)]
+    if unknown:
+        raise CheckpointError(f"{source}: {unknown[0]} is no tensor of BLIP-2 ({len(unknown)} such)")
+    return {back[name]: lazy for name, lazy in theirs.items() if name in back}
+
+
+def one_batch(tensors: Tensors) -> Tensors:
+    """Query tokens as [Q, D]: both formats keep [1, Q, D]."""
+    queries = tensors.get("qformer.query_tokens")
+    if queries is not None and len(queries.shape) == 3:
+        tensors["qformer.query_tokens"] = queries.reshaped(*queries.shape[1:])
+    return tensors
 
 
 def _layers(depth: int, theirs: str, inner: str) -> list[tuple[str, str]]:
