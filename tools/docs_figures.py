@@ -27,7 +27,7 @@ PORT = 8765
 def main() -> None:
     """Take the screenshots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="a run folder whose report.html is shown")
+    parser.add_argument("--run", type=Path, help="a run folder whose curves are shown")
     parser.add_argument("--no-page", action="store_true", help="leave the server's page out")
     options = parser.parse_args()
     playwright = importlib.import_module("playwright.sync_api")
@@ -45,10 +45,10 @@ def main() -> None:
 
 
 def shoot_report(browser: Any, report: Path, scheme: str) -> None:
-    """The top of a report: what was trained, its losses and scores."""
+    """The curves of a report."""
     page = browser.new_page(viewport={"width": 1000, "height": 900}, color_scheme=scheme)
     page.goto(report.resolve().as_uri())
-    page.screenshot(path=IMAGES / f"report-{scheme}.png")
+    page.locator("section", has_text="Curves").first.screenshot(path=IMAGES / f"report-{scheme}.png")
     page.close()
 
 
