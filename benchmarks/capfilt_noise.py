@@ -15,6 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ import numpy as np
 import torch
 
 import blip2
-from blip2.capfilt.choose import WEB, Judged, choose, pool
-from blip2.capfilt.models import Bridge
+from blip2.capfilt.choose import WEB, choose, pool
+from blip2.capfilt.models import Blip2Model
 from blip2.capfilt.settings import CapFiltSettings
 from blip2.data.collection import Sample
 from blip2.data.images import decode_image
@@ -44,8 +45,8 @@ def main() -> None:
     options = parser.parse_args()
     samples, captions, wrong = noisy(options.data, options.images, options.seed)
     settings = CapFiltSettings(options.captioner or options.ranker, options.ranker)
-    ranker = Bridge(blip2.load(options.ranker), settings)
-    captioner = Bridge(blip2.load(options.captioner), settings) if options.captioner else None
+    ranker = Blip2Model(blip2.load(options.ranker), settings)
+    captioner = Blip2Model(blip2.load(options.captioner), settings) if options.captioner else None
     began = time.monotonic()
     itc, itm, kept = judged(samples, captions, ranker, captioner, settings)
     calls = {"itc_median": itc < np.median(itc), "itm_0.5": itm < 0.5}
@@ -87,8 +88,8 @@ def noisy(spec: str, images: int, seed: int) -> tuple[list[Sample], list[str], n
 def judged(
     samples: Sequence[Sample],
     captions: Sequence[str],
-    ranker: Bridge,
-    captioner: Bridge | None,
+    ranker: Blip2Model,
+    captioner: Blip2Model | None,
     settings: CapFiltSettings,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """ITC similarity and ITM probability of each caption, and whether CapFilt keeps it beside drawn ones."""
@@ -105,7 +106,7 @@ def judged(
         scores = ranker.scores(pictures, [[one.text for one in candidates] for candidates in pools])
         itc += [values[0] for values in scores]
         for candidates, values in zip(pools, scores, strict=True):
-            texts = [Judged(one.text, one.source, value) for one, value in zip(candidates, values, strict=True)]
+            texts = [replace(one, score=value) for one, value in zip(candidates, values, strict=True)]
             best, _ = choose(texts, settings.keep, None)
             kept.append(any(one.source == WEB for one in best))
     return np.array(itc), np.array(itm), np.array(kept)
