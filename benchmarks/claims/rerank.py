@@ -67,11 +67,11 @@ def main() -> None:
                 claim, ours, peers, inputs, repeats=options.repeats, tolerance=tolerance, warm=tolerance is None
             )
 
-        found = measured(k, tolerance)
+        record = measured(k, tolerance)
         if share > 1:  # with one candidate a share of each side need not have one in common: nothing to compare
-            print(json.dumps(found), file=sys.stderr, flush=True)
-            found |= whole(found, measured(1, None), share)
-        show(found)
+            print(json.dumps(record), file=sys.stderr, flush=True)
+            record |= whole(record, measured(1, None), share)
+        show(record)
 
 
 def whole(share: dict[str, Any], first: dict[str, Any], processes: int) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def whole(share: dict[str, Any], first: dict[str, Any], processes: int) -> dict[
     seconds = {side: first[side] + processes * (share[side] - first[side]) for side in ("ours_s", "peer_s")}
     return {
         "ratio": round(seconds["peer_s"] / seconds["ours_s"], 3),
-        **{side: round(found, 1) for side, found in seconds.items()},
+        **{side: round(value, 1) for side, value in seconds.items()},
         "ratio_share": share["ratio"],
         "share_s": [share["ours_s"], share["peer_s"]],
         "one_candidate_s": [first["ours_s"], first["peer_s"]],

@@ -81,8 +81,8 @@ def counted(kind: str, python: str, settings: dict[str, Any]) -> dict[str, Any]:
     for process, (_, errors) in zip(processes, outputs, strict=True):
         if process.returncode:
             raise BenchmarkError(f"{kind}: {errors[-2000:]}")
-    found: dict[str, Any] = json.loads(outputs[0][0])
-    return found
+    counts: dict[str, Any] = json.loads(outputs[0][0])
+    return counts
 
 
 if __name__ == "__main__":

@@ -40,17 +40,17 @@ def main() -> None:
     images = [sample.read() for sample in open_collection(options.data).limited(options.images).samples]
     for dtype in options.dtype:
         model = blip2.load(options.model, dtype=None if dtype == "default" else dtype, device=options.device)
-        found: dict[int, tuple[list[str], list[str]]] = {}
+        outputs: dict[int, tuple[list[str], list[str]]] = {}
         seconds = {}
         for batch in BATCHES:
             model.batch, began = batch, time.perf_counter()
             captions = model.caption(images, beams=options.beams)
-            found[batch] = captions, model.ask(images, QUESTION, beams=options.beams)
+            outputs[batch] = captions, model.ask(images, QUESTION, beams=options.beams)
             seconds[batch] = round(time.perf_counter() - began, 1)
         record: dict[str, Any] = {"dtype": dtype, "beams": options.beams, "images": len(images), "seconds": seconds}
         for name, part in (("captions", 0), ("answers", 1)):
             record[name] = {
-                f"{a} or {b}": sum(x != y for x, y in zip(found[a][part], found[b][part], strict=True))
+                f"{a} or {b}": sum(x != y for x, y in zip(outputs[a][part], outputs[b][part], strict=True))
                 for a, b in combinations(BATCHES, 2)
             }
         print(json.dumps(record), flush=True)

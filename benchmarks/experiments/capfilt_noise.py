@@ -48,10 +48,10 @@ def main() -> None:
     ranker = Blip2Model(blip2.load(options.ranker), settings)
     captioner = Blip2Model(blip2.load(options.captioner), settings) if options.captioner else None
     began = time.monotonic()
-    itc, itm, kept = judged(samples, captions, ranker, captioner, settings)
+    itc, itm, keeps = judged(samples, captions, ranker, captioner, settings)
     calls = {"itc_median": itc < np.median(itc), "itm_0.5": itm < 0.5}
     if captioner is not None:
-        calls["rank"] = ~kept
+        calls["rank"] = ~keeps
     result: dict[str, Any] = {
         "data": options.data,
         "images": len(samples),
@@ -78,8 +78,8 @@ def noisy(spec: str, images: int, seed: int) -> tuple[list[Sample], list[str], n
     captions = [sample.captions[int(rng.integers(len(sample.captions)))] for sample in samples]
     moved = rng.permutation(len(samples))[: len(samples) // 2]
     noisy_captions = list(captions)
-    for here, there in zip(moved, np.roll(moved, 1), strict=True):  # a cycle: nobody keeps its own
-        noisy_captions[here] = captions[there]
+    for own, other in zip(moved, np.roll(moved, 1), strict=True):  # a cycle: nobody keeps its own
+        noisy_captions[own] = captions[other]
     wrong = np.zeros(len(samples), bool)
     wrong[moved] = True
     return samples, noisy_captions, wrong
@@ -95,21 +95,21 @@ def judged(
     """ITC similarity and ITM probability of each caption, and whether CapFilt keeps it beside drawn ones."""
     itc: list[float] = []
     itm: list[float] = []
-    kept: list[bool] = []
+    keeps: list[bool] = []
     for start in range(0, len(samples), BATCH):
-        pictures = [decode_image(sample.read()) for sample in samples[start : start + BATCH]]
+        images = [decode_image(sample.read()) for sample in samples[start : start + BATCH]]
         own = list(captions[start : start + BATCH])
-        itm += [values[0] for values in ranker.matches(pictures, [[text] for text in own])]
+        itm += [values[0] for values in ranker.matches(images, [[text] for text in own])]
         torch.manual_seed(start)
-        drawn = captioner.captions(pictures, settings.samples) if captioner else [[] for _ in own]
+        drawn = captioner.captions(images, settings.samples) if captioner else [[] for _ in own]
         pools = [pool([text], texts) for text, texts in zip(own, drawn, strict=True)]
-        scores = ranker.scores(pictures, [[one.text for one in candidates] for candidates in pools])
+        scores = ranker.scores(images, [[one.text for one in candidates] for candidates in pools])
         itc += [values[0] for values in scores]
         for candidates, values in zip(pools, scores, strict=True):
             texts = [replace(one, score=value) for one, value in zip(candidates, values, strict=True)]
             best, _ = choose(texts, settings.keep, None)
-            kept.append(any(one.source == WEB for one in best))
-    return np.array(itc), np.array(itm), np.array(kept)
+            keeps.append(any(one.source == WEB for one in best))
+    return np.array(itc), np.array(itm), np.array(keeps)
 
 
 def precision_recall(called: np.ndarray, wrong: np.ndarray) -> dict[str, float]:

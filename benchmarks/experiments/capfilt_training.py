@@ -147,9 +147,9 @@ def train(arm: Arm, options: argparse.Namespace, seed: int) -> dict[str, Any]:
             *("--eval.images", str(options.dev_images), "--eval.samples", "0"),
             *(("--data.limit", str(options.images)) if options.images is not None else ()),
         )
-    found = last(out, steps)
-    assert found is not None, f"{out}: no dev line at step {steps}"
-    return {"steps": steps, "pairs": steps * options.batch, **found}
+    record = last(out, steps)
+    assert record is not None, f"{out}: no dev line at step {steps}"
+    return {"steps": steps, "pairs": steps * options.batch, **record}
 
 
 def last(out: Path, step: int) -> dict[str, Any] | None:
@@ -173,13 +173,13 @@ def quality(folder: Path, truth: Captions) -> dict[str, Any]:
     entries = [one for path in sorted(folder.glob("*.tar")) for one in _samples(path)]
     kept = [text in truth[one.key] for one in entries for text in one.entry["captions"]]
     thrown = [item["text"] in truth[one.key] for one in entries for item in one.entry.get("rejected", [])]
-    found: dict[str, Any] = {"images": len(entries), "captions": len(kept), "right": round(float(np.mean(kept)), 4)}
+    result: dict[str, Any] = {"images": len(entries), "captions": len(kept), "right": round(float(np.mean(kept)), 4)}
     if thrown:
         wrong = len(kept) - sum(kept) + len(thrown) - sum(thrown)
-        found["rejected"] = len(thrown)
-        found["wrong_of_rejected"] = round(1 - float(np.mean(thrown)), 4)
-        found["rejected_of_wrong"] = round((len(thrown) - sum(thrown)) / wrong, 4)
-    return found
+        result["rejected"] = len(thrown)
+        result["wrong_of_rejected"] = round(1 - float(np.mean(thrown)), 4)
+        result["rejected_of_wrong"] = round((len(thrown) - sum(thrown)) / wrong, 4)
+    return result
 
 
 def table(report: dict[str, Any]) -> str:
@@ -191,8 +191,8 @@ def table(report: dict[str, Any]) -> str:
     for run in report["runs"]:
         both = (" / ".join(f"{run[f'{way}_{name}']:.1f}" for name in RECALLS) for way in ("i2t", "t2i"))
         lines.append(f"| {run['arm']} | {run['seed']} | {run['pairs']:,} | {run['loss']:.3f} | {' | '.join(both)} |")
-    told = {name: report[name] for name in ("noisy", "filtered")}
-    return "\n".join([*lines, "", json.dumps(told)])
+    shown = {name: report[name] for name in ("noisy", "filtered")}
+    return "\n".join([*lines, "", json.dumps(shown)])
 
 
 def blip2(*arguments: str) -> None:

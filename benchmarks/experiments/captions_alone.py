@@ -59,10 +59,10 @@ def main() -> None:
 
 def grouped(owners_T: Tensor, images: int) -> list[list[int]]:
     """The numbers of every image's captions."""
-    found: list[list[int]] = [[] for _ in range(images)]
+    grouped: list[list[int]] = [[] for _ in range(images)]
     for text, owner in enumerate(owners_T.tolist()):
-        found[owner].append(text)
-    return found
+        grouped[owner].append(text)
+    return grouped
 
 
 def consensus(texts_TD: Tensor, candidates: list[int]) -> int:
@@ -71,10 +71,10 @@ def consensus(texts_TD: Tensor, candidates: list[int]) -> int:
     return candidates[int(torch.argmax((own @ own.T).mean(1)))]
 
 
-def show(name: str, found: list[str], references: list[tuple[str, ...]]) -> None:
+def show(name: str, predictions: list[str], references: list[tuple[str, ...]]) -> None:
     """Print a row's scores."""
-    scores = {"cider": cider(found, references), **bleu(found, references)}
-    print(json.dumps({"captions": name, "images": len(found), **{k: round(v, 1) for k, v in scores.items()}}))
+    scores = {"cider": cider(predictions, references), **bleu(predictions, references)}
+    print(json.dumps({"captions": name, "images": len(predictions), **{k: round(v, 1) for k, v in scores.items()}}))
 
 
 if __name__ == "__main__":

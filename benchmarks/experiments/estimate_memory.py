@@ -67,8 +67,8 @@ def predicted_mb(config: RunConfig) -> float:
     numbers = measure(config, accelerator=config.train.device != "cpu")
     total = next(row["total_gb"] for row in numbers["memory"] if row["batch"] == config.train.batch)
     encoder = next((part["frozen"] for part in numbers["parameters"] if part["part"] == "vision"), 0)
-    found: float = total * 1e3 - encoder * numbers["assumptions"]["bytes_per_frozen_parameter"] / 1e6
-    return found
+    megabytes: float = total * 1e3 - encoder * numbers["assumptions"]["bytes_per_frozen_parameter"] / 1e6
+    return megabytes
 
 
 class Step:
@@ -110,9 +110,9 @@ def measured_mb(config: RunConfig) -> float:
 
 def _anonymous_mb() -> float:
     status = Path("/proc/self/status").read_text("utf-8")
-    found = re.search(r"^RssAnon:\s+(\d+) kB", status, re.M)
-    assert found is not None
-    return int(found[1]) * 1024 / 1e6
+    match = re.search(r"^RssAnon:\s+(\d+) kB", status, re.M)
+    assert match is not None
+    return int(match[1]) * 1024 / 1e6
 
 
 def _fill(model: Stage1 | Stage2, device: torch.device) -> None:

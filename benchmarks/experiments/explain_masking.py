@@ -48,21 +48,21 @@ def main() -> None:
 
 def one(model: Blip2, data: bytes, text: str, share: float, draws: int) -> dict[str, dict[str, float]]:
     """Score as it is and its fall by what is hidden, for ITM (logit of a match minus no match) and ITC."""
-    found = model.attend(data, text)
-    if found.itm_maps is None:
+    attention = model.attend(data, text)
+    if attention.itm_maps is None:
         raise SystemExit("this model never learned ITM: choose one that did")
-    assert found.itc_maps is not None
-    count = round(share * found.grid[0] * found.grid[1])
+    assert attention.itc_maps is not None
+    count = round(share * attention.grid[0] * attention.grid[1])
     rng = np.random.default_rng(0)
     hidden = {
-        "itm map": top(found.heatmap(found.itm_maps.sum(0)), count),
-        "itc map": top(found.heatmap(found.itc_maps.sum(0)), count),
-        "attention": top(found.heatmap(found.queries.mean(dim=(0, 1))), count),
+        "itm map": top(attention.heatmap(attention.itm_maps.sum(0)), count),
+        "itc map": top(attention.heatmap(attention.itc_maps.sum(0)), count),
+        "attention": top(attention.heatmap(attention.queries.mean(dim=(0, 1))), count),
     }
     for draw in range(draws):
-        hidden[f"random {draw}"] = rng.permutation(found.grid[0] * found.grid[1])[:count]
+        hidden[f"random {draw}"] = rng.permutation(attention.grid[0] * attention.grid[1])[:count]
     view = plain_view(decode_image(data), model.image_spec)
-    views = torch.stack([view, *(masked(view, patches, found.grid[0]) for patches in hidden.values())])
+    views = torch.stack([view, *(masked(view, patches, attention.grid[0]) for patches in hidden.values())])
     with torch.no_grad():
         kv = model.image_kv(model.vision(views.to(model.device)))
         queries = model.stage1.embed_images(kv)[0].cpu()
@@ -96,7 +96,7 @@ def masked(view: Tensor, patches: np.ndarray, grid: int) -> Tensor:
 
 def summary(rows: list[dict[str, float]]) -> dict[str, object]:
     table = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    found: dict[str, object] = {"score": round(float(table["score"].mean()), 4)}
+    summary: dict[str, object] = {"score": round(float(table["score"].mean()), 4)}
     for name, values in table.items():
         if name == "score":
             continue
@@ -108,8 +108,8 @@ def summary(rows: list[dict[str, float]]) -> dict[str, object]:
                 "beyond_se": round(float(more.std() / len(more) ** 0.5), 4),
                 "wins": round(float((more > 0).mean()), 3),
             }
-        found[name] = entry
-    return found
+        summary[name] = entry
+    return summary
 
 
 if __name__ == "__main__":

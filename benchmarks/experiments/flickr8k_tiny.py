@@ -104,12 +104,12 @@ def dev_features(model: Blip2, dev: Collection) -> FeatureCache:
 
 def captions_of(model: Blip2, dev: Collection, features: FeatureCache, decoding: DecodingConfig) -> list[str]:
     """One caption per dev image."""
-    found: list[str] = []
+    predictions: list[str] = []
     for batch in dev_batches(dev, batch=16, spec=None, features=features):
         assert batch.features is not None
-        found += [texts[0] for texts in model.caption_features(batch.features, None, decoding)]
-        print(f"\r{len(found)}/{len(dev.samples)} captions", end="", flush=True, file=sys.stderr)
-    return found
+        predictions += [texts[0] for texts in model.caption_features(batch.features, None, decoding)]
+        print(f"\r{len(predictions)}/{len(dev.samples)} captions", end="", flush=True, file=sys.stderr)
+    return predictions
 
 
 def retrieval(model: Blip2, dev: Collection, features: FeatureCache) -> dict[str, float]:

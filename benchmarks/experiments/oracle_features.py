@@ -39,8 +39,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=128, help="as `blip2 ablate --steps2` (default: %(default)s)")
     parser.add_argument("--images", type=int, default=250, help="dev images (default: %(default)s)")
     options = parser.parse_args()
-    found = variants(steps2=options.steps, images=options.images)
-    config = next(variant.stage2 for variant in found if variant.name == "linear")
+    every_variant = variants(steps2=options.steps, images=options.images)
+    config = next(variant.stage2 for variant in every_variant if variant.name == "linear")
     config = replace(config, recipe="oracle/linear", out=str(options.out))
     embedded = [
         (data, embeddings(config, data))

@@ -63,10 +63,10 @@ def main() -> None:
         say({"images": options.images} | search(Store(options.folder), synthetic_queries()))
 
 
-def say(found: dict[str, Any]) -> None:
+def say(record: dict[str, Any]) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     memory = {"own_mib": round(_own[0]), "peak_mib": round(peak)}
-    print(json.dumps(found | memory | {"threads": torch.get_num_threads()}), flush=True)
+    print(json.dumps(record | memory | {"threads": torch.get_num_threads()}), flush=True)
 
 
 _own = [0.0]
@@ -85,12 +85,12 @@ def around_centres(rows: int, seed: int, spread: float = 0.5) -> np.ndarray:
     """[rows, E] unit vectors near shared centres; the noise is uniform, an order faster to draw than normal."""
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(7).standard_normal((CENTRES, WIDTH), dtype=np.float32)
-    found = centres[rng.integers(0, CENTRES, rows)]
-    noise = np.frombuffer(rng.bytes(found.size), np.int8).reshape(found.shape).astype(np.float32)
+    vectors = centres[rng.integers(0, CENTRES, rows)]
+    noise = np.frombuffer(rng.bytes(vectors.size), np.int8).reshape(vectors.shape).astype(np.float32)
     noise *= spread / 73.9  # the deviation of all int8
-    found += noise
-    found /= np.sqrt(np.einsum("re,re->r", found, found))[:, None]
-    return found
+    vectors += noise
+    vectors /= np.sqrt(np.einsum("re,re->r", vectors, vectors))[:, None]
+    return vectors
 
 
 def synthetic_queries() -> torch.Tensor:
@@ -129,10 +129,10 @@ def search(store: Store, queries_NE: torch.Tensor, probes: int | None = None) ->
     index = Index(store)
     if probes is not None:
         index.engine.notes["nprobe"] = probes
-    times, exact_times, found = [], [], []
+    times, exact_times, results = [], [], []
     for query_E in queries_NE:
         start = time.perf_counter()
-        found.append(index.nearest(query_E[None], DEPTH)[0])
+        results.append(index.nearest(query_E[None], DEPTH)[0])
         times.append(time.perf_counter() - start)
     for query_E in queries_NE[:5]:
         start = time.perf_counter()
@@ -141,7 +141,7 @@ def search(store: Store, queries_NE: torch.Tensor, probes: int | None = None) ->
         if sum(exact_times) > 30:
             break
     right = exact_of_many(store, queries_NE)
-    recalls = [len(np.intersect1d(ids, best)) / DEPTH for ids, best in zip(found, right, strict=True)]
+    recalls = [len(np.intersect1d(ids, best)) / DEPTH for ids, best in zip(results, right, strict=True)]
     return {
         "step": "search",
         "engine": store.manifest.engine["name"],

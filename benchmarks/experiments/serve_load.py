@@ -3,10 +3,10 @@
     python benchmarks/experiments/serve_load.py --model tiny               # 64 clients for 60 s, then 2,000 requests
     python benchmarks/experiments/serve_load.py --model tiny --clients 8 --seconds 5 --requests 40
 
-A real server process on a free port, real HTTP on loopback. In turn: every picture once, which is what is right; one
+A real server process on a free port, real HTTP on loopback. In turn: every image once, which is what is right; one
 client alone; `--clients` at once; `--requests` requests, the server's memory read before and after each quarter; last,
-a burst of twice as many clients as it holds. Requests ask for captions (--ask: answers) of a few pictures. An answer
-that is not the first one of its picture counts as wrong; `asked` less answers, 429s and errors is what was lost. Larger
+a burst of twice as many clients as it holds. Requests ask for captions (--ask: answers) of a few images. An answer
+that is not the first one of its image counts as wrong; `asked` less answers, 429s and errors is what was lost. Larger
 batches round differently: in bf16 a beam may go another way, so take float32 to count wrong ones. Prints one JSON line.
 """
 
@@ -38,11 +38,11 @@ QUESTION = "what is in the picture?"
 
 def main() -> None:
     options = _options()
-    pictures = _pictures(options.data, options.pictures)
+    images = _images(options.data, options.images)
     path = "/ask" if options.ask else "/caption"
     fields: dict[str, Any] = {"beams": options.beams, "max_tokens": options.tokens}
     fields |= {"question": QUESTION} if options.ask else {"min_tokens": min(8, options.tokens)}
-    bodies = [json.dumps({**fields, "image": picture}).encode() for picture in pictures]
+    bodies = [json.dumps({**fields, "image": image}).encode() for image in images]
     with serving(options) as (address, server):
         client = Client(address + path, bodies)
         asyncio.run(client.run(1, requests=len(bodies)))
@@ -75,8 +75,8 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--data", default="flickr8k:dev", help="pictures; noise where it is not there")
-    parser.add_argument("--pictures", type=int, default=16)
+    parser.add_argument("--data", default="flickr8k:dev", help="images; noise where it is not there")
+    parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60.0, help="of one client alone, and of all at once")
     parser.add_argument("--requests", type=int, default=2000, help="while memory is watched")
@@ -127,10 +127,10 @@ class Result:
 
 
 class Client:
-    """Asks about pictures in turn and compares answers.
+    """Asks about images in turn and compares answers.
 
     Args:
-        bodies: one request per picture.
+        bodies: one request per image.
     """
 
     def __init__(self, url: str, bodies: list[bytes]) -> None:
@@ -160,13 +160,13 @@ class Client:
         result.seconds = time.monotonic() - begun
         return result
 
-    async def _ask(self, http: httpx.AsyncClient, picture: int, result: Result, patient: bool) -> None:
+    async def _ask(self, http: httpx.AsyncClient, image: int, result: Result, patient: bool) -> None:
         begun = time.monotonic()
         while True:
             result.asked += 1
             try:
                 headers = {"content-type": "application/json"}
-                answer = await http.post(self.url, content=self.bodies[picture], headers=headers)
+                answer = await http.post(self.url, content=self.bodies[image], headers=headers)
             except httpx.HTTPError as error:
                 result.statuses[type(error).__name__] += 1
                 return
@@ -179,7 +179,7 @@ class Client:
         result.times.append(time.monotonic() - begun)
         body = answer.json()
         said = body.get("answer") or [caption["text"] for caption in body.get("captions", [])]
-        result.wrong += said != self.right.setdefault(picture, said)
+        result.wrong += said != self.right.setdefault(image, said)
 
 
 @contextmanager
@@ -191,13 +191,13 @@ def serving(options: argparse.Namespace) -> Iterator[tuple[str, subprocess.Popen
         try:
             assert server.stdout is not None
             for line in server.stdout:
-                found = [word for word in line.split() if word.startswith("http://")]
-                if found:
+                addresses = [word for word in line.split() if word.startswith("http://")]
+                if addresses:
                     break
             else:
                 raise SystemExit("the server did not start")
-            _wait(found[0])
-            yield found[0], server
+            _wait(addresses[0])
+            yield addresses[0], server
         finally:
             server.terminate()
             server.wait(150)
@@ -225,8 +225,8 @@ def _mean_batch(metrics: str) -> float | None:
     return round(float(values["blip2_batch_size_sum"]) / count, 2) if count else None
 
 
-def _pictures(data: str, count: int) -> list[str]:
-    """Data URLs of pictures of a data set, of noise where there is none."""
+def _images(data: str, count: int) -> list[str]:
+    """Data URLs of images of a data set, of noise where there is none."""
     from blip2.data.sources import open_collection
     from blip2.errors import DataError
 

@@ -58,15 +58,15 @@ def main() -> None:
     images, unseen = (images - mean) / deviation, (unseen - mean) / deviation
     (texts, owners), (queries, answers) = (sentences(config, data) for data in (train, dev))
     texts, queries = (side - texts.mean(0) for side in (texts, queries))
-    found = {ridge: cca(images[owners], texts, ridge) for ridge in options.ridge}
+    fitted = {ridge: cca(images[owners], texts, ridge) for ridge in options.ridge}
     torch.manual_seed(0)
     random = [torch.randn(side.shape[1], WIDTH) / side.shape[1] ** 0.5 for side in (images, texts)]
-    middle = found[sorted(found)[len(found) // 2]]
+    middle = fitted[sorted(fitted)[len(fitted) // 2]]
     trained = {
         "ITC from random weights": itc(images, texts, owners, random, lr=1e-3),
         "ITC from CCA": itc(images, texts, owners, middle, lr=3e-4),
     }
-    for name, (left, right) in {**{f"CCA, ridge {ridge}": maps for ridge, maps in found.items()}, **trained}.items():
+    for name, (left, right) in {**{f"CCA, ridge {ridge}": maps for ridge, maps in fitted.items()}, **trained}.items():
         similarity = F.normalize(unseen @ left, dim=1) @ F.normalize(queries @ right, dim=1).T
         recall = recall_at_k(similarity.numpy(), answers.numpy())
         print(json.dumps({"maps": name, "images": len(dev.samples), **{k: round(v, 1) for k, v in recall.items()}}))
@@ -106,7 +106,7 @@ def compare_layers(
             left, right = cca(images[owners], texts, ridge)
             similarity = F.normalize(unseen @ left, dim=1) @ F.normalize(queries @ right, dim=1).T
             recall = recall_at_k(similarity.numpy(), answers.numpy()) | {"ridge": ridge}
-            best = max(best, recall, key=lambda found: found.get("i2t_r1", -1) + found.get("t2i_r1", 0))
+            best = max(best, recall, key=lambda scores: scores.get("i2t_r1", -1) + scores.get("t2i_r1", 0))
         print(json.dumps({"layer": name, "images": len(dev.samples), **{k: round(v, 2) for k, v in best.items()}}))
 
 
@@ -124,10 +124,10 @@ def by_layer(config: RunConfig, data: Collection, layers: Sequence[int]) -> dict
             first_BC, patches_BPC = whole_BPC[:, 0], whole_BPC[:, vision.prefix :]
             grid_BCGG = patches_BPC.transpose(1, 2).unflatten(2, (vision.grid, vision.grid))
             pooled_BPC = F.avg_pool2d(grid_BCGG, 2).flatten(2).transpose(1, 2)
-            for name, kept in ((f"{layer}", patches_BPC), (f"{layer}, 2 x 2", pooled_BPC)):
-                parts = [first_BC, kept.mean(1), kept.amax(1), kept.std(1)]
+            for name, features in ((f"{layer}", patches_BPC), (f"{layer}, 2 x 2", pooled_BPC)):
+                parts = [first_BC, features.mean(1), features.amax(1), features.std(1)]
                 rows.setdefault(name, []).append(torch.cat(parts, dim=1))
-    return {name: torch.cat(found) for name, found in rows.items()}
+    return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
 def sentences(config: RunConfig, data: Collection) -> tuple[Tensor, Tensor]:

@@ -192,7 +192,7 @@ def working(peers: dict[str, Peer], settings: dict[str, Any]) -> Iterator[dict[s
 
 
 def settings_of(options: argparse.Namespace, size: Size, folder: str | Path, **more: Any) -> dict[str, Any]:
-    """What every side is told."""
+    """What every side gets."""
     return {
         "size": asdict(size),
         "folder": str(folder),
@@ -238,7 +238,7 @@ def compare(
                 times[name].append(worker.ask(do="time")["seconds"])
         peaks = {name: worker.ask(do="peak")["peak_mb"] for name, worker in workers.items()}
         profiles = {name: worker.ask(do="profile") for name, worker in workers.items()} if settings["profile"] else {}
-    medians = {name: statistics.median(found) for name, found in times.items()}
+    medians = {name: statistics.median(values) for name, values in times.items()}
     fastest = min(peers, key=lambda name: medians[name])
     ratios = [theirs / mine for theirs, mine in zip(times[fastest], times["ours"], strict=True)]
     several = {"peers_s": {name: _round(medians[name]) for name in peers}} if len(peers) > 1 else {}
@@ -263,13 +263,13 @@ def compare(
 
 def _difference(workers: dict[str, Worker], peer: str, folder: Path, tolerance: float) -> float:
     """Largest absolute difference between the outputs of ours and of a peer."""
-    found = []
+    outputs = []
     for name in ("ours", peer):
         path = folder / f"{name.replace(' ', '-')}.npz"
         workers[name].ask(do="check", to=str(path))
         with np.load(path) as stored:
-            found.append({key: stored[key].astype(np.float64) for key in stored.files})
-    mine, theirs = found
+            outputs.append({key: stored[key].astype(np.float64) for key in stored.files})
+    mine, theirs = outputs
     if mine.keys() != theirs.keys():
         raise BenchmarkError(f"ours gives {sorted(mine)}, {peer} {sorted(theirs)}")
     largest = 0.0

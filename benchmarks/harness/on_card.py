@@ -40,8 +40,8 @@ STEPS = {"cuda": 50, "cpu": 10}
 
 
 @dataclass(frozen=True)
-class Here:
-    """Where and how large.
+class Setup:
+    """Where the parts run and how large.
 
     Args:
         device: `cuda` or `cpu`.
@@ -55,10 +55,10 @@ class Here:
 
     @property
     def data(self) -> Path:
-        return self.folder / "pictures"
+        return self.folder / "images"
 
 
-Part = Callable[[Here, float], dict[str, Any]]
+Part = Callable[[Setup, float], dict[str, Any]]
 
 
 def main() -> int:
@@ -72,27 +72,27 @@ def main() -> int:
     ends = time.monotonic() + 60 * options.minutes
     facts = run.machine()
     path = options.out / f"{datetime.now(UTC):%Y-%m-%d}-{facts['kind']}-card.json"
-    found: dict[str, Any] = {"machine": facts, "parts": {}}
+    results: dict[str, Any] = {"machine": facts, "parts": {}}
     with tempfile.TemporaryDirectory() as folder:
-        here = Here(options.device, "paper" if options.device == "cuda" else "tiny", Path(folder))
-        draw_pictures(here.data)
+        setup = Setup(options.device, "paper" if options.device == "cuda" else "tiny", Path(folder))
+        draw_images(setup.data)
         for name, part in {**PARTS, **claims()}.items():
             if options.only and not any(wanted in name for wanted in options.only):
                 continue
-            found["parts"][name] = record = attempt(part, here, ends - time.monotonic())
-            print(f"{name}: {told(record)}", flush=True)
-            run.write(path, found, table(path.stem, found))
+            results["parts"][name] = record = attempt(part, setup, ends - time.monotonic())
+            print(f"{name}: {one_line(record)}", flush=True)
+            run.write(path, results, table(path.stem, results))
     print(path)
-    return int(any("failed" in record for record in found["parts"].values()))
+    return int(any("failed" in record for record in results["parts"].values()))
 
 
-def attempt(part: Part, here: Here, left: float) -> dict[str, Any]:
-    """What a part found, with its seconds; `failed` or `not run` with the reason where it found nothing."""
+def attempt(part: Part, setup: Setup, left: float) -> dict[str, Any]:
+    """The record of a part, with its seconds; `failed` or `not run` with the reason where there is none."""
     if left < 5:
         return {"not run": "no time was left: give it more with --minutes"}
     began = time.monotonic()
     try:
-        record = part(here, left)
+        record = part(setup, left)
     except PartError as error:
         record = {"not run" if error.skipped else "failed": str(error)}
     return {**record, "seconds": round(time.monotonic() - began, 1)}
@@ -142,7 +142,7 @@ def reason_of(said: str) -> str:
 # -- parts ----------------------------------------------------------------------------------------
 
 
-def tests(here: Here, left: float) -> dict[str, Any]:
+def tests(setup: Setup, left: float) -> dict[str, Any]:
     """The tests marked `gpu`, and how many passed."""
     out = call(["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"], left, limit=240)
     counted = dict(re.findall(r"(\d+) (passed|skipped|deselected)", out)[::-1])
@@ -153,14 +153,14 @@ def tests(here: Here, left: float) -> dict[str, Any]:
 def train(stage: str, *more: str, launcher: tuple[str, ...] = ("-m", "blip2"), name: str | None = None) -> Part:
     """A tiny stage for `STEPS` steps with dev evaluation, as a user types it."""
 
-    def part(here: Here, left: float) -> dict[str, Any]:
-        out, steps = here.folder / (name or stage), STEPS[here.device]
-        if stage == "stage2" and not (here.folder / "stage1" / "report.html").exists():
+    def part(setup: Setup, left: float) -> dict[str, Any]:
+        out, steps = setup.folder / (name or stage), STEPS[setup.device]
+        if stage == "stage2" and not (setup.folder / "stage1" / "report.html").exists():
             raise PartError("the part stage1, which it begins from, did not end")
-        start = ["--init", str(here.folder / "stage1")] if stage == "stage2" else []
+        start = ["--init", str(setup.folder / "stage1")] if stage == "stage2" else []
         loop = ["--steps", str(steps), "--batch", "16", "--optim.warmup", "5", "--train.eval_every", str(steps // 2)]
-        read = ["--data", str(here.data), "--data.dev", str(here.data), "--eval.images", "32", "--eval.samples", "4"]
-        given = ["train", f"tiny/{stage}", "--out", str(out), "--train.device", here.device, *start, *loop, *read]
+        read = ["--data", str(setup.data), "--data.dev", str(setup.data), "--eval.images", "32", "--eval.samples", "4"]
+        given = ["train", f"tiny/{stage}", "--out", str(out), "--train.device", setup.device, *start, *loop, *read]
         call([*launcher, *given, *more], left)
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
         losses = [line["loss"] for line in lines if line["kind"] == "train"]
@@ -176,13 +176,13 @@ def train(stage: str, *more: str, launcher: tuple[str, ...] = ("-m", "blip2"), n
 def step(stage: str, *more: str) -> Part:
     """One training step in bf16 with random weights: time, memory against the estimate, and the counted floor."""
 
-    def part(here: Here, left: float) -> dict[str, Any]:
+    def part(setup: Setup, left: float) -> dict[str, Any]:
         sizes = {"paper": ("vitg-opt2.7b", 128), "tiny": ("tiny", 8)}
-        recipe, batch = sizes[here.size]
-        given = ["--run", f"{recipe}/{stage}", "--batch", str(batch), "--device", here.device]
+        recipe, batch = sizes[setup.size]
+        given = ["--run", f"{recipe}/{stage}", "--batch", str(batch), "--device", setup.device]
         lines = call(["-m", "benchmarks.experiments.step_cost", *given, *more], left).strip().splitlines()
-        found: dict[str, Any] = json.loads(lines[-1])
-        return found
+        record: dict[str, Any] = json.loads(lines[-1])
+        return record
 
     return part
 
@@ -190,14 +190,14 @@ def step(stage: str, *more: str) -> Part:
 def quantized(kind: str) -> Part:
     """Captions by a language model in int8 or nf4."""
 
-    def part(here: Here, left: float) -> dict[str, Any]:
-        pictures = sorted(here.data.glob("*.png"))[:4]
-        given = ["caption", *map(str, pictures), "--model", "tiny", "--device", here.device, "--quantize", kind]
+    def part(setup: Setup, left: float) -> dict[str, Any]:
+        images = sorted(setup.data.glob("*.png"))[:4]
+        given = ["caption", *map(str, images), "--model", "tiny", "--device", setup.device, "--quantize", kind]
         out = call(["-m", "blip2", *given, "--json"], left)
-        said = [json.loads(line)["captions"][0] for line in out.splitlines()]
-        if len(said) != len(pictures) or not all(said):
-            raise PartError(f"{len(said)} captions of {len(pictures)} images: {said}")
-        return {"captions": said}
+        captions = [json.loads(line)["captions"][0] for line in out.splitlines()]
+        if len(captions) != len(images) or not all(captions):
+            raise PartError(f"{len(captions)} captions of {len(images)} images: {captions}")
+        return {"captions": captions}
 
     return part
 
@@ -205,11 +205,11 @@ def quantized(kind: str) -> Part:
 def claim(name: str, command: tuple[str, ...]) -> Part:
     """A claim of `benchmarks/`, measured once."""
 
-    def part(here: Here, left: float) -> dict[str, Any]:
+    def part(setup: Setup, left: float) -> dict[str, Any]:
         module, *arguments = command
-        given = ["-m", f"benchmarks.claims.{module}", *arguments, "--size", here.size, "--repeats", "1"]
-        found: dict[str, Any] = json.loads(call(given, left, limit=CLAIM_LIMIT).strip().splitlines()[-1])
-        return {key: found[key] for key in ("ratio", "target", "ours_s", "peer_s", "peak_ratio") if key in found}
+        given = ["-m", f"benchmarks.claims.{module}", *arguments, "--size", setup.size, "--repeats", "1"]
+        record: dict[str, Any] = json.loads(call(given, left, limit=CLAIM_LIMIT).strip().splitlines()[-1])
+        return {key: record[key] for key in ("ratio", "target", "ours_s", "peer_s", "peak_ratio") if key in record}
 
     return part
 
@@ -234,23 +234,23 @@ PARTS: dict[str, Part] = {
 }
 
 
-def draw_pictures(folder: Path, count: int = 64) -> None:
+def draw_images(folder: Path, count: int = 64) -> None:
     """Images of plain colours with a square in another, and captions that say so."""
     folder.mkdir(parents=True)
     colors = ("red", "green", "blue", "black", "white", "yellow", "gray", "orange")
     rng = np.random.default_rng(0)
     for number in range(count):
         ground, square = colors[number % 8], colors[(number // 8 + number + 1) % 8]
-        picture, (x, y) = Image.new("RGB", (96, 96), ground), rng.integers(5, 50, 2)
-        picture.paste(Image.new("RGB", (40, 40), square), (int(x), int(y)))
-        picture.save(folder / f"{number:02d}.png")
+        image, (x, y) = Image.new("RGB", (96, 96), ground), rng.integers(5, 50, 2)
+        image.paste(Image.new("RGB", (40, 40), square), (int(x), int(y)))
+        image.save(folder / f"{number:02d}.png")
         (folder / f"{number:02d}.txt").write_text(f"a {square} square on a {ground} ground\n", "utf-8")
 
 
 # -- the result -----------------------------------------------------------------------------------
 
 
-def told(record: dict[str, Any]) -> str:
+def one_line(record: dict[str, Any]) -> str:
     """A record on one line."""
     for word in ("failed", "not run"):
         if word in record:
@@ -258,11 +258,11 @@ def told(record: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in record.items())
 
 
-def table(title: str, found: dict[str, Any]) -> str:
+def table(title: str, results: dict[str, Any]) -> str:
     """The result file as Markdown."""
-    facts = ", ".join(f"{name} {value}" for name, value in found["machine"].items() if value not in (None, []))
+    facts = ", ".join(f"{name} {value}" for name, value in results["machine"].items() if value not in (None, []))
     lines = [f"# {title}", "", facts, "", "| part | result |", "|---|---|"]
-    lines += [f"| {name} | {told(record).replace('|', ' ')} |" for name, record in found["parts"].items()]
+    lines += [f"| {name} | {one_line(record).replace('|', ' ')} |" for name, record in results["parts"].items()]
     return "\n".join([*lines, ""])
 
 

@@ -56,12 +56,12 @@ def _kind(name: str) -> str:
 
 def _storages() -> dict[int, int]:
     """Bytes of every storage that a tensor holds, by its address."""
-    found = {}
+    sizes = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor) and not thing.is_meta:
             with suppress(RuntimeError):  # sparse ones and stand-ins of a compiler have no storage
-                found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-    return found
+                sizes[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sizes
 
 
 class _Live(TorchDispatchMode):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.common import ROOT, SKIP
+from blip2.io.atomic import write_json, write_text
 
 RESULTS = ROOT / "benchmarks" / "results"
 # Name of a claim -> script and arguments; by the order in which they run.
@@ -61,11 +62,11 @@ def main() -> int:
     facts = machine()
     more = "-profile" if options.profile else ""
     path = options.out / f"{datetime.now(UTC):%Y-%m-%d}-{facts['kind']}-{options.size}{more}.json"
-    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {"machine": facts, "claims": {}}
+    results: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {"machine": facts, "claims": {}}
     failed = False
     for name, command in CLAIMS.items():
         wanted = not options.only or any(part in name for part in options.only)
-        if not wanted or "ratio" in found["claims"].get(name, {}) or "points" in found["claims"].get(name, {}):
+        if not wanted or "ratio" in results["claims"].get(name, {}) or "points" in results["claims"].get(name, {}):
             continue
         if "bf16" in command and slow_bf16(facts):
             record = {"skipped": "this CPU has no bf16 instructions (avx512_bf16, amx_bf16)"}
@@ -73,8 +74,8 @@ def main() -> int:
             profile = ("--profile",) if options.profile else ()
             record = measured(name, (*command, *profile), options.size, options.repeats)
         failed |= "error" in record
-        found["claims"][name] = record
-        write(path, found, table(path.stem, found))
+        results["claims"][name] = record
+        write(path, results, table(path.stem, results))
     print(path)
     return int(failed)
 
@@ -138,18 +139,16 @@ def machine() -> dict[str, Any]:
 # -- the result file ------------------------------------------------------------------------------
 
 
-def write(path: Path, found: dict[str, Any], page: str) -> None:
-    """JSON and the page made from it, each beside and renamed."""
+def write(path: Path, results: dict[str, Any], page: str) -> None:
+    """JSON and the page made from it, each replaced whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for target, text in ((path, json.dumps(found, indent=1) + "\n"), (path.with_suffix(".md"), page)):
-        beside = target.with_name(f".{target.name}.tmp")
-        beside.write_text(text, "utf-8")
-        beside.replace(target)
+    write_json(path, results)
+    write_text(path.with_suffix(".md"), page)
 
 
-def table(title: str, found: dict[str, Any]) -> str:
+def table(title: str, results: dict[str, Any]) -> str:
     """The result file as Markdown."""
-    facts = ", ".join(f"{name} {value}" for name, value in found["machine"].items() if value not in (None, []))
+    facts = ", ".join(f"{name} {value}" for name, value in results["machine"].items() if value not in (None, []))
     lines = [
         f"# {title}",
         "",
@@ -159,7 +158,7 @@ def table(title: str, found: dict[str, Any]) -> str:
     ]
     lines.append("|---|---|---|---|---|---|---|---|---|")
     notes = []
-    for name, record in found["claims"].items():
+    for name, record in results["claims"].items():
         reason = record.get("skipped") or record.get("error")
         if reason or "ratio" not in record:
             notes.append(
@@ -167,7 +166,7 @@ def table(title: str, found: dict[str, Any]) -> str:
             )
             continue
         lines.append(f"| {' | '.join(cells(record))} |")
-    for record in found["claims"].values():
+    for record in results["claims"].values():
         if "profiles" in record:
             notes += ["", *profile_table(record)]
     return "\n".join([*lines, "", *notes, ""])
@@ -176,12 +175,12 @@ def table(title: str, found: dict[str, Any]) -> str:
 def profile_table(record: dict[str, Any]) -> list[str]:
     """Where the time and memory of both sides of a claim go."""
     sides = record["profiles"]
-    kinds = dict.fromkeys(kind for found in sides.values() for kind in found["seconds"])
-    rows = {kind: [found["seconds"].get(kind, 0) for found in sides.values()] for kind in kinds}
-    rows["seconds in all"] = [round(sum(found["seconds"].values()), 2) for found in sides.values()]
+    kinds = dict.fromkeys(kind for profile in sides.values() for kind in profile["seconds"])
+    rows = {kind: [profile["seconds"].get(kind, 0) for profile in sides.values()] for kind in kinds}
+    rows["seconds in all"] = [round(sum(profile["seconds"].values()), 2) for profile in sides.values()]
     for name, key in (("MB of tensors held before", "held_mb"), ("most MB of tensors added", "added_mb")):
-        if all(key in found for found in sides.values()):
-            rows[name] = [found[key] for found in sides.values()]
+        if all(key in profile for profile in sides.values()):
+            rows[name] = [profile[key] for profile in sides.values()]
     return [
         f"**{record['claim']}**",
         "",
@@ -211,8 +210,8 @@ def cells(record: dict[str, Any]) -> list[str]:
 
 def growth(record: dict[str, Any]) -> str:
     """The exponents of the growth plot."""
-    found = record["exponents"].items()
-    text = "; ".join(f"{axis}: time {value['s']}, memory {value['mb']}" for axis, value in found)
+    exponents = record["exponents"].items()
+    text = "; ".join(f"{axis}: time {value['s']}, memory {value['mb']}" for axis, value in exponents)
     return f"{record['claim']}, exponents: {text}; ![growth]({record['plot']})"
 
 

@@ -42,8 +42,8 @@ def _side(settings: dict[str, Any], encode: Any) -> Side:
 
     def run() -> Tensor:
         with autocast(torch.device(settings["device"]), settings["precision"]):
-            found: Tensor = encode(pixels)
-        return found
+            features: Tensor = encode(pixels)
+        return features
 
     return Side(run, lambda: {"features": run().float().cpu().numpy()}, scale=len(pixels))
 
@@ -71,8 +71,8 @@ def transformers(settings: dict[str, Any]) -> Side:
 
     @torch.inference_mode()
     def encode(pixels: Tensor) -> Tensor:
-        found: Tensor = call(pixel_values=pixels).last_hidden_state
-        return found
+        features: Tensor = call(pixel_values=pixels).last_hidden_state
+        return features
 
     return _side(settings, encode)
 
@@ -86,10 +86,10 @@ def cache(settings: dict[str, Any]) -> Side:
     Image.new("RGB", (16, 16)).save(buffer, "JPEG")
     (folder / "image.jpg").write_bytes(buffer.getvalue())
     samples = [Sample(str(n), str(n), ("",), str(folder / "image.jpg")) for n in range(count)]
-    found = itertools.cycle(torch.from_numpy(features))
+    rows = itertools.cycle(torch.from_numpy(features))
 
     def encode(views: Tensor) -> Tensor:
-        return torch.stack([next(found) for _ in range(len(views))])
+        return torch.stack([next(rows) for _ in range(len(views))])
 
     store = FeatureCache.open_or_build(
         folder / "cache",

@@ -26,15 +26,15 @@ def write(folder: Path, width: int, height: int) -> None:
         values = np.asarray(shapes.resize((width, height), Image.Resampling.BICUBIC), np.float32)
         values = values + rng.normal(0, 5, values.shape)
         values[:: int(rng.integers(30, 60))] = 20
-        picture = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
-        picture.save(folder / f"{number}.jpg", quality=90)
+        image = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+        image.save(folder / f"{number}.jpg", quality=90)
 
 
 def _recipe(data: bytes, spec: ImageSpec, rng: np.random.Generator) -> Tensor:
     """`pil_loader`, RandomResizedCrop, RandomHorizontalFlip, ToTensor, Normalize."""
-    picture = Image.open(io.BytesIO(data)).convert("RGB")
-    left, top, width, height = _random_box(*picture.size, rng, CROP_MIN)
-    view = picture.crop((left, top, left + width, top + height)).resize((spec.size,) * 2, Image.Resampling.BICUBIC)
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    left, top, width, height = _random_box(*image.size, rng, CROP_MIN)
+    view = image.crop((left, top, left + width, top + height)).resize((spec.size,) * 2, Image.Resampling.BICUBIC)
     if rng.random() < 0.5:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     values = torch.from_numpy(np.array(view, np.uint8, copy=True)).view(spec.size, spec.size, 3)

@@ -90,26 +90,26 @@ def write_bridge(folder: str | Path, size: Size, shape: str) -> None:
     """Random weights of ln_vision, Q-Former and projection."""
     torch.manual_seed(0)
     width = text_config(shape).hidden_size
-    bridge = nn.ModuleDict(
+    weights = nn.ModuleDict(
         {
             "ln_vision": nn.LayerNorm(size.channels),
             "qformer": models.qformer(size, text=False),
             "language_proj": nn.Linear(size.width, width),
         }
     )
-    models.shake(bridge)
+    models.shake(weights)
     with torch.no_grad():
-        for layer in bridge["qformer"].layers:  # queries that tell random images apart
+        for layer in weights["qformer"].layers:  # queries that tell random images apart
             if layer.cross_attention is not None:
                 layer.cross_attention.output.weight *= 20
                 layer.cross_attention.value.weight *= 5
-    save_file(bridge.state_dict(), Path(folder) / models.WEIGHTS)
+    save_file(weights.state_dict(), Path(folder) / models.WEIGHTS)
 
 
 def _ours(settings: dict[str, Any], vision: nn.Module | None = None) -> Stage2:
     model = _stage2(models.size_of(settings), settings["shape"], vision)
-    found = model.load_state_dict(load_file(Path(settings["folder"]) / models.WEIGHTS), strict=False)
-    assert not [name for name in found.missing_keys if not name.startswith(("language_model.", "vision."))]
+    report = model.load_state_dict(load_file(Path(settings["folder"]) / models.WEIGHTS), strict=False)
+    assert not [name for name in report.missing_keys if not name.startswith(("language_model.", "vision."))]
     return model.to(settings["device"])
 
 
@@ -157,9 +157,9 @@ def _transformers(settings: dict[str, Any]) -> Any:
     both = names.huggingface(size.depth)
     stored = {both[ours]: value for ours, value in load_file(Path(settings["folder"]) / models.WEIGHTS).items()}
     stored["query_tokens"] = stored["query_tokens"][None]
-    found = model.load_state_dict(stored, strict=False)
-    assert not found.unexpected_keys
-    assert not [name for name in found.missing_keys if not name.startswith("language_model.")], found.missing_keys
+    report = model.load_state_dict(stored, strict=False)
+    assert not report.unexpected_keys
+    assert not [name for name in report.missing_keys if not name.startswith("language_model.")], report.missing_keys
     return model.to(settings["device"])
 
 
@@ -187,8 +187,8 @@ def step_ours(settings: dict[str, Any]) -> Side:
 
     def loss() -> Tensor:
         with autocast(device, settings["precision"]):
-            found: Tensor = objective(batch, 0)["lm"]
-        return found
+            value: Tensor = objective(batch, 0)["lm"]
+        return value
 
     def named(name: str) -> Tensor:
         grad = trained[name].grad
@@ -216,8 +216,8 @@ def step_transformers(settings: dict[str, Any]) -> Side:
 
     def loss() -> Tensor:
         with autocast(device, settings["precision"]):
-            found: Tensor = model(pixel_values=batch.features, **inputs).loss
-        return found
+            value: Tensor = model(pixel_values=batch.features, **inputs).loss
+        return value
 
     def named(name: str) -> Tensor:
         grad = trained[both[name]].grad
@@ -233,9 +233,9 @@ def _step(loss: Any, grad: Any, optimizer: torch.optim.Optimizer) -> Side:
     def check() -> Outputs:
         value = loss()
         value.backward()
-        found = {name: grad(name).float().cpu().numpy() for name in GRADIENTS}
+        gradients = {name: grad(name).float().cpu().numpy() for name in GRADIENTS}
         optimizer.zero_grad()
-        return {"loss": value.detach().float().cpu().numpy(), **found}
+        return {"loss": value.detach().float().cpu().numpy(), **gradients}
 
     def run() -> None:
         loss().backward()
@@ -260,14 +260,14 @@ class _Table(nn.Module):
         return SimpleNamespace(last_hidden_state=self.features[number])
 
 
-def _pictures(count: int) -> list[bytes]:
+def _images(count: int) -> list[bytes]:
     """Image n: a square of colour (n, n, n)."""
-    found = []
+    files = []
     for number in range(count):
         buffer = io.BytesIO()
         Image.new("RGB", (28, 28), (number,) * 3).save(buffer, "PNG")
-        found.append(buffer.getvalue())
-    return found
+        files.append(buffer.getvalue())
+    return files
 
 
 def generate_ours(settings: dict[str, Any]) -> Side:
@@ -281,14 +281,14 @@ def generate_ours(settings: dict[str, Any]) -> Side:
     language = LanguageConfig(prompt=PROMPT, question=QUESTION)
     model = Blip2(RunConfig(stage="stage2", language=language), stage2=stage2, batch=len(batch))
     model.__dict__["language_tokenizer"] = ids.LanguageIds(END, 32)
-    pictures = _pictures(len(batch))
-    asked = [p for p in pictures for _ in range(len(questions) // len(pictures))] if questions else []
+    images = _images(len(batch))
+    asked = [p for p in images for _ in range(len(questions) // len(images))] if questions else []
 
     def run() -> list[str]:
         with autocast(torch.device(settings["device"]), settings["precision"]):
             if questions:
                 return model.ask(asked, questions, decoding=ANSWER)
-            return model.caption(pictures, decoding=CAPTION)
+            return model.caption(images, decoding=CAPTION)
 
     def check() -> Outputs:
         texts = run()
@@ -325,8 +325,8 @@ def generate_transformers(settings: dict[str, Any]) -> Side:
         )
         prompt = inputs["input_ids"]
         whole = out.shape[1] > prompt.shape[1] and torch.equal(out[:, : prompt.shape[1]].cpu(), prompt)
-        found = (out[:, prompt.shape[1] :] if whole else out).tolist()
-        return [row[: row.index(END)] if END in row else row for row in found]
+        rows = (out[:, prompt.shape[1] :] if whole else out).tolist()
+        return [row[: row.index(END)] if END in row else row for row in rows]
 
     def run() -> list[list[int]]:
         with autocast(device, settings["precision"]):

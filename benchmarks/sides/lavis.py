@@ -134,12 +134,12 @@ def build(settings: dict[str, Any]) -> Any:
     }
     with mock.patch.multiple(kind, **{name: staticmethod(part) for name, part in parts.items()}):
         model = kind(num_query_token=size["queries"], embed_dim=size["embed_dim"], max_txt_len=size["max_text"])
-    found = model.load_state_dict(load_file(Path(settings["folder"]) / "weights.safetensors"), strict=False)
+    report = model.load_state_dict(load_file(Path(settings["folder"]) / "weights.safetensors"), strict=False)
     head = model.Qformer.cls.predictions.decoder
     assert head.weight is model.Qformer.bert.embeddings.word_embeddings.weight
-    left = [name for name in found.missing_keys if "position_ids" not in name and "predictions.decoder" not in name]
+    left = [name for name in report.missing_keys if "position_ids" not in name and "predictions.decoder" not in name]
     assert not left, left
-    assert not found.unexpected_keys, found.unexpected_keys
+    assert not report.unexpected_keys, report.unexpected_keys
     return model.to(settings["device"])
 
 
@@ -186,10 +186,10 @@ def stage1_step(settings: dict[str, Any]) -> Side:
 
     def check() -> dict[str, np.ndarray]:
         with _autocast(settings):
-            found = with_fixed_negatives(model, samples)
-        found.loss.backward()
+            output = with_fixed_negatives(model, samples)
+        output.loss.backward()
         parameters = dict(model.named_parameters())
-        out = {"losses": torch.stack([found.loss_itc, found.loss_itm, found.loss_lm]).detach().float().cpu().numpy()}
+        out = {"losses": torch.stack([output.loss_itc, output.loss_itm, output.loss_lm]).detach().float().cpu().numpy()}
         if settings["gradients"]:
             out |= {name: parameters[name].grad.float().cpu().numpy() for name in ids.GRADIENTS}
         optimizer.zero_grad()
@@ -222,11 +222,11 @@ def rerank(settings: dict[str, Any]) -> Side:
     def scores() -> tuple[np.ndarray, np.ndarray]:
         shared = mock.patch.object(base.dist_utils, "get_world_size", return_value=settings["share"])
         with shared, _autocast(settings):
-            found: tuple[np.ndarray, np.ndarray] = base.compute_sim_matrix(model, loader, k_test=settings["k"])
-        return found
+            matrices: tuple[np.ndarray, np.ndarray] = base.compute_sim_matrix(model, loader, k_test=settings["k"])
+        return matrices
 
     def check() -> dict[str, np.ndarray]:
-        i2t, t2i = (np.where(found == -100.0, np.nan, found) for found in scores())
+        i2t, t2i = (np.where(matrix == -100.0, np.nan, matrix) for matrix in scores())
         return {"i2t": i2t, "t2i": t2i.T}
 
     return Side(scores, check)

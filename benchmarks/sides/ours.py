@@ -71,8 +71,8 @@ def stage1_step(settings: dict[str, Any]) -> Side:
         with autocast(device, settings["precision"]):
             losses = with_fixed_negatives(objective, batch)
         torch.stack(list(losses.values())).sum().backward()
-        found = torch.stack([losses[name] for name in ("itc", "itm", "itg")])
-        out = {"losses": found.detach().float().cpu().numpy()}
+        stacked = torch.stack([losses[name] for name in ("itc", "itm", "itg")])
+        out = {"losses": stacked.detach().float().cpu().numpy()}
         if settings["gradients"]:
             grads = {theirs[name]: p.grad for name, p in model.named_parameters() if p.grad is not None}
             out |= {name: grads[name].float().cpu().numpy() for name in ids.GRADIENTS}
@@ -120,16 +120,16 @@ def _similarity(model: Stage1, features: Tensor, ids_TT: Tensor, mask_TT: Tensor
     """ITC similarity [I, T]."""
     images = [model.embed_images(model.project_image(chunk))[0] for chunk in features.split(batch)]
     texts = [model.embed_texts(*part) for part in zip(ids_TT.split(256), mask_TT.split(256), strict=True)]
-    found: np.ndarray = query_text_similarity(torch.cat(images), torch.cat(texts)).float().cpu().numpy()
-    return found
+    similarity: np.ndarray = query_text_similarity(torch.cat(images), torch.cat(texts)).float().cpu().numpy()
+    return similarity
 
 
 def _matches(model: Stage1, features_1PC: Tensor, ids_NT: Tensor, mask_NT: Tensor) -> np.ndarray:
     """ITM scores of one image with its candidates: projected once."""
     kv = model.project_image(features_1PC)
     parts = zip(ids_NT.split(TEXTS_AT_ONCE), mask_NT.split(TEXTS_AT_ONCE), strict=True)
-    found: np.ndarray = torch.cat([model.match_logits(*part, kv)[:, 1] for part in parts]).float().cpu().numpy()
-    return found
+    logits: np.ndarray = torch.cat([model.match_logits(*part, kv)[:, 1] for part in parts]).float().cpu().numpy()
+    return logits
 
 
 def growth_step(settings: dict[str, Any]) -> Side:

@@ -47,10 +47,10 @@ class Counter:
 
     def all_to_all_single(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(out: Tensor, x: Tensor, got: Any = None, gave: Any = None, *args: Any, **kwargs: Any) -> Any:
-            rows, here, world = len(x), dist.get_rank(), dist.get_world_size()
-            kept = rows // world if gave is None else gave[here]
+            rows, rank, world = len(x), dist.get_rank(), dist.get_world_size()
+            own = rows // world if gave is None else gave[rank]
             row = x[:1].numel() * x.element_size() if rows else 0
-            self.add("all_to_all", row * (rows - kept))
+            self.add("all_to_all", row * (rows - own))
             return real(out, x, got, gave, *args, **kwargs)
 
         return call
@@ -85,8 +85,8 @@ def ours(settings: dict[str, Any], batch_of: slice) -> tuple[Tensor, Callable[[]
     inner: Any = objective.objective
     inner._negatives = lambda *_: tuple(x[batch_of] for x in drawn)
     losses = objective(batch, 0)
-    found = torch.stack([losses[name] for name in ("itc", "itm", "itg")])
-    return found.detach(), found.sum().backward
+    stacked = torch.stack([losses[name] for name in ("itc", "itm", "itg")])
+    return stacked.detach(), stacked.sum().backward
 
 
 def lavis(settings: dict[str, Any], batch_of: slice) -> tuple[Tensor, Callable[[], None]]:
@@ -97,9 +97,9 @@ def lavis(settings: dict[str, Any], batch_of: slice) -> tuple[Tensor, Callable[[
     texts, images = (x[batch_of] for x in _negatives(len(samples["text_input"])))
     mine = {"image": samples["image"][batch_of], "text_input": samples["text_input"][batch_of]}
     with mock.patch.object(torch, "multinomial", side_effect=list(torch.cat([images, texts]))):
-        found = model(mine)
-    losses = torch.stack([found.loss_itc, found.loss_itm, found.loss_lm])
-    return losses.detach(), found.loss.backward
+        output = model(mine)
+    losses = torch.stack([output.loss_itc, output.loss_itm, output.loss_lm])
+    return losses.detach(), output.loss.backward
 
 
 def _negatives(count: int) -> tuple[Tensor, Tensor]:
@@ -130,8 +130,8 @@ def main() -> None:
     dist.all_reduce(total)
     total /= settings["world"]
     if rank == 0:
-        found = {"losses": total[:3].tolist(), "bytes": float(total[3]), "of_rank_0": count.sent}
-        print(json.dumps(found), file=replies, flush=True)
+        record = {"losses": total[:3].tolist(), "bytes": float(total[3]), "of_rank_0": count.sent}
+        print(json.dumps(record), file=replies, flush=True)
     dist.destroy_process_group()
 
 
