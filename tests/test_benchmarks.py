@@ -120,7 +120,7 @@ def test_profile_counts_time_by_kind_and_the_tensors_of_a_run() -> None:
 
 def test_every_claim_names_a_script_and_messages_lose_their_paths() -> None:
     for module, *_ in run.CLAIMS.values():
-        assert (run.ROOT / "benchmarks" / f"{module}.py").is_file()
+        assert (run.ROOT / "benchmarks" / "claims" / f"{module}.py").is_file()
     assert run.without_paths("no /home/someone/x/y.py here") == "no .../y.py here"
 
 
