@@ -1,1 +1,1 @@
-"""Measurements: `claims/` of speed, the `sides/` they compare, `experiments/` behind the documentation, `harness/`."""
+"""One script per claim of speed; `python -m benchmarks.run` runs them all."""

@@ -22,18 +22,17 @@ from blip2.configs import (
     VisionConfig,
 )
 from blip2.data.batch import Batch
-from blip2.estimate import activations
-from blip2.estimate.activations import PROMPT_TOKENS, Machine
+from blip2.estimate import step_memory
+from blip2.estimate.kernels import Machine
 from blip2.estimate.optimizer_memory import state_bytes, step_bytes
-from blip2.estimate.step_memory import LONGER_BY, LiveBytes, step_curve, step_timeline
+from blip2.estimate.step_memory import LONGER_BY, PROMPT_TOKENS, LiveBytes, step_curve, step_timeline
 from blip2.models.build import build_qformer
 from blip2.models.language.model import language_model_from_config
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision.encoder import VisionEncoder, vision_encoder_from_config
-from blip2.training.objectives.common import EarlyBackward
-from blip2.training.objectives.stage1 import Stage1Objective
-from blip2.training.objectives.stage2 import PIECES, Stage2Objective, in_pieces
+from blip2.training.objectives import build_objective
+from blip2.training.objectives.stage2 import PIECES
 from blip2.training.optim import build_optimizer
 from blip2.training.performance import apply_settings
 
@@ -56,11 +55,14 @@ LANGUAGE: dict[str, Any] = {
 class FixedLengthTexts:
     """Tokenizer of random texts of `TOKENS` tokens, the first of `LONGEST`; in stage 2 they begin alike."""
 
-    pad_id, dec_id = 0, 199
+    pad_id, dec_id, front = 0, 199, 0
+
+    def __init__(self) -> None:
+        self.text_tokenizer = self.language_tokenizer = self
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         lengths = torch.full((len(texts),), TOKENS)
-        lengths[0] = LONGEST
+        lengths[:1] = LONGEST
         return torch.randint(5, 150, (len(texts), LONGEST)), torch.arange(LONGEST)[None] < lengths[:, None]
 
     def targets(self, prompts: list[str], captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +90,9 @@ def small_model(config: RunConfig, language: str = "llama") -> Stage1 | Stage2:
     """A model of the default device, in train mode."""
     vision = vision_encoder_from_config(transformers.Dinov2Config(hidden_size=24, **VISION), pool=2, size=56)
     bert = transformers.BertConfig(hidden_size=32, **BERT)
-    qformer = build_qformer(config.qformer, vision.width, bert, text=config.stage == "stage1")
+    qformer = build_qformer(
+        config.qformer, vision.width, bert, text=config.stage == "stage1" or config.qformer.question
+    )
     if config.stage == "stage1":
         return Stage1(qformer, vision, embed_dim=config.qformer.embed_dim).train()
     made = language_model_from_config(LANGUAGE[language])
@@ -110,12 +114,7 @@ def real_peak(config: RunConfig, language: str, bf16: bool) -> int:
     model, texts = small_model(config, language), FixedLengthTexts()
     assert isinstance(model.vision, VisionEncoder)
     apply_settings(model, config.train)
-    objective: nn.Module
-    if isinstance(model, Stage1):
-        objective = Stage1Objective(model, texts, config.loss, token_drop=config.vision.token_drop)  # type: ignore[arg-type]
-    else:
-        objective = Stage2Objective(model, texts, config.language, token_drop=config.vision.token_drop)  # type: ignore[arg-type]
-    objective = EarlyBackward(objective) if config.train.early_backward else objective
+    objective = build_objective(config, model, texts)  # type: ignore[arg-type]
     captions = ["five words make a caption"] * (B * config.data.texts_per_image)
     live = LiveBytes(objective)
     with live:
@@ -124,7 +123,8 @@ def real_peak(config: RunConfig, language: str, bf16: bool) -> int:
                 p.grad = torch.empty_like(p) if p.requires_grad else None
         shape = B, model.vision.tokens, model.vision.width
         features = torch.randn(shape, dtype=torch.bfloat16 if config.data.cache_features else torch.float32)
-        batch = Batch([str(n) for n in range(B)], torch.arange(B), captions, features=features)
+        questions = captions if config.qformer.question else None
+        batch = Batch([str(n) for n in range(B)], torch.arange(B), captions, features=features, questions=questions)
         with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
             losses = objective(batch, 0)
         torch.stack(list(losses.values())).sum().backward()
@@ -135,6 +135,10 @@ def counted_peak(config: RunConfig, language: str, machine: Machine) -> int:
     return max(step_timeline(on_meta(config, language), config, B, machine, text_tokens=TOKENS, longest=LONGEST))
 
 
+QUESTIONS = {
+    "qformer": QFormerConfig(queries=4, embed_dim=16, question=True),
+    "data": DataConfig(cache_features=True, texts="questions"),
+}
 SETTINGS = [
     ("stage1", "llama", {}),
     ("stage1", "llama", {"loss": LossConfig(itm=0)}),
@@ -153,6 +157,9 @@ SETTINGS = [
     ("stage2", "llama", {"data": DataConfig(cache_features=True, texts_per_image=3)}),
     ("stage2", "t5", {"data": DataConfig(cache_features=True, texts_per_image=3)}),
     ("stage2", "llama", {"lora": LoraConfig(rank=4)}),
+    ("stage2", "llama", QUESTIONS),
+    ("stage2", "llama", {"data": DataConfig(cache_features=True, shots=1)}),
+    ("stage2", "t5", {"data": DataConfig(cache_features=True, shots=1)}),
 ]
 
 
@@ -186,16 +193,11 @@ def test_what_saves_memory_is_seen_to(stage: str, changes: dict[str, Any], share
 def test_two_pieces_hold_what_four_do(language: str, lora: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the first two pieces of a batch are counted: the largest, and one that meets its gradients."""
     config = small_run("stage2", lora=LoraConfig(rank=lora))
-    peaks = [max(step_timeline(on_meta(config, language), config, 32, FP32, pieces=4))]
-
-    class All(list[Any]):
-        def __getitem__(self, at: Any) -> Any:
-            return self if isinstance(at, slice) else super().__getitem__(at)
-
-    monkeypatch.setattr(activations, "in_pieces", lambda *given: All(in_pieces(*given)))
-    timeline = step_timeline(on_meta(config, language), config, 32, FP32, pieces=4)
-    assert max(timeline) == pytest.approx(peaks[0], rel=0.005)  # ids and masks of the others
-    assert len(timeline) > 0
+    two = step_timeline(on_meta(config, language), config, 32, FP32, pieces=4)
+    monkeypatch.setattr(step_memory, "islice", lambda parts, count: parts)
+    four = step_timeline(on_meta(config, language), config, 32, FP32, pieces=4)
+    assert len(four) > len(two)
+    assert max(four) == pytest.approx(max(two), rel=0.005)  # ids and masks of the others
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])

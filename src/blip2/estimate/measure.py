@@ -17,9 +17,9 @@ from torch import nn
 
 from blip2.configs import QUANTIZE, RunConfig
 from blip2.errors import ConfigError
-from blip2.estimate.activations import LONGEST_TEXT, TEXT_TOKENS, Machine
+from blip2.estimate.kernels import Machine
 from blip2.estimate.optimizer_memory import state_bytes, step_bytes
-from blip2.estimate.step_memory import step_curve
+from blip2.estimate.step_memory import LONGEST_TEXT, TEXT_TOKENS, step_curve
 from blip2.models import towers
 from blip2.models.build import build_qformer
 from blip2.models.freezing import parameter_table

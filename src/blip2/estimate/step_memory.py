@@ -1,17 +1,18 @@
 """The most memory that a training step holds: forward and backward pass on the meta device, byte by byte.
 
-Autograd does here what it does in a real step: it frees what it no longer needs, adds gradients as
-they come, and computes checkpointed layers and chunks of the output head again. Only the weights,
-which are there before, and the optimizer are left to `blip2.estimate.measure`.
+What is run is the objective of `blip2 train` itself. Autograd does here what it does in a real step: it frees
+what it no longer needs, adds gradients as they come, and computes checkpointed layers and chunks of the output
+head again. Only the weights, which are there before, and the optimizer are left to `blip2.estimate.measure`.
 
-Shape letters: B batch, N texts, T text tokens, S side of an image, P patches, C channels.
+Shape letters: N texts, T text tokens.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from itertools import chain
+from dataclasses import replace
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -21,23 +22,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from blip2.configs import RunConfig
-from blip2.estimate.activations import (
-    LONGEST_TEXT,
-    PROMPT_TOKENS,
-    TEXT_TOKENS,
-    DeviceKernels,
-    Machine,
-    _stage1_losses,
-    _stage2_loss,
-)
+from blip2.data.batch import Batch
+from blip2.estimate.kernels import DeviceKernels, Machine
 from blip2.models.freezing import is_adapter
-from blip2.models.qformer.model import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision.encoder import VisionEncoder
-from blip2.training.objectives.common import drop_tokens
-from blip2.training.objectives.stage2 import piece_count
+from blip2.training.objectives import build_objective
+from blip2.training.objectives.common import EarlyBackward
+from blip2.training.objectives.stage2 import Stage2Objective, piece_count
+from blip2.training.performance import apply_settings
 
+# A caption with its special tokens: the mean of natural ones, and the longest of a batch.
+TEXT_TOKENS, LONGEST_TEXT = 12, 20
+# "a photo of": in front of the caption in stage 2, and not predicted.
+PROMPT_TOKENS = 3
 # Tokens that the texts of the largest of so many pieces of a batch have more than all: pieces are sorted by the
 # longest text about an image (natural captions, one an image; with several of them images differ less).
 LONGER_BY = {1: 0.0, 2: 2.4, 3: 3.7, 4: 4.3}
@@ -106,28 +105,94 @@ def step_timeline(
     """
     _prepare(model, config, machine)
     live = LiveBytes(model)
+    prompt = PROMPT_TOKENS - 1 if config.stage == "stage2" else 0
+    lengths_N = torch.full((batch * config.data.texts_per_image,), text_tokens or TEXT_TOKENS + prompt)
+    longest = longest or LONGEST_TEXT + prompt
+    lengths_N[0] = longest
+    pieces = pieces or language_pieces(config, batch, machine, int(lengths_N.sum()))
+    if text_tokens is None and config.stage == "stage2" and _in_pieces(config):
+        lengths_N = _longer_first(lengths_N, batch, pieces, longest)
+    with live:
+        run_step(model, config, lengths_N, DeviceKernels(machine), pieces)
+    return live.timeline
+
+
+def run_step(
+    model: Stage1 | Stage2, config: RunConfig, lengths_N: Tensor, kernels: DeviceKernels, pieces: int | None = None
+) -> None:
+    """Forward and backward pass of one micro-batch of a run, on the meta device; gradients are dropped again.
+
+    Args:
+        lengths_N: tokens of its texts, `data.texts_per_image` for each image.
+        pieces: see `step_timeline`.
+    """
+    objective = _objective(model, config, FixedLengths(lengths_N), pieces)
     trained = [p for p in model.parameters() if p.requires_grad]
-    more = PROMPT_TOKENS - 1 if config.stage == "stage2" else 0
-    sizes = text_tokens or TEXT_TOKENS + more, longest or LONGEST_TEXT + more
-    ids_NT, mask_NT = _texts(batch * config.data.texts_per_image, *sizes)
-    with live, DeviceKernels(machine) as kernels:
+    with kernels:
         if config.train.accumulate > 1:
             for p in trained:
                 p.grad = torch.empty_like(p)
-        seen_BPC = _features(model, config, batch, machine)
-        if isinstance(model, Stage2):
-            pieces = pieces or language_pieces(config, batch, machine, int(mask_NT.sum()))
-            if text_tokens is None and _in_pieces(config):
-                mask_NT = _sorted(mask_NT, batch, pieces)
-            loss = _stage2_loss(model, seen_BPC, ids_NT, mask_NT, pieces if _in_pieces(config) else None)
-        else:
-            ids_BT, early = ids_NT.to("meta"), config.train.early_backward
-            loss = torch.stack(_stage1_losses(model, config.loss, seen_BPC, ids_BT, mask_NT, early)).sum()
+        losses = objective(_batch(model, config, len(lengths_N) // config.data.texts_per_image), 0)
         kernels.end_forward()
-        torch.autograd.backward(loss)
+        torch.autograd.backward(torch.stack(list(losses.values())).sum())
     for p in trained:
         p.grad = None
-    return live.timeline
+
+
+class FixedLengths:
+    """In place of a tokenizer: texts of given lengths, whatever they say, that begin alike."""
+
+    pad_id = dec_id = front = 0
+
+    def __init__(self, lengths_N: Tensor) -> None:
+        self.lengths_N = lengths_N
+        self.text_tokenizer = self.language_tokenizer = self
+
+    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Ids [N, T] and mask [N, T]."""
+        lengths_N = self.lengths_N[: len(texts)]
+        ids_NT = torch.arange(len(texts))[:, None].repeat(1, int(self.lengths_N.max()))
+        ids_NT[:, :PROMPT_TOKENS] = 0
+        return ids_NT, torch.arange(ids_NT.shape[1]) < lengths_N[:, None]
+
+    def targets(self, prompts: list[str], captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, mask and labels [N, T]: all but the prompt is predicted."""
+        ids_NT, mask_NT = self(captions)
+        labels_NT = mask_NT.clone()
+        labels_NT[:, :PROMPT_TOKENS] = False
+        return ids_NT, mask_NT, labels_NT
+
+    def pairs(self, prefixes: list[str], suffixes: list[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Ids and mask on both sides of an encoder-decoder, each as long as a whole text."""
+        return *self(prefixes), *self(suffixes)
+
+
+def _objective(model: Stage1 | Stage2, config: RunConfig, texts: Any, pieces: int | None) -> nn.Module:
+    """The run's own objective on texts of fixed lengths."""
+    objective = build_objective(config, model, texts)
+    inner = objective.objective if isinstance(objective, EarlyBackward) else objective
+    if isinstance(inner, Stage2Objective):
+        # the first piece is the largest and the second meets its gradients: what comes after them adds nothing
+        inner.pieces, parts = pieces, inner.parts
+        inner.parts = lambda *arguments: islice(parts(*arguments), 2)  # type: ignore[method-assign]
+    return objective
+
+
+def _batch(model: Stage1 | Stage2, config: RunConfig, size: int) -> Batch:
+    """A batch on the meta device: image features from a cache, or pixels to encode."""
+    vision, captions = model.vision, ["a caption"] * (size * config.data.texts_per_image)
+    assert isinstance(vision, VisionEncoder)
+    with torch.device("meta"):
+        return Batch(
+            [""] * size,
+            torch.empty(size, dtype=torch.int64),
+            captions,
+            pixels=None if config.data.cache_features else torch.empty(size, 3, vision.size, vision.size),
+            features=torch.empty(size, vision.tokens, vision.width, dtype=torch.bfloat16)
+            if config.data.cache_features
+            else None,
+            questions=captions if isinstance(model, Stage2) and model.reads_questions else None,
+        )
 
 
 def _in_pieces(config: RunConfig) -> bool:
@@ -170,17 +235,18 @@ def _curve(model: Stage1 | Stage2, config: RunConfig, machine: Machine, pieces: 
     `train.head_chunk`, where a larger batch takes more operations, two counts large enough for
     several chunks give a line.
     """
+    unit = pieces * (config.data.shots + 1)
     if config.train.head_chunk is not None:
-        low = pieces * max(2 * COUNTED[0], -(-2 * config.train.head_chunk // TEXT_TOKENS))
+        low = unit * max(2 * COUNTED[0], -(-2 * config.train.head_chunk // TEXT_TOKENS))
         at_low, at_high = (max(step_timeline(model, config, n, machine, pieces=pieces)) for n in (low, 2 * low))
         return lambda batch: max(0, at_low + (at_high - at_low) * (batch - low) // low)
-    counted = [pieces * n for n in (COUNTED if config.stage == "stage1" else COUNTED[:2])]
-    found = [np.array(step_timeline(model, config, n, machine, pieces=pieces), dtype=np.int64) for n in counted]
-    start, slope = found[0], found[1] - found[0]
-    bend = found[2] - 2 * found[1] + found[0] if len(found) > 2 else np.zeros_like(start)
+    batches = [unit * n for n in (COUNTED if config.stage == "stage1" else COUNTED[:2])]
+    timelines = [np.array(step_timeline(model, config, n, machine, pieces=pieces), dtype=np.int64) for n in batches]
+    start, slope = timelines[0], timelines[1] - timelines[0]
+    bend = timelines[2] - 2 * timelines[1] + start if len(timelines) > 2 else np.zeros_like(start)
 
     def peak(batch: int) -> int:
-        more = (batch - counted[0]) / pieces
+        more = (batch - batches[0]) / unit
         return int((start + more * slope + more * (more - 1) / 2 * bend).max())
 
     return peak
@@ -191,46 +257,18 @@ def _prepare(model: Stage1 | Stage2, config: RunConfig, machine: Machine) -> Non
     assert isinstance(model.vision, VisionEncoder)
     if model.vision.frozen:
         model.vision.to(machine.frozen)
-    if isinstance(model.qformer, QFormer):
-        model.qformer.gradient_checkpointing = config.train.checkpoint
-        model.qformer.head_chunk = config.train.head_chunk
+    apply_settings(model, replace(config.train, compile=False))
     if isinstance(model, Stage2):
         language = model.language_model
         language.to(machine.frozen)
         for name, p in language.named_parameters():
             if is_adapter(name):
                 p.data = p.data.float()
-        language.gradient_checkpointing = config.train.checkpoint
-        language.chunk_head(config.train.head_chunk)
         language.split_lengths = not machine.accelerator
 
 
-def _texts(count: int, tokens: int, longest: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask of texts that begin alike, on the CPU: what depends on their values is read from them."""
-    ids_NT = torch.arange(count)[:, None].repeat(1, longest)
-    ids_NT[:, :PROMPT_TOKENS] = 0
-    lengths_N = torch.full((count,), tokens)
-    lengths_N[0] = longest
-    return ids_NT, torch.arange(longest)[None] < lengths_N[:, None]
-
-
-def _sorted(mask_NT: Tensor, images: int, pieces: int) -> Tensor:
-    """The mask, with longer texts about as many images as the largest piece has."""
-    more = round(LONGER_BY[pieces] / (len(mask_NT) / images) ** (2 / 3))
-    lengths_N = mask_NT.sum(1)
-    long_N = torch.arange(len(mask_NT)) % images < images // pieces
-    lengths_N = torch.where(long_N, lengths_N + more, lengths_N).clamp(max=mask_NT.shape[1])
-    return torch.arange(mask_NT.shape[1])[None] < lengths_N[:, None]
-
-
-def _features(model: Stage1 | Stage2, config: RunConfig, batch: int, machine: Machine) -> Tensor:
-    """What the Q-Former is given, made as in a run: read from a cache, or encoded from pixels."""
-    vision = model.vision
-    assert isinstance(vision, VisionEncoder)
-    if config.data.cache_features:
-        features_BPC = torch.empty(batch, vision.tokens, vision.width, device="meta", dtype=torch.bfloat16)
-    else:
-        features_BPC = model.features(torch.empty(batch, 3, vision.size, vision.size, device="meta"))
-    if not config.vision.token_drop:
-        return features_BPC
-    return drop_tokens(features_BPC, config.vision.token_drop, vision.prefix)
+def _longer_first(lengths_N: Tensor, images: int, pieces: int, longest: int) -> Tensor:
+    """Lengths of natural texts, longer about as many images as the largest piece has."""
+    more = round(LONGER_BY[pieces] / (len(lengths_N) / images) ** (2 / 3))
+    of_largest_N = torch.arange(len(lengths_N)) % images < images // pieces
+    return torch.where(of_largest_N, lengths_N + more, lengths_N).clamp(max=longest)

@@ -1,1 +1,0 @@
-"""One-off studies behind a page of the documentation."""

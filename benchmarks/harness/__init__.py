@@ -1,1 +1,0 @@
-"""How claims are measured: processes that take turns, the result file, everything for a card."""

@@ -1,1 +1,0 @@
-"""What each side of a claim runs: ours, LAVIS, transformers."""
