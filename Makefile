@@ -43,7 +43,7 @@ test-slow: $(READY) ## run the tests that take minutes
 	@$(BIN)/python -m pytest -m slow
 
 test-gpu: $(READY) ## all that wants a GPU, in ten minutes; small, and on the CPU, where there is none
-	@$(BIN)/python -m benchmarks.on_card
+	@$(BIN)/python -m benchmarks.harness.on_card
 
 checks: $(READY) docs ## format, lint, types, the documentation, and known holes in what the server needs
 	@$(BIN)/ruff format --check .
@@ -59,11 +59,11 @@ format: $(READY) ## format the code and apply safe lint fixes
 	@$(BIN)/ruff format .
 
 bench: $(READY) ## measure every claim of speed at the paper's sizes; resumable
-	@$(BIN)/python -m benchmarks.run
+	@$(BIN)/python -m benchmarks.harness.run
 
 bench-peers: .venv-lavis/.ready ## make .venv-lavis with LAVIS and the transformers it needs, for bench
 
-.venv-lavis/.ready: benchmarks/lavis-requirements.txt
+.venv-lavis/.ready: benchmarks/sides/lavis-requirements.txt
 	@test -x .venv-lavis/bin/python || $(PYTHON) -m venv .venv-lavis
 	@.venv-lavis/bin/python -m pip --disable-pip-version-check install -q -r $<
 	@.venv-lavis/bin/python -m pip --disable-pip-version-check install -q --no-deps salesforce-lavis==1.0.2

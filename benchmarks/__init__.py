@@ -1,1 +1,1 @@
-"""One script per claim of speed; `python -m benchmarks.run` runs them all."""
+"""Measurements: `claims/` of speed, the `sides/` they compare, `experiments/` behind the documentation, `harness/`."""

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import bench_growth, capfilt_rate, capfilt_training, on_card, profiling, run
-from benchmarks.common import SIZES, BenchmarkError, Peer, captions, compare, settings_of, text_lengths
-from benchmarks.flickr8k_tiny import derangement, shuffled_image_check
+from benchmarks.claims import growth
+from benchmarks.experiments import capfilt_rate, capfilt_training
+from benchmarks.experiments.flickr8k_tiny import derangement, shuffled_image_check
+from benchmarks.harness import on_card, profiling, run
+from benchmarks.harness.common import SIZES, BenchmarkError, Peer, captions, compare, settings_of, text_lengths
 
 from blip2.data.shards.reader import read_raw
 from blip2.data.shards.writer import write_shard
@@ -37,7 +39,7 @@ def test_lengths_of_captions_have_the_stated_mean(count: int, mean: int) -> None
 SIDE = """
 import time
 import numpy as np
-from benchmarks.worker import Side
+from benchmarks.harness.worker import Side
 
 def side(settings):
     values = np.full((2, 2), settings["value"])
@@ -84,7 +86,7 @@ def test_a_side_that_ends_is_an_error(both: Callable[..., dict[str, Any]]) -> No
 
 def test_exponent_is_the_slope_of_the_upper_half() -> None:
     points = [{"batch": n, "s": max(1.0, 0.5 * n**2)} for n in (1, 2, 4, 8)]
-    assert bench_growth.exponent(points, "batch", "s") == 2.0
+    assert growth.exponent(points, "batch", "s") == 2.0
 
 
 def test_table_shows_misses_and_reasons() -> None:
@@ -118,7 +120,7 @@ def test_profile_counts_time_by_kind_and_the_tensors_of_a_run() -> None:
 
 def test_every_claim_names_a_script_and_messages_lose_their_paths() -> None:
     for module, *_ in run.CLAIMS.values():
-        assert (run.ROOT / "benchmarks" / f"{module}.py").is_file()
+        assert (run.ROOT / "benchmarks" / "claims" / f"{module}.py").is_file()
     assert run.without_paths("no /home/someone/x/y.py here") == "no .../y.py here"
 
 

@@ -1,10 +1,10 @@
-"""What is kept, by scores made by hand."""
+"""Which captions are kept, by scores made by hand."""
 
 from __future__ import annotations
 
 import pytest
 
-from blip2.capfilt.choose import SYNTHETIC, WEB, Candidate, Judged, choose, filtered_entry, pool
+from blip2.capfilt.choose import SYNTHETIC, WEB, Candidate, choose, filtered_entry, pool
 
 
 def test_pool_is_web_first_and_without_repeats() -> None:
@@ -12,11 +12,11 @@ def test_pool_is_web_first_and_without_repeats() -> None:
     assert pooled == [Candidate("IMG_01.jpg", WEB), Candidate("A dog.", WEB), Candidate("a cat", SYNTHETIC)]
 
 
-JUDGED = [
-    Judged("web", WEB, 0.30, 0.2),
-    Judged("best", SYNTHETIC, 0.50, 0.9),
-    Judged("equal", SYNTHETIC, 0.30, 0.8),
-    Judged("worst", SYNTHETIC, -0.10, 0.6),
+CANDIDATES = [
+    Candidate("web", WEB, 0.30, 0.2),
+    Candidate("best", SYNTHETIC, 0.50, 0.9),
+    Candidate("equal", SYNTHETIC, 0.30, 0.8),
+    Candidate("worst", SYNTHETIC, -0.10, 0.6),
 ]
 
 
@@ -33,19 +33,19 @@ JUDGED = [
     ],
 )
 def test_kept_by_hand(keep: int, threshold: float | None, expected: list[str]) -> None:
-    kept, rejected = choose(JUDGED, keep, threshold)
-    assert [one.text for one in kept] == expected
-    assert [one.text for one in rejected] == [t for t in ("best", "web", "equal", "worst") if t not in expected]
+    chosen, rejected = choose(CANDIDATES, keep, threshold)
+    assert [c.text for c in chosen] == expected
+    assert [c.text for c in rejected] == [t for t in ("best", "web", "equal", "worst") if t not in expected]
 
 
 def test_without_itm_nothing_passes_a_threshold() -> None:
-    assert choose([Judged("a", WEB, 1.0)], 2, 0.5)[0] == []
+    assert choose([Candidate("a", WEB, 1.0)], 2, 0.5)[0] == []
 
 
-def test_entry_keeps_what_else_was_told() -> None:
+def test_entry_keeps_the_other_fields() -> None:
     entry = {"image_id": "7", "captions": ["web"], "url": "http://x", "domain": "in"}
-    kept, rejected = choose(JUDGED, 2, None)
-    assert filtered_entry(entry, kept, rejected) == {
+    chosen, rejected = choose(CANDIDATES, 2, None)
+    assert filtered_entry(entry, chosen, rejected) == {
         "image_id": "7",
         "captions": ["best", "web"],
         "provenance": [
@@ -59,5 +59,5 @@ def test_entry_keeps_what_else_was_told() -> None:
         "url": "http://x",
         "domain": "in",
     }
-    once = filtered_entry(entry, kept, rejected)
-    assert filtered_entry(once, kept, rejected) == once
+    once = filtered_entry(entry, chosen, rejected)
+    assert filtered_entry(once, chosen, rejected) == once

@@ -25,37 +25,37 @@ SETTINGS = CapFiltSettings("captioner", "ranker", samples=3, keep=2, batch=2)
 
 
 class Drawn:
-    """Captions "grey G draw R": the picture's grey value and a number of torch's generator; kills after a while."""
+    """Captions "grey G draw R": the image's grey value and a number of torch's generator; kills after a while."""
 
     def __init__(self, dies_after: int | None = None) -> None:
         self.left = dies_after
 
-    def captions(self, pictures: Sequence[Image.Image], count: int) -> list[list[str]]:
+    def captions(self, images: Sequence[Image.Image], count: int) -> list[list[str]]:
         if self.left is not None:
             self.left -= 1
             if self.left < 0:
                 raise KeyboardInterrupt
-        return [[f"grey {grey(p)} draw {int(torch.randint(1000, ()))}" for _ in range(count)] for p in pictures]
+        return [[f"grey {grey(p)} draw {int(torch.randint(1000, ()))}" for _ in range(count)] for p in images]
 
 
 class ByGrey:
-    """A text that names the picture's grey value scores 1, less its draw in thousandths; any other -1."""
+    """A text that names the image's grey value scores 1, less its draw in thousandths; any other -1."""
 
-    def scores(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        return [[self.score(p, text) for text in own] for p, own in zip(pictures, texts, strict=True)]
+    def scores(self, images: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        return [[self.score(p, text) for text in own] for p, own in zip(images, texts, strict=True)]
 
-    def matches(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        return [[float(s > 0) for s in own] for own in self.scores(pictures, texts)]
+    def matches(self, images: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        return [[float(s > 0) for s in own] for own in self.scores(images, texts)]
 
-    def score(self, picture: Image.Image, text: str) -> float:
+    def score(self, image: Image.Image, text: str) -> float:
         words = text.split()
-        if f"grey {grey(picture)}" not in text:
+        if f"grey {grey(image)}" not in text:
             return -1.0
         return 1 - int(words[words.index("draw") + 1]) / 1000 if "draw" in words else 0.5
 
 
-def grey(picture: Image.Image) -> int:
-    return int(np.asarray(picture)[0, 0, 0])
+def grey(image: Image.Image) -> int:
+    return int(np.asarray(image)[0, 0, 0])
 
 
 def png(value: int) -> bytes:
@@ -91,9 +91,9 @@ def run(source: Path, out: Path, settings: CapFiltSettings = SETTINGS, captioner
 
 def test_best_texts_are_kept_with_their_provenance(source: Path, tmp_path: Path) -> None:
     record = run(source, tmp_path / "out")
-    found = entries(tmp_path / "out" / "a.tar")
-    assert list(found) == ["k0", "k1", "k2", "k4"]
-    for key, entry in found.items():
+    written = entries(tmp_path / "out" / "a.tar")
+    assert list(written) == ["k0", "k1", "k2", "k4"]
+    for key, entry in written.items():
         assert len(entry["captions"]) == len(entry["provenance"]) == 2
         assert all(f"grey {int(key[1]) * 10}" in text for text in entry["captions"])
         scores = [one["score"] for one in entry["provenance"] + entry["rejected"]]
@@ -109,10 +109,10 @@ def test_best_texts_are_kept_with_their_provenance(source: Path, tmp_path: Path)
 def test_threshold_leaves_out_images_without_a_matching_text(source: Path, tmp_path: Path) -> None:
     settings = CapFiltSettings("c", "r", samples=0, itm_threshold=0.5, batch=2)
     record = run(source, tmp_path / "out", settings)
-    found = entries(tmp_path / "out" / "a.tar")
-    assert {key: entry["captions"] for key, entry in found.items()} == {"k0": ["grey 0"], "k1": ["grey 10"]}
+    written = entries(tmp_path / "out" / "a.tar")
+    assert {key: entry["captions"] for key, entry in written.items()} == {"k0": ["grey 0"], "k1": ["grey 10"]}
     assert record["emptied"] == 2
-    assert found["k0"]["provenance"] == [{"source": "web", "score": 0.5, "itm": 1.0}]
+    assert written["k0"]["provenance"] == [{"source": "web", "score": 0.5, "itm": 1.0}]
 
 
 def test_killed_worker_leaves_nothing_and_its_rerun_is_byte_equal(source: Path, tmp_path: Path) -> None:

@@ -26,6 +26,24 @@ def test_paths_globs_braces_and_folders(shards: Path) -> None:
     assert open_collection(str(shards / "part-{00001,00000}.tar")).samples[0].key == "key007"
 
 
+@pytest.mark.parametrize("folder", ["[set 1]", "a[0-9]b", "{a,b}", "what?", "star*", "[set 1]/{0..1}"])
+def test_what_exists_is_itself_before_it_is_a_pattern(
+    folder: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(shards, tmp_path / folder)
+    (tmp_path / folder / "part-00001.tar").rename(tmp_path / folder / "[1] {1,2}*.tar")
+    monkeypatch.chdir(tmp_path)
+    for spec, count in (
+        (folder, 13),
+        (f"{folder}/part-00000.tar", 7),
+        (f"{folder}/*.tar", 13),
+        (f"{folder}/part-{{00000..00000}}.tar", 7),
+        (f"{folder}/[1] {{1,2}}*.tar", 6),
+        (f"{tmp_path}/{folder}/[1] {{1,2}}*.tar", 6),
+    ):
+        assert len(open_collection(spec).samples) == count
+
+
 @pytest.mark.parametrize(
     ("spec", "folder"), [("flickr8k:dev", "flickr8k"), ("coco:dev", "photos/coco"), ("daquar:test", "photos/daquar")]
 )

@@ -66,3 +66,10 @@ def test_two_writers_do_not_meet(tmp_path: Path) -> None:
         one.write_text("one")
         two.write_text("two")
     assert (tmp_path / "a").read_text() == "one"
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "ä" * 127, "n" * 250 + ".txt"])
+def test_names_as_long_as_a_file_system_takes(tmp_path: Path, name: str) -> None:
+    write_text(tmp_path / name, "whole")
+    assert names(tmp_path) == [name]
+    assert (tmp_path / name).read_text("utf-8") == "whole"

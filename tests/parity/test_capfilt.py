@@ -20,7 +20,7 @@ from PIL import Image
 
 import blip2
 from blip2.capfilt import engines
-from blip2.capfilt.models import Bridge, HuggingFaceBlip, HuggingFaceClip, model_type, open_models
+from blip2.capfilt.models import Blip2Model, HuggingFaceBlip, HuggingFaceClip, model_type, open_models
 from blip2.capfilt.settings import CapFiltSettings
 from blip2.cli.main import main
 from blip2.data.shards.writer import write_shard
@@ -31,20 +31,20 @@ TEXTS = [["a dog on the grass", "two cats"], [], ["a red sofa on the grass", "a 
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 255, (60, 70, 3), dtype=np.uint8)) for _ in range(3)]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, pictures: list[Image.Image]) -> Path:
-    """Three shards of three pictures."""
+def source(tmp_path_factory: pytest.TempPathFactory, images: list[Image.Image]) -> Path:
+    """Three shards of three images."""
     folder = tmp_path_factory.mktemp("in")
     for shard in range(3):
         rows = []
-        for n, picture in enumerate(pictures):
+        for n, image in enumerate(images):
             buffer = io.BytesIO()
-            picture.rotate(30 * shard).save(buffer, "PNG")
+            image.rotate(30 * shard).save(buffer, "PNG")
             rows.append((f"k{shard}{n}", buffer.getvalue(), {"image_id": f"{shard}{n}", "captions": TEXTS[n][:1]}))
         write_shard(folder / f"s-{shard:05d}.tar", rows)
     return folder
@@ -60,40 +60,40 @@ def shards(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
 
 
-def test_our_scores_are_those_of_the_public_api(hf: HF, pictures: list[Image.Image]) -> None:
+def test_our_scores_are_those_of_the_public_api(hf: HF, images: list[Image.Image]) -> None:
     model = blip2.load(hf("itm")[0], dtype="fp32")
-    bridge = Bridge(model, CapFiltSettings("x"))
-    for found, reference in (
-        (bridge.scores(pictures, TEXTS), lambda p, t: float(model.similarity([p], [t]))),
-        (bridge.matches(pictures, TEXTS), lambda p, t: float(model.match([p], [t]))),
+    ours = Blip2Model(model, CapFiltSettings("x"))
+    for scores, reference in (
+        (ours.scores(images, TEXTS), lambda p, t: float(model.similarity([p], [t]))),
+        (ours.matches(images, TEXTS), lambda p, t: float(model.match([p], [t]))),
     ):
-        assert [len(own) for own in found] == [2, 0, 3]
+        assert [len(own) for own in scores] == [2, 0, 3]
         for n, own in enumerate(TEXTS):
-            assert found[n] == pytest.approx([reference(pictures[n], text) for text in own], abs=1e-5)
+            assert scores[n] == pytest.approx([reference(images[n], text) for text in own], abs=1e-5)
 
 
-def test_image_is_encoded_once(hf: HF, pictures: list[Image.Image]) -> None:
+def test_image_is_encoded_once(hf: HF, images: list[Image.Image]) -> None:
     model = blip2.load(hf("opt")[0], dtype="fp32")
     ranker = blip2.load(hf("itm")[0], dtype="fp32")
     calls: list[int] = []
     for one in (model, ranker):
         one.vision.register_forward_hook(lambda *parts: calls.append(len(parts[2])))
     captioner, judge = (
-        Bridge(model, CapFiltSettings("x", min_tokens=1, max_tokens=6)),
-        Bridge(ranker, CapFiltSettings("x")),
+        Blip2Model(model, CapFiltSettings("x", min_tokens=1, max_tokens=6)),
+        Blip2Model(ranker, CapFiltSettings("x")),
     )
-    assert [len(texts) for texts in captioner.captions(pictures, 5)] == [5, 5, 5]
+    assert [len(texts) for texts in captioner.captions(images, 5)] == [5, 5, 5]
     assert len(calls) == 1
-    judge.scores(pictures, TEXTS)
-    judge.matches(pictures, TEXTS)
+    judge.scores(images, TEXTS)
+    judge.matches(images, TEXTS)
     assert len(calls) == 2
 
 
-def test_clip_scores_are_those_of_transformers(hf: HF, pictures: list[Image.Image]) -> None:
+def test_clip_scores_are_those_of_transformers(hf: HF, images: list[Image.Image]) -> None:
     folder, reference = hf("clip")
     ranker = HuggingFaceClip(str(folder), CapFiltSettings("x"), "cpu")
-    found = ranker.scores(pictures, TEXTS)
-    assert [len(own) for own in found] == [2, 0, 3]
+    scores = ranker.scores(images, TEXTS)
+    assert [len(own) for own in scores] == [2, 0, 3]
     from blip2.data.images import plain_view
 
     for n, own in enumerate(TEXTS):
@@ -103,28 +103,28 @@ def test_clip_scores_are_those_of_transformers(hf: HF, pictures: list[Image.Imag
                 out = reference(
                     input_ids=tokens["input_ids"],
                     attention_mask=tokens["attention_mask"],
-                    pixel_values=plain_view(pictures[n], ranker.spec)[None],
+                    pixel_values=plain_view(images[n], ranker.spec)[None],
                 )
             cosine = float(out.logits_per_image / reference.logit_scale.detach().exp())
-            assert found[n][m] == pytest.approx(cosine, abs=1e-5)
+            assert scores[n][m] == pytest.approx(cosine, abs=1e-5)
 
 
-def test_blip_draws_captions(hf: HF, pictures: list[Image.Image]) -> None:
+def test_blip_draws_captions(hf: HF, images: list[Image.Image]) -> None:
     settings = CapFiltSettings("x", min_tokens=2, max_tokens=6)
     captioner = HuggingFaceBlip(str(hf("blip")[0]), settings, "cpu")
     calls: list[int] = []
     captioner.model.vision_model.register_forward_hook(lambda *parts: calls.append(1))
     torch.manual_seed(1)
-    drawn = captioner.captions(pictures, 5)
+    drawn = captioner.captions(images, 5)
     assert calls == [1]
     assert [len(texts) for texts in drawn] == [5, 5, 5]
     assert len({text for texts in drawn for text in texts}) > 5
     torch.manual_seed(1)
-    assert captioner.captions(pictures, 5) == drawn
+    assert captioner.captions(images, 5) == drawn
     prompted = HuggingFaceBlip(
         str(hf("blip")[0]), CapFiltSettings("x", prompt="a photo of", min_tokens=1, max_tokens=4), "cpu"
     )
-    assert all(text.startswith("a photo of") for texts in prompted.captions(pictures, 2) for text in texts)
+    assert all(text.startswith("a photo of") for texts in prompted.captions(images, 2) for text in texts)
 
 
 @pytest.mark.parametrize(("captioner", "ranker"), [("opt", "itm"), ("blip", "clip")])
@@ -201,7 +201,7 @@ def test_refusals(
         open_models(CapFiltSettings(str(hf("itm")[0])))
     captioner, ranker = open_models(CapFiltSettings(str(hf("itm")[0]), samples=0))
     assert captioner is None
-    assert isinstance(ranker, Bridge)
+    assert isinstance(ranker, Blip2Model)
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main([*command(hf, source, tmp_path / "r"), "--engine", "ray"]) == 2
     assert "engine ray needs Ray" in capsys.readouterr().err

@@ -155,7 +155,7 @@ def test_a_lost_engine_is_made_again(tmp_path: Path) -> None:
 
 @needs_faiss
 @pytest.mark.parametrize("how", ["cut", "other"])
-def test_a_replaced_engine_file_is_told_and_made_again(tmp_path: Path, how: str) -> None:
+def test_a_replaced_engine_file_is_an_error_and_made_again(tmp_path: Path, how: str) -> None:
     vectors = clustered(900)
     store = store_of(tmp_path / "i", vectors, {"name": "faiss", "exact_below": 500})
     index, query = Index(store), torch.from_numpy(vectors[3, :1].astype(np.float32))

@@ -56,8 +56,8 @@ def files(photos: Path) -> list[Path]:
 def test_text_search_ranks_by_itc(index: Index, model: Blip2, photos: Path) -> None:
     hits = index.search(TEXT, k=12, rerank=0)
     similarity = model.similarity(files(photos), TEXT)[:, 0]
-    wanted = [str(files(photos)[n]) for n in similarity.argsort(descending=True)]
-    assert [hit.path for hit in hits] == wanted
+    expected = [str(files(photos)[n]) for n in similarity.argsort(descending=True)]
+    assert [hit.path for hit in hits] == expected
     np.testing.assert_allclose([h.score for h in hits], similarity.sort(descending=True).values, atol=1e-3)
 
 
@@ -86,11 +86,11 @@ def test_image_search_is_the_mean_of_maxima(index: Index, model: Blip2, photos: 
     query = files(photos)[4]
     hits = index.search(image=query, k=12)
     all_BQE, one_QE = model.embed_images(files(photos)), model.embed_images([query])[0]
-    wanted = [float(np.mean([(b @ q).max() for q in one_QE])) for b in all_BQE]
+    expected = [float(np.mean([(b @ q).max() for q in one_QE])) for b in all_BQE]
     assert hits[0].path == str(query)
     assert hits[0].score == pytest.approx(1.0, abs=1e-3)
-    assert [h.path for h in hits] == [str(files(photos)[n]) for n in np.argsort(wanted)[::-1]]
-    np.testing.assert_allclose([h.score for h in hits], sorted(wanted, reverse=True), atol=1e-3)
+    assert [h.path for h in hits] == [str(files(photos)[n]) for n in np.argsort(expected)[::-1]]
+    np.testing.assert_allclose([h.score for h in hits], sorted(expected, reverse=True), atol=1e-3)
 
 
 def test_text_and_image_at_once(index: Index) -> None:
@@ -123,8 +123,8 @@ def test_copies_moves_changes_and_losses(index: Index, model: Blip2, photos: Pat
     shutil.copy(photos / "p01.png", photos / "copy.png")
     (photos / "new").mkdir()
     (photos / "p02.png").rename(photos / "new" / "moved.png")
-    shutil.copy(photos / "p04.png", photos / "p05.png")  # p05's picture is replaced by one that is known
-    (photos / "p07.png").write_bytes(b"no picture")
+    shutil.copy(photos / "p04.png", photos / "p05.png")  # p05's image is replaced by one that is known
+    (photos / "p07.png").write_bytes(b"no image")
     encoded = []
     real = Builder._encode
     monkeypatch.setattr(Builder, "_encode", lambda self, looks: (encoded.extend(looks), real(self, looks)))
@@ -153,7 +153,7 @@ def test_two_images_that_swap_their_names(model: Blip2, photos: Path, tmp_path: 
     assert {hit.state for hit in hits} == {"ok"}
 
 
-def test_gone_and_changed_files_are_found_and_told(index: Index, photos: Path) -> None:
+def test_gone_and_changed_files_are_hits_with_their_state(index: Index, photos: Path) -> None:
     (photos / "p01.png").unlink()
     shutil.copy(photos / "p04.png", photos / "p02.png")
     hits = index.search(TEXT, k=12, rerank=12)
@@ -215,9 +215,9 @@ def test_commands(tiny: Path, photos: Path, tmp_path: Path, capsys: pytest.Captu
     assert text.count("data:image/jpeg;base64") == 3
     assert "http" not in text
     code, said, _ = run(capsys, "index", "stat", out, "--check", "--json")
-    found = json.loads(said)
-    assert (found["images"], found["captions"], found["gone"]) == (12, 12, 0)  # the model captioned the other six
-    assert (found["check"]["recall"], found["check"]["damaged"]) == (1.0, [])
+    state = json.loads(said)
+    assert (state["images"], state["captions"], state["gone"]) == (12, 12, 0)  # the model captioned the other six
+    assert (state["check"]["recall"], state["check"]["damaged"]) == (1.0, [])
     (photos / "p01.png").unlink()
     assert run(capsys, "index", "remove", out, "--gone")[1] == "1 removed, 11 left\n"
     assert run(capsys, "index", "remove", out, photos / "below")[1] == "4 removed, 7 left\n"
@@ -282,7 +282,7 @@ def test_mistakes_are_one_line(
 
 @pytest.mark.parametrize("command", [["search", "{index}", TEXT], ["index", "add", "{index}", "{photos}"]])
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "messages"),
     [
         ("runs/other", ["runs/other [0000000000000000], not with {tiny} [", "give --model runs/other", "index build"]),
         ("{tiny}", ["{tiny} [0000000000000000], which has changed since", "earlier model with --model", "index build"]),
@@ -292,7 +292,7 @@ def test_mistakes_are_one_line(
 def test_commands_refuse_an_index_of_another_model(
     command: list[str],
     name: str | None,
-    told: list[str],
+    messages: list[str],
     model: Blip2,
     tiny: Path,
     photos: Path,
@@ -302,8 +302,8 @@ def test_commands_refuse_an_index_of_another_model(
 ) -> None:
     """Named by --model, retrained in its place, or gone from its place; the index stays as it is."""
     made = (name or "runs/other").format(tiny=tiny)
-    found = identify(model, made)
-    Store.create(tmp_path / "i", dataclasses.replace(found, fingerprint="0" * 16), "exact", None)
+    model_id = identify(model, made)
+    Store.create(tmp_path / "i", dataclasses.replace(model_id, fingerprint="0" * 16), "exact", None)
     before = (tmp_path / "i" / "manifest.json").read_bytes()
     arguments = [part.format(index=tmp_path / "i", photos=photos) for part in command]
     if name is not None:
@@ -311,7 +311,7 @@ def test_commands_refuse_an_index_of_another_model(
         arguments += ["--model", str(tiny)]
     code, out, err = run(capsys, *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    for part in told:
+    for part in messages:
         assert part.format(tiny=tiny) in err
     assert (tmp_path / "i" / "manifest.json").read_bytes() == before
 
@@ -355,9 +355,9 @@ def test_kill_9_while_indexing_leaves_a_whole_index(model: Blip2, tiny: Path, ph
     assert report.unchanged == count
     assert report.added == 162 - count
     paths = sorted(str(p) for p in photos.rglob("*.png"))
-    wanted = model.similarity(paths, TEXT)[:, 0]
-    found = {hit.path: hit.score for hit in Index(store, model).search(TEXT, k=162, rerank=0)}
-    np.testing.assert_allclose([found[p] for p in paths], wanted, atol=1e-3)
+    expected = model.similarity(paths, TEXT)[:, 0]
+    scores = {hit.path: hit.score for hit in Index(store, model).search(TEXT, k=162, rerank=0)}
+    np.testing.assert_allclose([scores[p] for p in paths], expected, atol=1e-3)
 
 
 def test_segments_are_written_as_it_goes(

@@ -30,12 +30,12 @@ def batch(start: int, count: int, captions: int = 1) -> Batch:
 
 def contents(store: Store) -> dict[str, tuple[bytes, tuple[str, ...], bytes]]:
     """Everything that counts, by key."""
-    found = {}
+    entries = {}
     for image, row in store.items():
         segment = store.by_serial[image >> 32]
         captions = np.asarray(segment.caption_vectors)[segment.owners == image & 0xFFFFFFFF].tobytes()
-        found[row.key] = store.vectors(np.array([image])).tobytes(), row.captions, captions
-    return found
+        entries[row.key] = store.vectors(np.array([image])).tobytes(), row.captions, captions
+    return entries
 
 
 def filled(path: Path) -> Store:
@@ -188,7 +188,7 @@ def test_a_damaged_segment_is_named(tmp_path: Path, name: str, damage: str) -> N
 
 
 @pytest.mark.parametrize("name", ["vectors.f16", "rows.jsonl", "hashes.u8", "rows.u64", "captions.f16"])
-def test_a_file_of_another_index_is_told_by_its_ends(tmp_path: Path, name: str) -> None:
+def test_a_file_of_another_index_is_refused_by_its_ends(tmp_path: Path, name: str) -> None:
     """Of the same size and form; compaction and removing keep the seals right."""
     store = filled(tmp_path / "i")
     file = tmp_path / "i" / "segments" / "000002" / name
@@ -204,7 +204,7 @@ def test_a_file_of_another_index_is_told_by_its_ends(tmp_path: Path, name: str) 
     assert contents(Store(tmp_path / "i")) == contents(store)
 
 
-def test_a_byte_in_the_middle_is_told_by_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_reports_a_byte_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "_ENDS", 16)
     filled(tmp_path / "i")
     file = tmp_path / "i" / "segments" / "000002" / "vectors.f16"

@@ -28,61 +28,61 @@ from blip2.weights.formats import located
 class Captioner(Protocol):
     """Draws captions."""
 
-    def captions(self, pictures: Sequence[Image.Image], count: int) -> list[list[str]]:
-        """`count` captions per picture, drawn with torch's global generator."""
+    def captions(self, images: Sequence[Image.Image], count: int) -> list[list[str]]:
+        """`count` captions per image, drawn with torch's global generator."""
 
 
 class Ranker(Protocol):
-    """Compares pictures with texts."""
+    """Compares images with texts."""
 
-    def scores(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Similarity of each picture with each of its own texts."""
+    def scores(self, images: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Similarity of each image with each of its own texts."""
 
-    def matches(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+    def matches(self, images: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
         """ITM probability of each of its own texts."""
 
 
-class Bridge:
-    """Our model as captioner, ranker or both: an image is encoded once for all that is asked of it."""
+class Blip2Model:
+    """Our model as captioner, ranker or both: an image is encoded once for captions and scores."""
 
     def __init__(self, model: Blip2, settings: CapFiltSettings) -> None:
         self.model, self.settings = model, settings
         self._last: tuple[Sequence[Image.Image], Tensor] | None = None
 
-    def captions(self, pictures: Sequence[Image.Image], count: int) -> list[list[str]]:
+    def captions(self, images: Sequence[Image.Image], count: int) -> list[list[str]]:
         """Nucleus samples of the language model; the run's prompt unless another was given."""
-        asked = self.settings
+        settings = self.settings
         decoding = DecodingConfig(
             beams=1,
             num=count,
             sample=True,
-            top_p=asked.top_p,
-            temperature=asked.temperature,
-            min_tokens=asked.min_tokens,
-            max_tokens=asked.max_tokens,
+            top_p=settings.top_p,
+            temperature=settings.temperature,
+            min_tokens=settings.min_tokens,
+            max_tokens=settings.max_tokens,
         )
-        return self.model.caption_features(self._features(pictures), asked.prompt, decoding)
+        return self.model.caption_features(self._features(images), settings.prompt, decoding)
 
-    def scores(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+    def scores(self, images: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
         """ITC similarity: the largest dot product over the queries."""
         flat, owners = _flat(texts)
-        embedded_BQE = self.model.embed_features(self._features(pictures))
+        embedded_BQE = self.model.embed_features(self._features(images))
         similarity_BN = query_text_similarity(embedded_BQE, self.model.embed_texts(flat))
         return _split(similarity_BN[owners, torch.arange(len(flat))], texts)
 
-    def matches(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+    def matches(self, images: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
         """ITM probability, an image's keys and values projected once for its texts."""
-        kv = self.model.image_kv(self._features(pictures))
+        kv = self.model.image_kv(self._features(images))
         device = kv.layers[0][0].device
         return [
             to_list(self.model.match_features(kv.select(torch.tensor([n], device=device)), list(own))) if own else []
             for n, own in enumerate(texts)
         ]
 
-    def _features(self, pictures: Sequence[Image.Image]) -> Tensor:
-        if self._last is None or self._last[0] is not pictures:
-            views = [plain_view(picture, self.model.image_spec) for picture in pictures]
-            self._last = pictures, self.model.encode(views)
+    def _features(self, images: Sequence[Image.Image]) -> Tensor:
+        if self._last is None or self._last[0] is not images:
+            views = [plain_view(image, self.model.image_spec) for image in images]
+            self._last = images, self.model.encode(views)
         return self._last[1]
 
 
@@ -98,24 +98,24 @@ class HuggingFaceBlip:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
 
     @torch.no_grad()
-    def captions(self, pictures: Sequence[Image.Image], count: int) -> list[list[str]]:
+    def captions(self, images: Sequence[Image.Image], count: int) -> list[list[str]]:
         """Nucleus samples; the prompt is part of the caption, as BLIP writes it."""
-        asked = self.settings
+        settings = self.settings
         prompt: dict[str, Tensor] = {}
-        if asked.prompt:
-            prompt = dict(self.tokenizer([asked.prompt] * len(pictures), return_tensors="pt"))
+        if settings.prompt:
+            prompt = dict(self.tokenizer([settings.prompt] * len(images), return_tensors="pt"))
             prompt = {name: prompt[name].to(self.device) for name in ("input_ids", "attention_mask")}
         rows = self.model.generate(
-            pixel_values=_pixels(pictures, self.spec, self.model, self.device),
+            pixel_values=_pixels(images, self.spec, self.model, self.device),
             **prompt,
             do_sample=True,
-            top_p=asked.top_p,
+            top_p=settings.top_p,
             top_k=0,
-            temperature=asked.temperature,
+            temperature=settings.temperature,
             num_beams=1,
             num_return_sequences=count,
-            min_new_tokens=asked.min_tokens,
-            max_new_tokens=asked.max_tokens,
+            min_new_tokens=settings.min_tokens,
+            max_new_tokens=settings.max_tokens,
         )
         texts = [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
         return [texts[n : n + count] for n in range(0, len(texts), count)]
@@ -134,18 +134,18 @@ class HuggingFaceClip:
         self.length = self.model.config.text_config.max_position_embeddings
 
     @torch.no_grad()
-    def scores(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+    def scores(self, images: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
         """Cosine similarity; texts are cut at the model's longest."""
         flat, owners = _flat(texts)
         tokens = self.tokenizer(flat, return_tensors="pt", padding=True, truncation=True, max_length=self.length)
         inputs = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
         text_NE = self.model.text_projection(self.model.text_model(**inputs).pooler_output).float()
-        pixels = _pixels(pictures, self.spec, self.model, self.device)
+        pixels = _pixels(images, self.spec, self.model, self.device)
         image_BE = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output).float()
         cosine_N = torch.nn.functional.cosine_similarity(image_BE[owners.to(self.device)], text_NE)
         return _split(cosine_N, texts)
 
-    def matches(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+    def matches(self, images: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
         """CLIP has no ITM head."""
         raise ConfigError(f"itm-threshold: {self.source} is CLIP and has no ITM head: leave it out, or rank by ours")
 
@@ -162,16 +162,16 @@ def open_models(settings: CapFiltSettings, device: str = "auto") -> tuple[Captio
     if settings.samples or settings.ranker is None:
         captioner = _captioner(settings, place)
     name = settings.ranker
-    if name is None or (name == settings.captioner and isinstance(captioner, Bridge)):
-        if not isinstance(captioner, Bridge):
+    if name is None or (name == settings.captioner and isinstance(captioner, Blip2Model)):
+        if not isinstance(captioner, Blip2Model):
             raise ConfigError(f"{settings.captioner} is BLIP of transformers, which does not rank: give --ranker")
-        captioner.model.stage1  # noqa: B018 - loaded now: a missing stage 1 is told before the work begins
+        captioner.model.stage1  # noqa: B018 - loads it: a missing stage 1 is an error before the work begins
         return (captioner if settings.samples else None), captioner
     if model_type(name) == "clip":
         if settings.itm_threshold is not None:
             raise ConfigError(f"itm-threshold: {name} is CLIP and has no ITM head: leave it out, or rank by ours")
         return captioner, HuggingFaceClip(name, settings, place)
-    ranker = Bridge(load(name, device=place, dtype=settings.dtype), settings)
+    ranker = Blip2Model(load(name, device=place, dtype=settings.dtype), settings)
     ranker.model.stage1  # noqa: B018
     return captioner, ranker
 
@@ -191,7 +191,7 @@ def _captioner(settings: CapFiltSettings, device: str) -> Captioner:
     model = load(name, device=device, dtype=settings.dtype)
     if model.stage2 is None and settings.samples:
         raise ConfigError(f"{name} is a stage 1, which does not draw captions: give a stage-2 run, or --samples 0")
-    return Bridge(model, settings)
+    return Blip2Model(model, settings)
 
 
 def _load(kind: Any, source: str, dtype: str | None, device: str) -> tuple[Any, ImageSpec]:
@@ -204,8 +204,8 @@ def _load(kind: Any, source: str, dtype: str | None, device: str) -> tuple[Any, 
     return model, ImageSpec(int(part.image_size), tuple(mean), tuple(std), resize)
 
 
-def _pixels(pictures: Sequence[Image.Image], spec: ImageSpec, model: Any, device: str) -> Tensor:
-    return torch.stack([plain_view(picture, spec) for picture in pictures]).to(device, model.dtype)
+def _pixels(images: Sequence[Image.Image], spec: ImageSpec, model: Any, device: str) -> Tensor:
+    return torch.stack([plain_view(image, spec) for image in images]).to(device, model.dtype)
 
 
 def _flat(texts: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:

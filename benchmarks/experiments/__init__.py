@@ -1,0 +1,1 @@
+"""One-off studies behind a page of the documentation."""

@@ -1,0 +1,1 @@
+"""How claims are measured: processes that take turns, the result file, everything for a card."""
