@@ -26,7 +26,7 @@ def model(tiny: Path) -> Blip2:
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
+def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(3).integers(0, 255, (60, 80, 3), dtype=np.uint8))
 
 
@@ -34,55 +34,55 @@ def crosses(model: Blip2) -> list[torch.nn.Module]:
     return [layer.cross_attention for layer in model.stage1.qformer.layers if layer.cross_attention is not None]
 
 
-def test_maps_sum_to_one(model: Blip2, picture: Image.Image) -> None:
-    found = model.attend(picture, TEXT)
-    assert found.layers == [0, 2]
-    assert found.queries.shape == (2, 5, 17)
-    for maps in (found.queries, found.pair_queries):
+def test_maps_sum_to_one(model: Blip2, image: Image.Image) -> None:
+    attention = model.attend(image, TEXT)
+    assert attention.layers == [0, 2]
+    assert attention.queries.shape == (2, 5, 17)
+    for maps in (attention.queries, attention.pair_queries):
         assert maps is not None
         torch.testing.assert_close(maps.sum(dim=-1), torch.ones(2, 5))
         assert bool((maps >= 0).all())
-    assert found.itc_maps is not None
-    assert found.itm_maps is not None
-    assert found.itc_maps.shape == found.itm_maps.shape == (2, 17)
-    assert found.heatmap(found.queries).shape == (2, 5, 4, 4)
-    torch.testing.assert_close(found.heatmap(found.queries)[1, 2].flatten(), found.queries[1, 2, 1:])
+    assert attention.itc_maps is not None
+    assert attention.itm_maps is not None
+    assert attention.itc_maps.shape == attention.itm_maps.shape == (2, 17)
+    assert attention.heatmap(attention.queries).shape == (2, 5, 4, 4)
+    torch.testing.assert_close(attention.heatmap(attention.queries)[1, 2].flatten(), attention.queries[1, 2, 1:])
 
 
-def test_maps_are_softmax_of_qk(model: Blip2, picture: Image.Image) -> None:
+def test_maps_are_softmax_of_qk(model: Blip2, image: Image.Image) -> None:
     """The queries' projections are caught in the live model's pass, the softmax is numpy's."""
     caught: list[Tensor] = []
     handles = [c.query.register_forward_hook(lambda m, i, out: caught.append(out.detach())) for c in crosses(model)]
-    kv = model.image_kv(model.features(picture))
+    kv = model.image_kv(model.features(image))
     with torch.no_grad():
         model.stage1.qformer.encode_queries(kv)
     for handle in handles:
         handle.remove()
-    wanted = []
+    expected = []
     for query, (keys, _) in zip(caught, kv.layers, strict=True):
         heads, size = keys.shape[1], keys.shape[-1]
         q = query[0].double().numpy().reshape(5, heads, size)
         k = keys[0].double().numpy()
         logits = np.stack([q[:, h] @ k[h].T for h in range(heads)]) / math.sqrt(size)
         weights = np.exp(logits - logits.max(-1, keepdims=True))
-        wanted.append((weights / weights.sum(-1, keepdims=True)).mean(0))
-    np.testing.assert_allclose(model.attend(picture).queries.numpy(), np.stack(wanted), atol=1e-6)
+        expected.append((weights / weights.sum(-1, keepdims=True)).mean(0))
+    np.testing.assert_allclose(model.attend(image).queries.numpy(), np.stack(expected), atol=1e-6)
 
 
-def test_scores_are_the_models_own(model: Blip2, picture: Image.Image) -> None:
-    found = model.attend(picture, TEXT)
-    assert found.itc is not None
-    assert found.itm == pytest.approx(float(model.match(picture, TEXT)), abs=1e-5)
-    assert float(found.itc.max()) == pytest.approx(float(model.similarity(picture, TEXT)), abs=1e-5)
-    each = model.embed_images(picture)[0] @ model.embed_texts(TEXT)[0]
-    torch.testing.assert_close(found.itc, each, atol=1e-5, rtol=0)
-    assert found.winner == int(each.argmax())
+def test_scores_are_the_models_own(model: Blip2, image: Image.Image) -> None:
+    attention = model.attend(image, TEXT)
+    assert attention.itc is not None
+    assert attention.itm == pytest.approx(float(model.match(image, TEXT)), abs=1e-5)
+    assert float(attention.itc.max()) == pytest.approx(float(model.similarity(image, TEXT)), abs=1e-5)
+    each = model.embed_images(image)[0] @ model.embed_texts(TEXT)[0]
+    torch.testing.assert_close(attention.itc, each, atol=1e-5, rtol=0)
+    assert attention.winner == int(each.argmax())
 
 
-def test_the_live_model_is_left_alone(model: Blip2, picture: Image.Image) -> None:
+def test_the_live_model_is_left_alone(model: Blip2, image: Image.Image) -> None:
     before = {name: id(part) for name, part in model.stage1.qformer.named_modules()}
     shadow, _ = recording(model.stage1.qformer)
-    model.attend(picture, TEXT)
+    model.attend(image, TEXT)
     assert {name: id(part) for name, part in model.stage1.qformer.named_modules()} == before
     assert all("attend" not in cross.__dict__ for cross in crosses(model))
     assert all(p.grad is None for p in model.stage1.parameters())
@@ -91,23 +91,23 @@ def test_the_live_model_is_left_alone(model: Blip2, picture: Image.Image) -> Non
 
 
 @pytest.mark.parametrize("score", ["itc", "itm"])
-def test_gradient_maps_are_finite_differences(tiny: Path, picture: Image.Image, score: str) -> None:
-    """Weights are moved one by one, in float64, in an attention written out here."""
+def test_gradient_maps_are_finite_differences(tiny: Path, image: Image.Image, score: str) -> None:
+    """Weights are shift one by one, in float64, in an attention written out here."""
     model = blip2.load(tiny, dtype="fp32")
     model.stage1.double()
     ids, mask = model.text_tokenizer([TEXT])
-    features = model.features(picture).double()
+    features = model.features(image).double()
     stage1 = model.stage1
     kv = model.image_kv(features)
-    moved: dict[str, tuple[int, int, float] | None] = {"at": None}
+    shift: dict[str, tuple[int, int, float] | None] = {"at": None}
     seen: dict[int, Tensor] = {}
 
     def open_attention(number: int):
         def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
             weights = torch.einsum("nhqd,nhpd->nhqp", q / math.sqrt(q.shape[-1]), k).softmax(-1)
             seen[number] = weights[0].clone()
-            if moved["at"] is not None and moved["at"][0] == number:
-                weights.view(-1)[moved["at"][1]] += moved["at"][2]
+            if shift["at"] is not None and shift["at"][0] == number:
+                weights.view(-1)[shift["at"][1]] += shift["at"][2]
             return torch.einsum("nhqp,nhpd->nqhd", weights, v).flatten(2)
 
         return attention
@@ -139,44 +139,44 @@ def test_gradient_maps_are_finite_differences(tiny: Path, picture: Image.Image, 
         for n in rng.permutation(gradient.numel())[:40].tolist():
             ends = []
             for sign in (1, -1):
-                moved["at"] = (number, n, sign * step)
+                shift["at"] = (number, n, sign * step)
                 ends.append(value())
             slope = (ends[0] - ends[1]) / (2 * step)
             assert float(gradient.flatten()[n]) == pytest.approx(slope, abs=1e-8, rel=1e-4)
     pairs = [(plain[number], gradient) for number, gradient in enumerate(gradients)]
-    wanted = [(weights * gradient.clamp(min=0)).sum(dim=1).mean(dim=0) for weights, gradient in pairs]
-    torch.testing.assert_close(maps, torch.stack(wanted), atol=1e-6, rtol=1e-3)
+    expected = [(weights * gradient.clamp(min=0)).sum(dim=1).mean(dim=0) for weights, gradient in pairs]
+    torch.testing.assert_close(maps, torch.stack(expected), atol=1e-6, rtol=1e-3)
     assert float(maps.sum()) > 0
 
 
-def test_words_attend_to_soft_prompts(tiny_opt: Path, picture: Image.Image) -> None:
+def test_words_attend_to_soft_prompts(tiny_opt: Path, image: Image.Image) -> None:
     model = blip2.load(tiny_opt, dtype="fp32")
     assert model.stage2 is not None
     before = model.stage2.language_model.model.config._attn_implementation
-    found = model.attend(picture)
-    assert found.caption == model.caption(picture)[0]
-    assert found.words is not None
-    assert found.word_prompts is not None
-    assert found.word_maps is not None
-    assert found.word_prompts.shape == (len(found.words), 5)
-    assert bool((found.word_prompts >= 0).all())
-    assert bool((found.word_prompts.sum(dim=1) <= 1 + 1e-5).all())
-    torch.testing.assert_close(found.word_maps.sum(dim=1), torch.ones(len(found.words)))
+    attention = model.attend(image)
+    assert attention.caption == model.caption(image)[0]
+    assert attention.words is not None
+    assert attention.word_prompts is not None
+    assert attention.word_maps is not None
+    assert attention.word_prompts.shape == (len(attention.words), 5)
+    assert bool((attention.word_prompts >= 0).all())
+    assert bool((attention.word_prompts.sum(dim=1) <= 1 + 1e-5).all())
+    torch.testing.assert_close(attention.word_maps.sum(dim=1), torch.ones(len(attention.words)))
     assert model.stage2.language_model.model.config._attn_implementation == before
-    labels = model.language_tokenizer.targets([model.config.language.prompt], [found.caption])[2]
-    assert len(found.words) == int(labels.sum()) - 1
+    labels = model.language_tokenizer.targets([model.config.language.prompt], [attention.caption])[2]
+    assert len(attention.words) == int(labels.sum()) - 1
 
 
-def test_attention_of_words_is_of_the_position_that_writes_them(tiny_opt: Path, picture: Image.Image) -> None:
+def test_attention_of_words_is_of_the_position_that_writes_them(tiny_opt: Path, image: Image.Image) -> None:
     """All of a row lies on soft prompts and earlier text: none on what is still to be written."""
     model = blip2.load(tiny_opt, dtype="fp32")
     assert model.stage2 is not None
-    found = model.attend(picture)
+    attention = model.attend(image)
     tokenizer = model.language_tokenizer
-    ids, _, labels = tokenizer.targets([model.config.language.prompt], [str(found.caption)])
+    ids, _, labels = tokenizer.targets([model.config.language.prompt], [str(attention.caption)])
     language = model.stage2.language_model
     with torch.no_grad():
-        soft = model.stage2.soft_prompts(model.features(picture))
+        soft = model.stage2.soft_prompts(model.features(image))
         language.model.set_attn_implementation("eager")
         embeds = torch.cat([soft, language.embed(ids)], dim=1)
         out = language.model(inputs_embeds=embeds, output_attentions=True)
@@ -184,51 +184,51 @@ def test_attention_of_words_is_of_the_position_that_writes_them(tiny_opt: Path, 
     writer = 5 + first - 1
     rows = torch.stack([layer[0, :, writer] for layer in out.attentions])
     assert float(rows[..., writer + 1 :].abs().max()) == 0
-    torch.testing.assert_close(found.word_prompts[0], rows.mean(dim=(0, 1))[:5], atol=1e-5, rtol=1e-4)  # type: ignore[index]
+    torch.testing.assert_close(attention.word_prompts[0], rows.mean(dim=(0, 1))[:5], atol=1e-5, rtol=1e-4)  # type: ignore[index]
 
 
-def test_words_of_an_encoder_decoder(tiny_t5: Path, picture: Image.Image) -> None:
+def test_words_of_an_encoder_decoder(tiny_t5: Path, image: Image.Image) -> None:
     """Cross-attention of the position that writes each word, against transformers' own pass with open attention."""
     model = blip2.load(tiny_t5, dtype="fp32")
     assert model.stage2 is not None
     language = model.stage2.language_model
     before = language.model.config._attn_implementation
-    found = model.attend(picture)
-    assert found.caption == model.caption(picture)[0]
-    assert found.words
-    assert found.word_prompts is not None
-    assert found.word_maps is not None
+    attention = model.attend(image)
+    assert attention.caption == model.caption(image)[0]
+    assert attention.words
+    assert attention.word_prompts is not None
+    assert attention.word_maps is not None
     assert language.model.config._attn_implementation == before
-    ids, mask, written, _ = model.language_tokenizer.pairs([model.config.language.prompt], [str(found.caption)])
-    assert len(found.words) == written.shape[1] - 1  # all but the end token
+    ids, mask, written, _ = model.language_tokenizer.pairs([model.config.language.prompt], [str(attention.caption)])
+    assert len(attention.words) == written.shape[1] - 1  # all but the end token
     with torch.no_grad():
-        soft = model.stage2.soft_prompts(model.features(picture))
+        soft = model.stage2.soft_prompts(model.features(image))
         language.model.set_attn_implementation("eager")
         embeds = torch.cat([soft, language.embed(ids)], dim=1)
         start = torch.tensor([[language.model.config.decoder_start_token_id]])
-        for number in range(len(found.words)):
+        for number in range(len(attention.words)):
             given = torch.cat([start, written[:, :number]], dim=1)
             attended = torch.cat([torch.ones(1, 5, dtype=mask.dtype), mask], dim=1)
             out = language.model(
                 inputs_embeds=embeds, attention_mask=attended, decoder_input_ids=given, output_attentions=True
             )
             last = torch.stack([layer[0, :, -1, :5] for layer in out.cross_attentions]).mean(dim=(0, 1))
-            torch.testing.assert_close(found.word_prompts[number], last, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(found.word_maps.sum(dim=1), torch.ones(len(found.words)))
+            torch.testing.assert_close(attention.word_prompts[number], last, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(attention.word_maps.sum(dim=1), torch.ones(len(attention.words)))
 
 
 def test_itm_that_was_never_learned_is_left_out(
-    tiny: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = blip2.load(tiny, dtype="fp32")
     never = dataclasses.replace(model.config, loss=dataclasses.replace(model.config.loss, itm=0.0))
     monkeypatch.setattr(model, "_stage1_config", never)
-    found = model.attend(picture, TEXT)
-    assert found.itm is found.itm_maps is found.pair_queries is None
-    assert found.itc_maps is not None
-    assert "ITM" not in repr(model.show(picture, text=TEXT))
+    attention = model.attend(image, TEXT)
+    assert attention.itm is attention.itm_maps is attention.pair_queries is None
+    assert attention.itc_maps is not None
+    assert "ITM" not in repr(model.show(image, text=TEXT))
 
 
-def test_a_text_needs_stage_1(tiny_opt: Path, picture: Image.Image) -> None:
+def test_a_text_needs_stage_1(tiny_opt: Path, image: Image.Image) -> None:
     with pytest.raises(ConfigError, match="stage-1 checkpoint"):
-        blip2.load(tiny_opt, dtype="fp32").attend(picture, TEXT)
+        blip2.load(tiny_opt, dtype="fp32").attend(image, TEXT)

@@ -21,14 +21,14 @@ from blip2.inference import Blip2
 
 @pytest.fixture(scope="module")
 def model(tiny: Path) -> Blip2:
-    found = blip2.load(tiny, device="cpu")
-    found.batch = 4
-    return found
+    result = blip2.load(tiny, device="cpu")
+    result.batch = 4
+    return result
 
 
 @pytest.fixture
 def samples(tmp_path: Path) -> list[Sample]:
-    """Six pictures of noise with two captions each."""
+    """Six images of noise with two captions each."""
     rng = np.random.default_rng(0)
     for n in range(6):
         Image.fromarray(rng.integers(0, 255, (48, 60, 3), dtype=np.uint8)).save(tmp_path / f"{n}.png")
@@ -39,31 +39,31 @@ def samples(tmp_path: Path) -> list[Sample]:
 
 
 def test_numbers_are_those_of_every_image_alone(model: Blip2, samples: list[Sample]) -> None:
-    found = specialisation(model, samples)
-    assert (found.images, found.texts, found.grid, found.layers) == (6, 12, (4, 4), [0, 2])
+    result = specialisation(model, samples)
+    assert (result.images, result.texts, result.grid, result.layers) == (6, 12, (4, 4), [0, 2])
     alone = [model.attend(sample.read(), sample.captions[0]) for sample in samples]
-    torch.testing.assert_close(found.maps, torch.stack([a.queries for a in alone]).mean(dim=0), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(found.maps.sum(dim=-1), torch.ones(2, 5))
-    torch.testing.assert_close(found.on_prefix, found.maps.mean(dim=0)[:, 0])
+    torch.testing.assert_close(result.maps, torch.stack([a.queries for a in alone]).mean(dim=0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(result.maps.sum(dim=-1), torch.ones(2, 5))
+    torch.testing.assert_close(result.on_prefix, result.maps.mean(dim=0)[:, 0])
     cosines = torch.stack([model.attend(s.read(), caption).itc for s in samples for caption in s.captions])
-    wanted = torch.bincount(cosines.argmax(dim=1), minlength=5) / 12
-    torch.testing.assert_close(found.wins, wanted)
+    expected = torch.bincount(cosines.argmax(dim=1), minlength=5) / 12
+    torch.testing.assert_close(result.wins, expected)
     own = (cosines - cosines.mean(dim=0)) / cosines.std(dim=0, correction=0)
-    torch.testing.assert_close(found.stands_out, torch.bincount(own.argmax(dim=1), minlength=5) / 12)
+    torch.testing.assert_close(result.stands_out, torch.bincount(own.argmax(dim=1), minlength=5) / 12)
     entropies = []
     for each in alone:
         patches = each.queries.mean(dim=0)[:, 1:]
         shares = patches / patches.sum(dim=1, keepdim=True)
         entropies.append((-(shares * shares.log()).sum(dim=1)).exp())
-    torch.testing.assert_close(found.spread, torch.stack(entropies).mean(dim=0), atol=1e-4, rtol=1e-4)
-    assert bool((found.places >= found.spread - 1e-3).all())  # entropy is concave
+    torch.testing.assert_close(result.spread, torch.stack(entropies).mean(dim=0), atol=1e-4, rtol=1e-4)
+    assert bool((result.places >= result.spread - 1e-3).all())  # entropy is concave
 
 
 def test_examples_are_of_different_images_and_in_order(model: Blip2, samples: list[Sample]) -> None:
-    found = specialisation(model, samples, examples=2)
-    shown = [row for row in found.examples if row]
+    result = specialisation(model, samples, examples=2)
+    shown = [row for row in result.examples if row]
     assert shown
-    for query, row in enumerate(found.examples):
+    for query, row in enumerate(result.examples):
         assert len(row) <= 2
         assert len({example.sample.key for example in row}) == len(row)
         assert [e.z for e in row] == sorted((e.z for e in row), reverse=True)
@@ -78,22 +78,22 @@ def test_bad_samples_are_counted(model: Blip2, samples: list[Sample], tmp_path: 
     (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
     broken = Sample("broken", "broken", ("a dog",), str(tmp_path / "broken.png"))
     silent = Sample("silent", "silent", (), samples[0].path)
-    found = specialisation(model, [broken, *samples[:2], silent])
-    assert found.images == 2
-    assert [bad.key for bad in found.bad] == ["broken", "silent"]
+    result = specialisation(model, [broken, *samples[:2], silent])
+    assert result.images == 2
+    assert [bad.key for bad in result.bad] == ["broken", "silent"]
     with pytest.raises(DataError, match="broken"):
         specialisation(model, [broken])
 
 
 def test_log_odds_by_hand() -> None:
     dogs, rest = Counter(dog=30, a=50), Counter(dog=10, a=60, cat=50)
-    found = over_represented([dogs, rest])
-    assert [word.word for word in found[0]] == ["dog"]
-    assert [word.word for word in found[1]] == ["cat"]
+    result = over_represented([dogs, rest])
+    assert [word.word for word in result[0]] == ["dog"]
+    assert [word.word for word in result[1]] == ["cat"]
     # prior of "dog": 100 x 40 / 200 = 20; (30 + 20) of 80 + 100, against (10 + 20) of 120 + 100
     difference = math.log(50 / 130) - math.log(30 / 190)
-    assert found[0][0].z == pytest.approx(difference / math.sqrt(1 / 50 + 1 / 30))
-    assert found[0][0].images == 30
+    assert result[0][0].z == pytest.approx(difference / math.sqrt(1 / 50 + 1 / 30))
+    assert result[0][0].images == 30
 
 
 def test_what_is_the_same_everywhere_does_not_stand_out() -> None:

@@ -18,13 +18,13 @@ def test_a_page_and_numbers(tiny: Path, photos: Path, tmp_path: Path, capsys: py
     page = tmp_path / "out" / "report.html"
     text = "a <b>dog</b>"
     assert main(["explain", str(photos / "p01.png"), text, "--model", str(tiny), "--out", str(page), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    queries = np.array(found["queries"])
+    output = json.loads(capsys.readouterr().out)
+    queries = np.array(output["queries"])
     assert queries.shape == (2, 5, 17)
     np.testing.assert_allclose(queries.sum(axis=-1), 1, atol=1e-4)
-    assert found["winner"] == int(np.argmax(found["itc"]))
+    assert output["winner"] == int(np.argmax(output["itc"]))
     html = page.read_text()
-    # the picture, ITC and ITM in all and in each of two layers, five queries in two layers
+    # the image, ITC and ITM in all and in each of two layers, five queries in two layers
     assert html.count("data:image/png;base64,") == 1 + 2 * 3 + 5 * 2
     assert re.findall(r"""(?:src|href)=["'](?!data:)""", html) == []
     assert "http" not in html
@@ -38,9 +38,9 @@ def test_a_stage_2_model_explains_its_words(
 ) -> None:
     page = tmp_path / "report.html"
     assert main(["explain", str(photos / "p01.png"), "--model", str(tiny_opt), "--out", str(page)]) == 0
-    said = capsys.readouterr().out
-    assert "caption:" in said
-    assert "attention to the soft prompts" in said
+    printed = capsys.readouterr().out
+    assert "caption:" in printed
+    assert "attention to the soft prompts" in printed
     assert "What each word of the caption drew on" in page.read_text()
 
 
@@ -49,14 +49,14 @@ def test_queries_over_a_data_set(tiny: Path, photos: Path, tmp_path: Path, capsy
     page = tmp_path / "queries.html"
     given = ["explain", "--data", str(photos), "--model", str(tiny), "--out", str(page)]
     assert main([*given, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["images"], found["texts"], len(found["bad"])) == (6, 6, 0)
-    assert sum(query["wins"] for query in found["queries"]) == pytest.approx(1, abs=1e-4)
-    maps = np.array([query["map"] for query in found["queries"]])
+    output = json.loads(capsys.readouterr().out)
+    assert (output["images"], output["texts"], len(output["bad"])) == (6, 6, 0)
+    assert sum(query["wins"] for query in output["queries"]) == pytest.approx(1, abs=1e-4)
+    maps = np.array([query["map"] for query in output["queries"]])
     assert maps.shape == (5, 2, 17)
     np.testing.assert_allclose(maps.sum(axis=-1), 1, atol=1e-4)
     html = page.read_text()
-    assert html.count("data:image/png;base64,") == 5 + sum(len(query["examples"]) for query in found["queries"])
+    assert html.count("data:image/png;base64,") == 5 + sum(len(query["examples"]) for query in output["queries"])
     assert re.findall(r"""(?:src|href)=["'](?!data:)""", html) == []
     assert "<script" not in html
     assert html.count("<img") == html.count("alt=")

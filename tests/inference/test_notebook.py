@@ -28,7 +28,7 @@ def stage2(tiny_opt: Path) -> Blip2:
     return blip2.load(tiny_opt, device="cpu")
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (80, 60)) -> Image.Image:
+def image(seed: int = 0, size: tuple[int, int] = (80, 60)) -> Image.Image:
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
 
@@ -58,42 +58,42 @@ class Reader(HTMLParser):
 
 
 def test_captions_and_answers_are_the_models(stage2: Blip2) -> None:
-    pictures = [picture(0), picture(1)]
-    shown = stage2.show(pictures, ["what is it?", "where?"], beams=2, num=2)
-    assert [card.captions for card in shown] == stage2.caption(pictures, beams=2, num=2)
-    answers = stage2.ask_many(pictures, ["what is it?", "where?"])
+    images = [image(0), image(1)]
+    shown = stage2.show(images, ["what is it?", "where?"], beams=2, num=2)
+    assert [card.captions for card in shown] == stage2.caption(images, beams=2, num=2)
+    answers = stage2.ask_many(images, ["what is it?", "where?"])
     assert [[answer for _, answer in card.answers] for card in shown] == answers
     page = Reader(shown._repr_html_())
     for card in shown:
-        for said in (*card.captions, *(part for turn in card.answers for part in turn)):
-            assert said in page.text
-            assert said in repr(shown)
+        for text in (*card.captions, *(part for turn in card.answers for part in turn)):
+            assert text in page.text
+            assert text in repr(shown)
     assert [image["alt"] for image in page.images] == [card.captions[0] for card in shown]
 
 
 def test_maps_of_a_text(stage1: Blip2) -> None:
-    shown = stage1.show(picture(), text="a dog")
-    found = stage1.attend(picture(), "a dog")
+    shown = stage1.show(image(), text="a dog")
+    attention = stage1.attend(image(), "a dog")
     html = shown._repr_html_()
-    assert f"ITC {float(found.itc.max()):.3f}" in html
-    assert f"probability {found.itm:.2f}" in html
-    assert len(Reader(html).images) == 3  # the picture, ITC, ITM
+    assert f"ITC {float(attention.itc.max()):.3f}" in html
+    assert f"probability {attention.itm:.2f}" in html
+    assert len(Reader(html).images) == 3  # the image, ITC, ITM
     assert "ITM" in repr(shown[0])
 
 
 def test_maps_of_words_without_a_text(stage2: Blip2) -> None:
-    card = stage2.show(picture(), maps=True)[0]
+    card = stage2.show(image(), maps=True)[0]
     assert card.attention is not None
     assert card.attention.words
     assert len(Reader(card._repr_html_()).images) == 1 + 1 + len(card.attention.words)
-    assert stage2.show(picture())[0].attention is None
+    assert stage2.show(image())[0].attention is None
 
 
 def test_a_page_has_nothing_from_elsewhere_and_no_markup_of_others(tmp_path: Path, stage1: Blip2) -> None:
     path = tmp_path / "<script>.png"
-    picture().save(path)
-    found = stage1.attend(picture(), '"><script>alert(1)</script>')
-    card = Card(path.name, picture(), ["<b>bold</b>"], [("<i>?</i>", "'\"&")], found)
+    image().save(path)
+    attention = stage1.attend(image(), '"><script>alert(1)</script>')
+    card = Card(path.name, image(), ["<b>bold</b>"], [("<i>?</i>", "'\"&")], attention)
     html = Shown([card])._repr_html_()
     assert "<script" not in html
     assert "<b>" not in html
@@ -106,4 +106,4 @@ def test_a_page_has_nothing_from_elsewhere_and_no_markup_of_others(tmp_path: Pat
 
 def test_questions_need_stage_2(stage1: Blip2) -> None:
     with pytest.raises(ConfigError, match="stage-2"):
-        stage1.show(picture(), "what?")
+        stage1.show(image(), "what?")

@@ -30,7 +30,7 @@ SHORT = ["--beams", "2", "--min-tokens", "1", "--max-tokens", "5"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six pictures with captions and questions, as JSONL."""
+    """Six images with captions and questions, as JSONL."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     lines = []
@@ -47,8 +47,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def last(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return result
 
 
 def test_captioning(hf: HF, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,15 +70,15 @@ def test_captioning(hf: HF, data: Path, tmp_path: Path, capsys: pytest.CaptureFi
     result = last(capsys)
     lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [f"k{n}" for n in range(6)]
-    said, wanted = [line["caption"] for line in lines], [line["references"] for line in lines]
-    assert result["metrics"]["bleu1"] == pytest.approx(bleu(said, wanted)["bleu1"], abs=0.01)
-    assert result["metrics"]["cider"] == pytest.approx(cider(said, wanted), abs=0.01)
+    captions, references = [line["caption"] for line in lines], [line["references"] for line in lines]
+    assert result["metrics"]["bleu1"] == pytest.approx(bleu(captions, references)["bleu1"], abs=0.01)
+    assert result["metrics"]["cider"] == pytest.approx(cider(captions, references), abs=0.01)
     assert (result["task"], result["n"], result["settings"]["beams"]) == ("caption", 6, 2)
     for name in ("meteor", "spice"):
         assert result["metrics"][name] is not None or result["missing"][name]
     model = blip2.load(source, dtype="fp32")
-    pictures = [data.parent / f"{n}.png" for n in range(6)]
-    assert said == model.caption(pictures, beams=2, min_tokens=1, max_tokens=5)
+    images = [data.parent / f"{n}.png" for n in range(6)]
+    assert captions == model.caption(images, beams=2, min_tokens=1, max_tokens=5)
     page = (out / "report.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 6
     # a folder of other settings is refused, the same is complete at once
@@ -110,9 +110,9 @@ def test_questions(hf: HF, data: Path, tmp_path: Path, capsys: pytest.CaptureFix
 def test_ranking_follows_the_likelihood(hf: HF, data: Path, kind: str) -> None:
     model = blip2.load(hf(kind)[0], dtype="fp32")
     assert model.stage2 is not None
-    picture, candidates = data.parent / "1.png", ["a dog", "two cats sleep", "it"]
+    image, candidates = data.parent / "1.png", ["a dog", "two cats sleep", "it"]
     prompt = model.config.language.question.format("what is it?")
-    soft = model.stage2.soft_prompts(model.features(picture))
+    soft = model.stage2.soft_prompts(model.features(image))
     scores = []
     for text in candidates:
         tokenizer, language = model.language_tokenizer, model.stage2.language_model
@@ -123,7 +123,7 @@ def test_ranking_follows_the_likelihood(hf: HF, data: Path, kind: str) -> None:
         else:
             parts3 = tokenizer.targets([prompt], [text])
             scores.append(-float(language.decoder_loss(soft, *parts3)) * int(parts3[2].sum()))
-    assert model.rank_answers(picture, "what is it?", candidates) == [candidates[int(np.argmax(scores))]]
+    assert model.rank_answers(image, "what is it?", candidates) == [candidates[int(np.argmax(scores))]]
 
 
 @pytest.mark.parametrize("room", [retrieval.KEPT_FEATURES, 0])
@@ -139,19 +139,19 @@ def test_retrieval(
     entries = [json.loads(line) for line in data.read_text().splitlines()]
     texts = [text for entry in entries for text in entry["captions"]]
     owners = np.array([n for n, entry in enumerate(entries) for _ in entry["captions"]])
-    pictures = [data.parent / entry["image"] for entry in entries]
-    similarity = model.similarity(pictures, texts).numpy()
+    images = [data.parent / entry["image"] for entry in entries]
+    similarity = model.similarity(images, texts).numpy()
     lines = [json.loads(line) for line in (tmp_path / "e" / "predictions.jsonl").read_text().splitlines()]
     # the plain procedure: every pair by itself
     match = np.full_like(similarity, -np.inf)
-    for i, (picture, line) in enumerate(zip(pictures, lines, strict=True)):
-        kv = model.image_kv(model.features(picture))
-        for t, found in zip(line["texts"], line["itm"], strict=True):
-            assert found == pytest.approx(float(model.match_logits(kv, [texts[t]])[0, 1]), rel=1e-4, abs=1e-5)
-            match[i, t] = found  # random weights score alike: rounding must not decide a rank here
+    for i, (image, line) in enumerate(zip(images, lines, strict=True)):
+        kv = model.image_kv(model.features(image))
+        for t, logit in zip(line["texts"], line["itm"], strict=True):
+            assert logit == pytest.approx(float(model.match_logits(kv, [texts[t]])[0, 1]), rel=1e-4, abs=1e-5)
+            match[i, t] = logit  # random weights score alike: rounding must not decide a rank here
     # what is not matched stands below all that is, as ITC has it
     by_image, by_text = similarity - 100, similarity - 100
-    for i in range(len(pictures)):
+    for i in range(len(images)):
         best = np.argsort(-similarity[i])[:3]
         by_image[i, best] = similarity[i, best] + match[i, best]
     for t in range(len(texts)):

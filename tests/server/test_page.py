@@ -184,14 +184,14 @@ def test_pages_that_commands_write(
     """`explain` of an image, and of a data set."""
     from blip2.data.images import open_image
     from blip2.data.sources import open_collection
-    from blip2.explain.queries import write_queries
+    from blip2.explain.queries import as_dict, write_queries
     from blip2.explain.query_statistics import specialisation
     from blip2.explain.report import write_attention
 
     picture = open_image(photos / "p01.png")
     write_attention(tmp_path / "image.html", picture, both.attend(picture, "a dog"), "p01.png", "tiny", "squash")
     result = specialisation(both, open_collection(str(photos)).samples)
-    write_queries(tmp_path / "queries.html", result, "squash", "photos", "tiny")
+    write_queries(tmp_path / "queries.html", result, as_dict(result, "photos", "tiny"), "squash")
     page = browser.new_page(color_scheme=scheme)
     for name in ("image.html", "queries.html"):
         page.goto((tmp_path / name).as_uri())

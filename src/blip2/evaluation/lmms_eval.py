@@ -84,12 +84,12 @@ class Blip2Lmms(lmms):  # type: ignore[misc]
         out: list[tuple[float, bool]] = []
         for chunk in _chunks(list(range(len(requests))), self.batch_size):
             parts = [self._asked(requests[n].args) for n in chunk]
-            wanted = [self._continuation(requests[n].args) for n in chunk]
+            continuations = [self._continuation(requests[n].args) for n in chunk]
             images, prompts, questions = (list(part) for part in zip(*parts, strict=True))
             features = self.model.features(images)
-            likely = to_list(self.model.log_likelihood(features, prompts, wanted, questions=questions))
+            likely = to_list(self.model.log_likelihood(features, prompts, continuations, questions=questions))
             greedy = self.model.generate(features, prompts, DecodingConfig(beams=1, min_tokens=0), questions=questions)
-            out += [(v, texts[0] == text) for v, texts, text in zip(likely, greedy, wanted, strict=True)]
+            out += [(v, texts[0] == text) for v, texts, text in zip(likely, greedy, continuations, strict=True)]
         return out
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
@@ -107,8 +107,9 @@ class Blip2Lmms(lmms):  # type: ignore[misc]
         return images[0], prompt, question
 
     def _continuation(self, arguments: tuple[Any, ...]) -> str:
-        _, wanted, _, number, task, split = arguments
-        return str(wanted if isinstance(wanted, str) else wanted(self.task_dict[task][split][number])).strip()
+        _, continuation, _, number, task, split = arguments
+        text = continuation if isinstance(continuation, str) else continuation(self.task_dict[task][split][number])
+        return str(text).strip()
 
 
 def decoding_of(settings: dict[str, Any]) -> tuple[DecodingConfig, list[str]]:

@@ -33,7 +33,7 @@ from blip2.ops import distributed
 from blip2.ops.contrastive import query_text_similarity
 from blip2.ops.devices import to_list, to_numpy
 
-# Bytes of image features that are kept from ITC for ITM.
+# Bytes of image features that are kept in memory from ITC to ITM.
 KEPT_FEATURES = 2_000_000_000
 
 
@@ -73,13 +73,13 @@ class Retrieval:
         samples = self.data.samples
         texts = [text for sample in samples for text in sample.captions]
         owners = np.array([n for n, sample in enumerate(samples) for _ in sample.captions])
-        queries_IQE, kept = _embed(samples, model)
+        queries_IQE, cached = _embed(samples, model)
         similarity_IT = to_numpy(query_text_similarity(queries_IQE, model.embed_texts(texts)))
         pairs = candidate_pairs(similarity_IT, self.k)
 
         def predict(chunk: list[int]) -> Entries:
-            features = {n: kept[n] for n in chunk if n in kept}
-            if missing := [n for n in chunk if n not in kept]:
+            features = {n: cached[n] for n in chunk if n in cached}
+            if missing := [n for n in chunk if n not in cached]:
                 features |= zip(missing, model.features([samples[n].read() for n in missing]), strict=True)
             return [_matches(model, features[n][None].to(model.device), texts, pairs[n]) for n in chunk]
 
@@ -120,7 +120,7 @@ def _embed(samples: list[Sample], model: Blip2) -> tuple[Tensor, dict[int, Tenso
 
     ITC wants every image before the first pair is matched.
     """
-    embedded, kept, used = [], dict[int, Tensor](), 0
+    embedded, cached, used = [], dict[int, Tensor](), 0
     with tqdm(total=len(samples), unit="image", desc="embedding", disable=distributed.rank() > 0) as bar:
         for start in range(0, len(samples), model.batch):
             chunk = samples[start : start + model.batch]
@@ -128,6 +128,6 @@ def _embed(samples: list[Sample], model: Blip2) -> tuple[Tensor, dict[int, Tenso
             embedded.append(model.embed_features(features_BPC))
             used += features_BPC.nbytes
             if used <= KEPT_FEATURES:
-                kept |= dict(enumerate(features_BPC.to("cpu"), start))
+                cached |= dict(enumerate(features_BPC.to("cpu"), start))
             bar.update(len(chunk))
-    return torch.cat(embedded), kept
+    return torch.cat(embedded), cached

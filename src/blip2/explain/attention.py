@@ -18,16 +18,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from blip2.configs import DecodingConfig
-from blip2.data.images import ImageLike
 from blip2.errors import ConfigError
-from blip2.explain.attention_maps import cross_prompt_attention, prompt_attention, recording
-from blip2.explain.types import Explainable
+from blip2.explain.attention_maps import prompt_attention, recording
 from blip2.io.figures import overlay, png
 from blip2.models.qformer.model import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.ops.devices import to_host, to_list, to_numpy
+from blip2.weights.loaded import LoadedModel
 
 
 @dataclass
@@ -93,9 +91,12 @@ class Attention(PatchMaps):
         return None if self.itc is None else int(self.itc.argmax())
 
 
-def attend(model: Explainable, image: ImageLike, text: str | None = None) -> Attention:
-    """See `Blip2.attend`."""
-    features_1PC = model.features([image])
+def attend(model: LoadedModel, features_1PC: Tensor, text: str | None, caption: str | None) -> Attention:
+    """See `Blip2.attend`.
+
+    Args:
+        caption: what a stage-2 model writes of the image; None for a stage-1 model.
+    """
     if text is not None and text.strip():
         attention = _with_text(model, features_1PC, text.strip())
     else:
@@ -104,12 +105,12 @@ def attend(model: Explainable, image: ImageLike, text: str | None = None) -> Att
         with torch.no_grad():
             shadow.encode_queries(shadow.project_image(features_1PC, stage.ln_vision))
         attention = Attention(grid_of(model), model.vision.prefix, cross_layers(qformer_of(stage)), recorded.maps())
-    if model.stage2 is not None:
-        _add_words(model, features_1PC, attention)
+    if caption is not None:
+        _add_words(model, features_1PC, caption, attention)
     return attention
 
 
-def _with_text(model: Explainable, features_1PC: Tensor, text: str) -> Attention:
+def _with_text(model: LoadedModel, features_1PC: Tensor, text: str) -> Attention:
     """ITC and ITM of one pair, with their maps."""
     stage1 = model.stage1
     ids, mask = model.text_ids([text])
@@ -133,11 +134,10 @@ def _with_text(model: Explainable, features_1PC: Tensor, text: str) -> Attention
     return attention
 
 
-def _add_words(model: Explainable, features_1PC: Tensor, attention: Attention) -> None:
-    """Caption the image, and read how each token of the caption attended to the soft prompts."""
+def _add_words(model: LoadedModel, features_1PC: Tensor, caption: str, attention: Attention) -> None:
+    """How each token of the caption attended to the soft prompts."""
     stage2, tokenizer, prompt = model.stage2, model.language_tokenizer, model.config.language.prompt
     assert stage2 is not None
-    caption = model.caption_features(features_1PC, None, DecodingConfig())[0][0]
     shadow, recorded = recording(qformer_of(stage2))
     with torch.no_grad():
         queries_1QD, _ = shadow.encode_queries(shadow.project_image(features_1PC, stage2.ln_vision))
@@ -145,7 +145,7 @@ def _add_words(model: Explainable, features_1PC: Tensor, attention: Attention) -
     if stage2.language_model.encoder_decoder:
         enc_ids, enc_mask, ids, mask = (x.to(model.device) for x in tokenizer.pairs([prompt], [caption]))
         at_W = torch.arange(int(mask.sum()) - 1)  # all but the end token
-        word_prompts = cross_prompt_attention(stage2.language_model, soft_1QH, enc_ids, enc_mask, ids)[at_W]
+        word_prompts = prompt_attention(stage2.language_model, soft_1QH, enc_ids, enc_mask, ids)[at_W]
     else:
         ids, mask, labels = (x.to(model.device) for x in tokenizer.targets([prompt], [caption]))
         at_W = to_host(labels[0].nonzero()[:, 0])[:-1]
@@ -156,7 +156,7 @@ def _add_words(model: Explainable, features_1PC: Tensor, attention: Attention) -
     attention.word_maps = shares_WQ @ recorded.maps()[-1]
 
 
-def grid_of(model: Explainable) -> tuple[int, int]:
+def grid_of(model: LoadedModel) -> tuple[int, int]:
     """Rows and columns of patches that the queries see."""
     side = model.vision.grid // model.vision.pool
     return side, side

@@ -92,58 +92,32 @@ def _open_attention(recorded: Recorded) -> Callable[..., Tensor]:
 
 
 @torch.no_grad()
-def prompt_attention(model: LanguageModel, prompt_1QH: Tensor, ids_1T: Tensor, mask_1T: Tensor) -> Tensor:
+def prompt_attention(
+    model: LanguageModel, prompt_1QH: Tensor, ids_1T: Tensor, mask_1T: Tensor, written_1W: Tensor | None = None
+) -> Tensor:
     """How much of its attention each token of a text gives to the soft prompts, for one image.
 
-    Row t is of the position that reads token t; the one that predicts it is the row before. The model
-    runs once with open attention, which is not for several threads at a time.
+    The model runs once with open attention, which is not for several threads at a time.
 
     Args:
-        ids_1T, mask_1T: right-padded text after the soft prompts; decoder-only.
+        ids_1T, mask_1T: right-padded text after the soft prompts; an encoder-decoder's encoder reads it.
+        written_1W: tokens that the decoder of an encoder-decoder writes; the start token is put in front here.
 
     Returns:
-        [Q + T, Q], mean over layers and heads; rows sum to at most one, the rest goes to the text.
+        Mean over layers and heads; rows sum to at most one, the rest goes to the text. Decoder-only [Q + T, Q], a row
+        for the position that reads a token: the one that writes it is the row before. Encoder-decoder [W, Q], a row
+        for the position that writes a token: cross-attention to the soft prompts' places, where the encoder has mixed
+        them with each other and the text.
 
     Raises:
-        ValueError: an encoder-decoder, or a model that does not give its attention.
+        ValueError: the model does not give its attention.
     """
-    if model.encoder_decoder:
-        raise ValueError("an encoder-decoder's words are asked for by `cross_prompt_attention`")
     embeds, mask = model._join(prompt_1QH, ids_1T, mask_1T)
-    mean_SS = _open_mean(model, "attentions", inputs_embeds=embeds, attention_mask=mask)
-    return mean_SS[:, : prompt_1QH.shape[1]]
-
-
-@torch.no_grad()
-def cross_prompt_attention(
-    model: LanguageModel, prompt_1QH: Tensor, enc_ids_1T: Tensor, enc_mask_1T: Tensor, dec_ids_1W: Tensor
-) -> Tensor:
-    """The same of an encoder-decoder: how much of its cross-attention each token gives to the soft prompts' places.
-
-    Row w is of the position that writes token w. What the encoder put in a soft prompt's place has seen the
-    other soft prompts and the text. Not for several threads at a time.
-
-    Args:
-        enc_ids_1T, enc_mask_1T: the encoder's text, after the soft prompts.
-        dec_ids_1W: tokens that are written; the start token is put in front here.
-
-    Returns:
-        [W, Q], mean over layers and heads; rows sum to at most one, the rest goes to the encoder's text.
-    """
-    embeds, mask = model._join(prompt_1QH, enc_ids_1T, enc_mask_1T)
-    start = torch.full_like(dec_ids_1W[:, :1], model.model.config.decoder_start_token_id)
-    given = torch.cat([start, dec_ids_1W[:, :-1]], dim=1)
-    mean_WS = _open_mean(model, "cross_attentions", inputs_embeds=embeds, attention_mask=mask, decoder_input_ids=given)
-    return mean_WS[:, : prompt_1QH.shape[1]]
-
-
-def _open_mean(model: LanguageModel, kind: str, **inputs: Tensor) -> Tensor:
-    """Attention weights of one row, mean over layers and heads, from one pass with open attention.
-
-    Raises:
-        ValueError: the model does not give them.
-    """
-    before = model.model.config._attn_implementation
+    inputs, kind, config = {"inputs_embeds": embeds, "attention_mask": mask}, "attentions", model.model.config
+    if written_1W is not None:
+        start = torch.full_like(written_1W[:, :1], config.decoder_start_token_id)
+        inputs["decoder_input_ids"], kind = torch.cat([start, written_1W[:, :-1]], dim=1), "cross_attentions"
+    before = config._attn_implementation
     model.model.set_attn_implementation("eager")
     try:
         out = model.model(**inputs, use_cache=False, output_attentions=True)
@@ -151,5 +125,6 @@ def _open_mean(model: LanguageModel, kind: str, **inputs: Tensor) -> Tensor:
         model.model.set_attn_implementation(before)
     layers = getattr(out, kind, None)
     if not layers:
-        raise ValueError(f"{model.model.config.model_type} does not give its attention")
-    return to_host(torch.stack([weights[0].float().mean(dim=0) for weights in layers]).mean(dim=0))
+        raise ValueError(f"{config.model_type} does not give its attention")
+    mean = torch.stack([weights[0].float().mean(dim=0) for weights in layers]).mean(dim=0)
+    return to_host(mean[:, : prompt_1QH.shape[1]])

@@ -1,48 +1,28 @@
-"""`blip2 explain --data`: what each query specialises in, as lines, JSON and a page."""
+"""What each query specialises in over a data set: as JSON, as lines, and as a page."""
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from blip2.configs.checks import require
 from blip2.data.collection import printable
 from blip2.data.images import decode_image
-from blip2.data.sources import open_collection
-from blip2.errors import ConfigError
-from blip2.explain.query_statistics import Example, Specialisation, Word, specialisation
-from blip2.explain.types import Explainable
+from blip2.explain.query_statistics import Specialisation, Word
 from blip2.io.figures import colours, png, seen
 from blip2.io.html import write_page
 from blip2.ops.devices import to_list, to_numpy
 
-# The model that a command's options name, and that name.
-Load = Callable[[argparse.Namespace], tuple[Explainable, str]]
-
 _MAP, _THUMB, _SHOWN = 112, 132, 8  # sides on the page in pixels; queries on the terminal
 
 
-def queries_command(options: argparse.Namespace, load: Load) -> int:
-    """Look at a data set; the page is written where --out says."""
-    if options.image is not None:
-        raise ConfigError("explain takes an IMAGE or --data DATA, not both")
-    require(options.limit is None or options.limit >= 1, "--limit", options.limit, "1 or more")
-    data = open_collection(options.data).limited(options.limit)
-    model, name = load(options)
-    result = specialisation(model, data.samples, progress=len(data.samples) > 1)
-    if options.out:
-        write_queries(Path(options.out), result, model.image_spec.resize, options.data, name)
-    print(json.dumps(as_dict(result, options.data, name)) if options.json else "\n".join(_lines(result, options.out)))
-    return 0
-
-
 def as_dict(result: Specialisation, data: str, model: str) -> dict[str, Any]:
-    """All numbers; queries in their own order, maps [L][P] as lists, rounded to 6 digits."""
+    """The numbers of the JSON; queries in their own order, maps [L][P] as lists, rounded to 6 digits.
+
+    Args:
+        data, model: their names.
+    """
     return {
         "data": printable(data),
         "model": printable(model),
@@ -79,58 +59,59 @@ def _words(words: list[Word]) -> list[dict[str, Any]]:
     return [{"word": word.word, "z": round(word.z, 3), "images": word.images} for word in words]
 
 
-def order(result: Specialisation) -> list[int]:
-    """Queries by the share of the texts that they win."""
-    return sorted(range(len(result.wins)), key=lambda q: (-float(result.wins[q]), -float(result.stands_out[q]), q))
-
-
-def _lines(result: Specialisation, out: str | None) -> list[str]:
-    Q, patches = len(result.wins), result.grid[0] * result.grid[1]
-    lines = [f"{Q} queries over {result.images} images and {result.texts} texts"]
-    if result.bad:
-        lines.append(f"{len(result.bad)} samples left out, the first: {result.bad[0].key}: {result.bad[0].reason}")
-    never = int((result.wins == 0).sum())
-    lines.append(
-        f"wins are worth {result.winners:.1f} equal queries; {never} never win; "
-        f"mean cosine {result.mean_query_cosine:.3f}"
+def lines(summary: dict[str, Any]) -> list[str]:
+    """What the terminal shows of what `as_dict` returns."""
+    queries, patches = summary["queries"], summary["grid"][0] * summary["grid"][1]
+    text = [f"{len(queries)} queries over {summary['images']} images and {summary['texts']} texts"]
+    if bad := summary["bad"]:
+        text.append(f"{len(bad)} samples left out, the first: {bad[0]['key']}: {bad[0]['reason']}")
+    never = sum(query["wins"] == 0 for query in queries)
+    text.append(
+        f"wins are worth {summary['winners']:.1f} equal queries; {never} never win; "
+        f"mean cosine {summary['mean_query_cosine']:.3f}"
     )
-    for q in order(result)[:_SHOWN]:
-        words = ", ".join(word.word for word in result.own_words[q]) or "no word stands out"
-        shares = f"wins {float(result.wins[q]):6.1%}, stands out in {float(result.stands_out[q]):6.1%}"
-        sees = f"{float(result.spread[q]):5.1f} of {patches} patches ({float(result.places[q]):5.1f} over all images)"
-        lines.append(f"query {q:>2} {shares}, sees {sees}: {words}")
-    return [*lines, *([f"page: {out}"] if out else [])]
+    for query in _by_wins(queries)[:_SHOWN]:
+        words = ", ".join(word["word"] for word in query["own_words"]) or "no word stands out"
+        text.append(
+            f"query {query['query']:>2} wins {query['wins']:6.1%}, stands out in {query['stands_out']:6.1%}, "
+            f"sees {query['spread']:5.1f} of {patches} patches ({query['places']:5.1f} over all images): {words}"
+        )
+    return text
 
 
-def write_queries(path: Path, result: Specialisation, resize: str, data: str, model: str) -> None:
+def write_queries(path: Path, result: Specialisation, summary: dict[str, Any], resize: str) -> None:
     """Write the page.
 
     Args:
+        summary: what `as_dict` returns.
         resize: how the encoder saw the images; maps lie over that view.
-        data, model: their names.
 
     Raises:
         RunError: it cannot be written.
     """
     rows = [
-        {
-            "number": q,
-            "map": png(_map(result, q)),
-            "wins": float(result.wins[q]),
-            "stands_out": float(result.stands_out[q]),
-            "bar": float(result.wins[q] / result.wins.max()),
-            "spread": float(result.spread[q]),
-            "places": float(result.places[q]),
-            "on_prefix": float(result.on_prefix[q]),
-            "words": result.words[q],
-            "own_words": result.own_words[q],
-            "examples": [_example(result, example, resize) for example in result.examples[q]],
+        query
+        | {
+            "map": png(_map(result, query["query"])),
+            "bar": query["wins"] / float(result.wins.max()),
+            "examples": [
+                {
+                    "caption": example.caption,
+                    "z": example.z,
+                    "image": result.overlay(
+                        seen(decode_image(example.sample.read()), resize, _THUMB), example.attention, share=0.45
+                    ),
+                }
+                for example in result.examples[query["query"]]
+            ],
         }
-        for q in order(result)
+        for query in _by_wins(summary["queries"])
     ]
-    names = {"data": printable(data), "model": printable(model)}
-    patches = result.grid[0] * result.grid[1]
-    write_page(path, Path(__file__).with_name("queries.html.j2"), result=result, rows=rows, patches=patches, **names)
+    write_page(path, Path(__file__).with_name("queries.html.j2"), result=summary, rows=rows)
+
+
+def _by_wins(queries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(queries, key=lambda query: (-query["wins"], -query["stands_out"], query["query"]))
 
 
 def _map(result: Specialisation, query: int) -> Image.Image:
@@ -138,9 +119,3 @@ def _map(result: Specialisation, query: int) -> Image.Image:
     heatmap = to_numpy(result.heatmap(result.maps[:, query].mean(dim=0)))
     scaled = colours(heatmap / max(float(heatmap.max()), 1e-12))
     return Image.fromarray(scaled).resize((_MAP, _MAP), Image.Resampling.NEAREST)
-
-
-def _example(result: Specialisation, example: Example, resize: str) -> dict[str, Any]:
-    view = seen(decode_image(example.sample.read()), resize, _THUMB)
-    image = result.overlay(view, example.attention, share=0.45)
-    return {"caption": example.caption, "z": example.z, "image": image}

@@ -26,8 +26,8 @@ from blip2.data.images import decode_image
 from blip2.errors import DataError
 from blip2.explain.attention import PatchMaps, cross_layers, grid_of, qformer_of
 from blip2.explain.attention_maps import recording
-from blip2.explain.types import Explainable
 from blip2.ops.devices import to_host, to_list
+from blip2.weights.loaded import LoadedModel
 
 WORDS, MIN_Z, MIN_IMAGES = 8, 3.0, 3  # a query's words: at most so many, so significant, in so many images
 _PRIOR = 100.0  # weight of the data set's word frequencies in those of a query, in words
@@ -130,7 +130,7 @@ class _ImageStatistics:
 
 
 def specialisation(
-    model: Explainable, samples: Sequence[Sample], *, examples: int = 4, progress: bool = False
+    model: LoadedModel, samples: Sequence[Sample], *, examples: int = 4, progress: bool = False
 ) -> Specialisation:
     """Look at every image of a data set, and at which query wins each of its captions.
 
@@ -267,7 +267,7 @@ def _on_patches(maps_QP: Tensor, prefix: int) -> Tensor:
 
 
 def _statistics(
-    model: Explainable, samples: Sequence[Sample], bad: list[BadSample]
+    model: LoadedModel, samples: Sequence[Sample], bad: list[BadSample]
 ) -> Iterator[tuple[_ImageStatistics, Tensor]]:
     """Statistics and attention [L, Q, P] of every image that can be read and has captions; `bad` takes the others."""
     good: list[Sample] = []
@@ -294,7 +294,7 @@ def _statistics(
 
 
 @torch.no_grad()
-def _attended(model: Explainable, features_1PC: Tensor) -> tuple[Tensor, Tensor]:
+def _attended(model: LoadedModel, features_1PC: Tensor) -> tuple[Tensor, Tensor]:
     """Attention [L, Q, P] and query embeddings [Q, E] of one image."""
     stage1 = model.stage1
     shadow, recorded = recording(qformer_of(stage1))

@@ -1,9 +1,7 @@
-"""`blip2 explain`: numbers on the terminal or as JSON, maps on a page."""
+"""Where a model looks in one image: as JSON, as lines, and as a page."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +9,12 @@ from PIL import Image
 from torch import Tensor
 
 from blip2.data.collection import printable
-from blip2.data.images import open_image
-from blip2.errors import ConfigError
-from blip2.explain.attention import Attention, attend
-from blip2.explain.queries import Load, queries_command
+from blip2.explain.attention import Attention
 from blip2.io.figures import png, seen
 from blip2.io.html import write_page
 from blip2.ops.devices import to_list
 
 LARGE, SMALL = 280, 112  # sides of maps on the page
-
-
-def explain_command(options: argparse.Namespace, load: Load) -> int:
-    """Explain one image, or with --data the queries; the page is written where --out says.
-
-    Args:
-        load: the model that the options name, and that name.
-    """
-    if options.data:
-        return queries_command(options, load)
-    if options.image is None or options.limit is not None:
-        raise ConfigError("nothing to explain: name an IMAGE, or a data set with --data DATA [--limit N]")
-    image = open_image(options.image)
-    model, name = load(options)
-    attention = attend(model, image, options.text)
-    if options.out:
-        write_attention(Path(options.out), image, attention, printable(options.image), name, model.image_spec.resize)
-    if options.json:
-        print(json.dumps(as_dict(attention, options.image, name)))
-    else:
-        print("\n".join(_lines(attention, options.out)))
-    return 0
 
 
 def as_dict(attention: Attention, image: str, model: str) -> dict[str, Any]:
@@ -50,22 +23,23 @@ def as_dict(attention: Attention, image: str, model: str) -> dict[str, Any]:
     return {"image": printable(image), "model": model, "winner": attention.winner, **values}
 
 
-def _lines(attention: Attention, out: str | None) -> list[str]:
+def lines(attention: Attention) -> list[str]:
+    """What the terminal shows."""
     L, Q, P = attention.queries.shape
-    lines = [f"{Q} queries, cross-attention in {L} layers {attention.layers}, {P} image tokens"]
+    text = [f"{Q} queries, cross-attention in {L} layers {attention.layers}, {P} image tokens"]
     on_prefix = _on_prefix(attention, attention.queries)
-    lines.append(f"{on_prefix:.0%} of the attention is on the {attention.prefix} token(s) before the patches")
+    text.append(f"{on_prefix:.0%} of the attention is on the {attention.prefix} token(s) before the patches")
     if attention.itc is not None:
         order = to_list(attention.itc.argsort(descending=True)[:5])
-        lines.append("ITC " + ", ".join(f"query {q} {float(attention.itc[q]):.3f}" for q in order))
-        lines.append("ITM: this model never learned it" if attention.itm is None else f"ITM {attention.itm:.3f}")
+        text.append("ITC " + ", ".join(f"query {q} {float(attention.itc[q]):.3f}" for q in order))
+        text.append("ITM: this model never learned it" if attention.itm is None else f"ITM {attention.itm:.3f}")
     if attention.caption is not None:
-        lines.append(f"caption: {attention.caption}")
+        text.append(f"caption: {attention.caption}")
     if attention.words is not None and attention.word_prompts is not None:
         shares = to_list(attention.word_prompts.sum(dim=1))
         words = [f"{word.strip() or '_'} {share:.0%}" for word, share in zip(attention.words, shares, strict=True)]
-        lines.append("attention to the soft prompts: " + ", ".join(words))
-    return [*lines, *([f"maps: {out}"] if out else [])]
+        text.append("attention to the soft prompts: " + ", ".join(words))
+    return text
 
 
 def _on_prefix(attention: Attention, maps: Tensor) -> float:

@@ -19,8 +19,8 @@ from torch import Tensor
 from blip2.data.collection import BadSampleError
 from blip2.data.few_shot import Shot, as_shot
 from blip2.errors import ConfigError, DataError
-from blip2.inference.loaded import LoadedModel
 from blip2.models.language.interleave import interleave
+from blip2.weights.loaded import LoadedModel
 
 ShotLike = Shot | Mapping[str, Any]
 

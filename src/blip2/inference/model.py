@@ -24,11 +24,11 @@ from blip2.data.images import ImageLike, distinct, listed, open_image
 from blip2.errors import ConfigError
 from blip2.explain.attention import Attention, attend
 from blip2.inference.few_shot import Examples, ShotLike
-from blip2.inference.loaded import LoadedModel
 from blip2.inference.notebook import Card, Shown
 from blip2.models.qformer.model import ImageKV
 from blip2.ops.contrastive import query_text_similarity
 from blip2.ops.devices import to_host, to_list
+from blip2.weights.loaded import LoadedModel
 
 _QUESTIONS = 4  # questions about repeated images that go together, for each image that does
 
@@ -39,7 +39,7 @@ class Blip2(LoadedModel):
     Stage-2 runs caption and answer; embeddings and matches come from the stage-1 run that they
     began from. A stage-1 run captions by itself, through its ITG head.
 
-    See `blip2.inference.loaded.LoadedModel` for its attributes.
+    See `blip2.weights.loaded.LoadedModel` for its attributes.
     """
 
     # -- text from images ---------------------------------------------------------------------
@@ -281,13 +281,6 @@ class Blip2(LoadedModel):
         """Unit-norm query embeddings [B, Q, E] (32 x 256 at the paper's sizes), float32 on the CPU."""
         return torch.cat([self.embed_features(chunk) for chunk in self.batches(images)])
 
-    def embed_texts(self, texts: str | Sequence[str]) -> Tensor:
-        """Unit-norm text embeddings [N, E], float32 on the CPU."""
-        texts, size = [texts] if isinstance(texts, str) else list(texts), 8 * self.batch
-        with torch.no_grad():
-            parts = [self.stage1.embed_texts(*self.text_ids(texts[n : n + size])) for n in range(0, len(texts), size)]
-        return to_host(torch.cat(parts))
-
     def embed_features(self, features_BPC: Tensor) -> Tensor:
         """Query embeddings [B, Q, E] from image features."""
         with torch.no_grad():
@@ -326,7 +319,9 @@ class Blip2(LoadedModel):
 
     def attend(self, image: ImageLike, text: str | None = None) -> Attention:
         """Where the model looks in one image, and with a text (needs stage 1) what its scores depend on."""
-        return attend(self, image, text)
+        features_1PC = self.features(image)
+        caption = None if self.stage2 is None else self.caption_features(features_1PC, None, DecodingConfig())[0][0]
+        return attend(self, features_1PC, text, caption)
 
     def show(
         self,

@@ -1,6 +1,7 @@
 """The parts of a loaded model that all its uses need: stages, tokenizers, image features, soft prompts.
 
-Shape letters: B images, N texts, Q queries, T text tokens, P patches, C image-encoder channels, H language-model width.
+Shape letters: B images, N texts, Q queries, T text tokens, P patches, C image-encoder channels,
+E contrastive width, H language-model width.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from blip2.models.build import build_stage1
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision.encoder import VisionEncoder
+from blip2.ops.devices import to_host
 from blip2.weights.formats import stage1_behind
 from blip2.weights.loading import LoadReport, fill
 
@@ -132,6 +134,13 @@ class LoadedModel:
         """Ids and mask [N, T] of captions for the Q-Former, cleaned where its training cleaned them."""
         ids, mask = self.text_tokenizer([clean_caption(text) for text in texts] if self.config.data.clean else texts)
         return ids.to(self.device), mask.to(self.device)
+
+    def embed_texts(self, texts: str | Sequence[str]) -> Tensor:
+        """Unit-norm text embeddings [N, E], float32 on the CPU."""
+        texts, size = [texts] if isinstance(texts, str) else list(texts), 8 * self.batch
+        with torch.no_grad():
+            parts = [self.stage1.embed_texts(*self.text_ids(texts[n : n + size])) for n in range(0, len(texts), size)]
+        return to_host(torch.cat(parts))
 
     def soft_prompts(self, features_BPC: Tensor, questions: Sequence[str] | None = None) -> Tensor:
         """Soft prompts [B, Q, H] of stage 2.
