@@ -41,12 +41,12 @@ def main() -> None:
         view = seen(Image.open(path).convert("RGB"), model.image_spec.resize, SIDE)
         overlay(view, heatmap).save(IMAGES / f"{name}-heatmap.jpg", quality=88)
     rows = [
-        ["", *(f"![{name}](docs/images/{name}.jpg)" for name in SOURCES)],
+        ["", *(image(f"{name}.jpg", name) for name in SOURCES)],
         ["---"] * (len(SOURCES) + 1),
         ["caption", *captions],
         [QUESTION, *answers],
         [f"closest of {len(TEXTS)} texts", *closest],
-        ["heatmap of that text", *(f"![heatmap of {name}](docs/images/{name}-heatmap.jpg)" for name in SOURCES)],
+        ["heatmap of that text", *(image(f"{name}-heatmap.jpg", f"heatmap of {name}") for name in SOURCES)],
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     readme = ROOT / "README.md"
@@ -54,6 +54,11 @@ def main() -> None:
         r"(<!-- examples -->\n).*?(<!-- /examples -->)", rf"\g<1>{table}\n\g<2>", readme.read_text("utf-8"), flags=re.S
     )
     readme.write_text(run_program(text), "utf-8")
+
+
+def image(file: str, alt: str) -> str:
+    """An image of docs/images as a table's cell shows it."""
+    return f'<img src="docs/images/{file}" width="210" alt="{alt}">'
 
 
 def copy_images() -> list[str]:
