@@ -9,6 +9,7 @@ step, `step` the step alone, `chat` one request to `/v1/chat/completions`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import io
 import sys
@@ -75,19 +76,16 @@ def train(folder: Path, itm: Path, counter: Counter, *, only_step: bool) -> None
     loop = ["--qformer.queries", 5, "--qformer.embed_dim", 16, "--data.dev", "null", "--data.workers", 0, "--steps", 1]
     start = ["--init", folder / "ours", "--out", folder / f"run{only_step}", "--data", folder / "pictures"]
     given = ["train", "tiny/stage1", *start, *towers, *loop, "--batch", 4, "--optim.warmup", 0]
-    if not only_step:
-        with counter:
-            main(list(map(str, given)))
-        return
     step: Callable[..., Any] = Trainer._one_step
 
     def counted(*arguments: Any) -> Any:
         with counter:
-            return step(*arguments)
+            return step(*arguments)  # what comes after it is not counted
 
     Trainer._one_step = counted  # type: ignore[method-assign]
     try:
-        main(list(map(str, given)))
+        with contextlib.nullcontext() if only_step else counter:
+            main(list(map(str, given)))
     finally:
         Trainer._one_step = step  # type: ignore[method-assign]
 

@@ -228,7 +228,7 @@ def kinds() -> list[str]:
 def moved(one: Path, two: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of runs that one process began and two ended (`1 to 2`), and the other way."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    found = {}
+    folders = {}
     for name, source, command in (("1 to 2", one, launcher), ("2 to 1", two, [])):
         folder = tmp_path_factory.mktemp("moved")
         for job in MOVED:
@@ -236,8 +236,8 @@ def moved(one: Path, two: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
             begun = source / (f"{kind}/ddp" if source == one else job)
             shutil.copytree(begun, folder / job)
             shutil.rmtree(folder / job / "checkpoints" / f"step-{STEPS:06d}")
-        found[name] = train(folder, command, list(MOVED))
-    return found
+        folders[name] = train(folder, command, list(MOVED))
+    return folders
 
 
 def train(folder: Path, launcher: list[str], jobs: list[str], log: str = "stderr.txt", **variables: str) -> Path:
@@ -253,13 +253,13 @@ def train(folder: Path, launcher: list[str], jobs: list[str], log: str = "stderr
 
 def results(folder: Path, job: str) -> Results:
     """Losses of every step and evaluation, what was generated, and the final weights."""
-    found = runs.checkpoints(folder / job)
-    assert found, (folder / "stderr.txt").read_text()[-4000:]
+    checkpoints = runs.checkpoints(folder / job)
+    assert checkpoints, (folder / "stderr.txt").read_text()[-4000:]
     lines = [json.loads(line) for line in (folder / job / "metrics.jsonl").read_text().splitlines()]
     names = ("loss", "itc", "itm", "itg", "lm", "grad_norm")
     losses = [{name: line[name] for name in names if name in line} for line in lines]
     texts = [row for line in lines if line["kind"] == "dev" for row in line["text"]]
-    return losses, texts, native.read(found[-1][1] / runs.WEIGHTS)
+    return losses, texts, native.read(checkpoints[-1][1] / runs.WEIGHTS)
 
 
 @pytest.mark.parametrize(("kind", "parallel"), [(kind, parallel) for kind in JOBS for parallel in JOBS[kind]])
@@ -296,9 +296,9 @@ def test_killed_worker_is_restarted_and_goes_on(job: str, two: Path, tmp_path: P
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     folder = train(tmp_path, launcher, [job], DIE_AT="3", DIE_MARK=str(tmp_path / "died"))
     assert (tmp_path / "died").exists()
-    found, expected = results(folder, job), results(two, job)
-    assert found[0] == expected[0]
-    assert all(torch.equal(found[2][name], value) for name, value in expected[2].items())
+    resumed, expected = results(folder, job), results(two, job)
+    assert resumed[0] == expected[0]
+    assert all(torch.equal(resumed[2][name], value) for name, value in expected[2].items())
 
 
 @pytest.mark.slow
@@ -317,14 +317,14 @@ def test_two_agents_as_on_two_nodes_come_back_after_a_kill(two: Path, tmp_path: 
         list(agents.map(lambda n: train(tmp_path, launcher, ["stage1/ddp"], f"stderr-{n}.txt", **dies), range(2)))
     (tmp_path / "stderr.txt").write_text("".join((tmp_path / f"stderr-{n}.txt").read_text()[-2000:] for n in range(2)))
     assert (tmp_path / "died").exists()
-    found, expected = results(tmp_path, "stage1/ddp"), results(two, "stage1/ddp")
-    assert found[0] == expected[0]
-    assert all(torch.equal(found[2][name], value) for name, value in expected[2].items())
+    resumed, expected = results(tmp_path, "stage1/ddp"), results(two, "stage1/ddp")
+    assert resumed[0] == expected[0]
+    assert all(torch.equal(resumed[2][name], value) for name, value in expected[2].items())
 
 
-def require_same(expected: Results, found: Results) -> None:
+def require_same(expected: Results, actual: Results) -> None:
     """Equal to the tolerances above."""
-    (losses, texts, weights), (others, other_texts, other_weights) = expected, found
+    (losses, texts, weights), (others, other_texts, other_weights) = expected, actual
     assert len(losses) == len(others)
     for mine, theirs in zip(losses, others, strict=True):
         assert theirs == pytest.approx(mine, rel=2e-4, abs=2e-4)

@@ -89,10 +89,10 @@ def test_an_image_encoder_that_trains_is_slower_the_deeper() -> None:
     depths = {f"vision.model.{name}": depth for name, depth in vision.depths.items()}
     optimizer = build_optimizer(model.named_parameters(), OptimConfig(layer_decay=0.5), depths)
     scales = {id(p): group["scale"] for group in optimizer.param_groups for p in group["params"]}
-    found: dict[float, set[str]] = {}
+    names: dict[float, set[str]] = {}
     for name, p in model.named_parameters():
-        found.setdefault(scales[id(p)], set()).add(".".join(name.split(".")[2:4]))
-    assert found == {
+        names.setdefault(scales[id(p)], set()).add(".".join(name.split(".")[2:4]))
+    assert names == {
         1.0: {"", "layers.2", "layernorm.weight", "layernorm.bias"},
         0.5: {"layers.1"},
         0.25: {"layers.0"},

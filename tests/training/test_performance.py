@@ -277,10 +277,10 @@ def test_eight_bits_follow_adamw_at_a_third_of_the_state(tmp_path: Any, uncompil
     pytest.importorskip("torchao.optim", reason="torchao is not installed")
     sizes, losses = [], []
     for name in ("adamw", "adamw8bit"):
-        model, optimizer, found = trained(name, 40)
+        model, optimizer, curve = trained(name, 40)
         folder = checkpoint.save(tmp_path / name, 40, model, optimizer, {}, 1)
         sizes.append((folder / checkpoint.OPTIMIZER).stat().st_size)
-        losses.append(torch.tensor(found))
+        losses.append(torch.tensor(curve))
     torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0)
     assert sizes[1] < sizes[0] / 3
 

@@ -182,12 +182,12 @@ def test_curves_are_images_with_words(run_folder: Path) -> None:
 
 def test_stage2_has_one_loss_and_no_parts(tmp_path: Path) -> None:
     train = [{"kind": "train", "step": s, "loss": 5.0, "lm": 5.0} for s in (1, 2)]
-    dev = {"kind": "dev", "step": 2, "loss": 4.0, "cider": 30.0, "spice": 1.0}
+    dev = {"kind": "dev", "step": 2, "loss": 4.0, "cider": 30.0, "new": 1.0}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*train, dev]))
     figures = report.figures_of(read_run(tmp_path))
     assert list(figures) == ["Loss", "Scores on dev"]
     # a metric that the page does not know gets its line all the same
-    assert [series.label for series in figures["Scores on dev"]] == ["CIDEr", "spice"]
+    assert [series.label for series in figures["Scores on dev"]] == ["CIDEr", "new"]
 
 
 def test_repeated_steps_of_a_resumed_run_count_once(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from blip2.configs import LanguageConfig, LoraConfig, LossConfig, OptimConfig, RunConfig, TrainConfig
 from blip2.data.batch import Batch
-from blip2.data.collection import BadSample
 from blip2.errors import Blip2Error, CheckpointError, RunError
 from blip2.models.freezing import freeze, is_adapter
 from blip2.training import checkpoint, run_log
@@ -405,15 +404,6 @@ def test_a_frozen_part_that_stays_is_no_reason_to_stop(tiny: Any, tmp_path: Path
     assert trainer.run().step == 6
     saved = native.read(tmp_path / "checkpoints" / "step-000006" / "model.safetensors")
     assert set(saved) == {"layer.weight", "layer.bias"}
-
-
-def test_bad_samples_are_counted(tiny: Any, tmp_path: Path) -> None:
-    def skip(step: int, batch: Batch) -> None:
-        if step in (1, 3):
-            batch.skipped = [BadSample(f"bad{step}", "shard.tar", "image is truncated")]
-
-    outcome = Trainer(Regression(), stream(tiny, skip), config(), tmp_path, device=CPU).run()
-    assert [bad.key for bad in outcome.skipped] == ["bad1", "bad3"]
 
 
 def test_the_best_of_dev_is_kept_and_survives_a_resume(tmp_path: Path, tiny: Any) -> None:

@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # transformers imports torchao where it is installed, and that warns of kernels it could not load.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    parser = make_parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    named = [name for name in COMMANDS if arguments and arguments[0] == name.replace("_", "-")]
+    parser = make_parser(named or COMMANDS)
     options, rest = parser.parse_known_args(arguments)
     if "settings" in options:  # of the commands that take any setting of a run
         options.settings = rest
@@ -58,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def make_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+    """The parser of these commands."""
     parser = argparse.ArgumentParser(
         prog="blip2",
         description="Pretrain, evaluate and use BLIP-2 (arXiv 2301.12597).",
@@ -68,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"blip2 {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name in COMMANDS:
+    for name in names:
         importlib.import_module(f"blip2.cli.{name}").add_parser(commands)
     return parser
 

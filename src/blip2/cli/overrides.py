@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from blip2.configs import RunConfig, to_dict
+from blip2.configs import RunConfig, flat
 from blip2.errors import ConfigError
 
 # Short options for what is changed most.
@@ -58,18 +58,8 @@ def _parser(base: RunConfig) -> Any:
 
     parser = ArgumentParser(exit_on_error=False, prog="blip2 train RECIPE", default_env=False)
     parser.add_class_arguments(RunConfig)
-    parser.set_defaults(_flat(to_dict(base)))
+    parser.set_defaults(flat(base))
     return parser
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{name}.")
-        else:
-            out[prefix + name] = tuple(value) if isinstance(value, list) else value
-    return out
 
 
 def _long(argument: str) -> str:

@@ -5,26 +5,20 @@ Standard library only, so that a recipe can be listed without importing torch. A
 name (`--optim.lr 2e-4`), and the resolved one is written to `config.yaml` in the run folder.
 """
 
-from blip2.configs.data import TEXTS, DataConfig
 from blip2.configs.decoding import DecodingConfig
 from blip2.configs.model import (
     BERT_WORDS,
-    BRIDGES,
     QUANTIZE,
-    RESIZES,
-    TEXT_POOLS,
     LanguageConfig,
     LoraConfig,
     QFormerConfig,
     VisionConfig,
 )
-from blip2.configs.run import STAGES, RunConfig
-from blip2.configs.serialization import from_dict, to_dict
+from blip2.configs.run import RunConfig, flat, from_dict, to_dict
 from blip2.configs.training import (
     BEST,
-    OPTIMIZERS,
-    PARALLEL,
     PRECISIONS,
+    DataConfig,
     EvalConfig,
     LossConfig,
     OptimConfig,
@@ -34,15 +28,8 @@ from blip2.configs.training import (
 __all__ = [
     "BERT_WORDS",
     "BEST",
-    "BRIDGES",
-    "OPTIMIZERS",
-    "PARALLEL",
     "PRECISIONS",
     "QUANTIZE",
-    "RESIZES",
-    "STAGES",
-    "TEXTS",
-    "TEXT_POOLS",
     "DataConfig",
     "DecodingConfig",
     "EvalConfig",
@@ -54,6 +41,7 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "VisionConfig",
+    "flat",
     "from_dict",
     "to_dict",
 ]

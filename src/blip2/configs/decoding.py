@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from blip2.configs.checks import require
+from blip2.configs.checks import POSITIVE, UP_TO_ONE, at_least, check, require
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,7 @@ class DecodingConfig:
         return cls(**{"min_tokens": 1, "max_tokens": 10, "length_penalty": -1.0, **options})
 
     def __post_init__(self) -> None:
-        for name in ("beams", "num", "max_tokens"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        check(self, beams=at_least(1), num=at_least(1), max_tokens=at_least(1), temperature=POSITIVE, top_p=UP_TO_ONE)
         require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "between 0 and max_tokens")
         require(self.sample or self.num <= self.beams, "num", self.num, f"at most beams ({self.beams})")
         require(self.rerank == 0 or self.rerank >= self.num, "rerank", self.rerank, f"0, or num ({self.num}) or more")
-        require(self.temperature > 0, "temperature", self.temperature, "positive")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")

@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from blip2.configs.checks import require
+from blip2.configs.checks import BELOW_ONE, POSITIVE, at_least, check, given, one_of, require
 
 # Words of BERT's own; a Q-Former's vocabulary of any other size ends in [DEC], the start of captions.
 BERT_WORDS = 30_522
-RESIZES = ("squash", "crop")
-BRIDGES = ("qformer", "linear")
-TEXT_POOLS = ("cls", "mean")
 QUANTIZE = ("int8", "nf4")
 
 
@@ -45,12 +42,8 @@ class VisionConfig:
     token_drop: float = 0.0
 
     def __post_init__(self) -> None:
-        require(0 <= self.token_drop < 1, "vision.token_drop", self.token_drop, "in [0, 1)")
-        require(bool(self.name), "vision.name", self.name, "a model name or folder")
-        require(self.pool >= 1, "vision.pool", self.pool, "1 or more")
-        require(self.image_size is None or self.image_size >= 16, "vision.image_size", self.image_size, "at least 16")
-        require(self.resize in RESIZES, "vision.resize", self.resize, f"one of {', '.join(RESIZES)}")
-        require(self.norm_eps > 0, "vision.norm_eps", self.norm_eps, "positive")
+        check(self, "vision.", name=given("a model name or folder"), pool=at_least(1), image_size=at_least(16))
+        check(self, "vision.", resize=one_of(("squash", "crop")), norm_eps=POSITIVE, token_drop=BELOW_ONE)
 
 
 @dataclass(frozen=True)
@@ -89,18 +82,26 @@ class QFormerConfig:
     bridge: str = "qformer"
 
     def __post_init__(self) -> None:
-        require(bool(self.init), "qformer.init", self.init, "a BERT-type checkpoint name or folder")
-        require(self.text_pool in TEXT_POOLS, "qformer.text_pool", self.text_pool, f"one of {', '.join(TEXT_POOLS)}")
-        require(self.bridge in BRIDGES, "qformer.bridge", self.bridge, f"one of {', '.join(BRIDGES)}")
+        check(
+            self,
+            "qformer.",
+            init=given("a BERT-type checkpoint name or folder"),
+            queries=at_least(1),
+            max_text=at_least(4),
+        )
+        check(
+            self,
+            "qformer.",
+            cross_every=at_least(1),
+            embed_dim=at_least(1),
+            dropout=BELOW_ONE,
+            attention_dropout=BELOW_ONE,
+        )
+        check(self, "qformer.", text_pool=one_of(("cls", "mean")), bridge=one_of(("qformer", "linear")))
         if self.bridge == "linear":
             require(not self.question, "qformer.question", self.question, "false with qformer.bridge linear")
             square = math.isqrt(self.queries) ** 2 == self.queries
             require(square, "qformer.queries", self.queries, "a square (16, 25, ...) with qformer.bridge linear")
-        for name in ("queries", "cross_every", "embed_dim"):
-            require(getattr(self, name) >= 1, f"qformer.{name}", getattr(self, name), "1 or more")
-        for name in ("dropout", "attention_dropout"):
-            require(0 <= getattr(self, name) < 1, f"qformer.{name}", getattr(self, name), "in [0, 1)")
-        require(self.max_text >= 4, "qformer.max_text", self.max_text, "4 or more")
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,9 @@ class LanguageConfig:
     quantize: str | None = None
 
     def __post_init__(self) -> None:
-        require(bool(self.name), "language.name", self.name, "a model name or folder")
+        quantize = one_of(QUANTIZE, null=True)
+        check(self, "language.", name=given("a model name or folder"), max_text=at_least(2), quantize=quantize)
         require("{}" in self.question, "language.question", self.question, "a template with {}")
-        require(self.max_text >= 2, "language.max_text", self.max_text, "2 or more")
-        kinds = (None, *QUANTIZE)
-        require(self.quantize in kinds, "language.quantize", self.quantize, f"one of {', '.join(QUANTIZE)}, or null")
 
 
 @dataclass(frozen=True)
@@ -152,8 +151,6 @@ class LoraConfig:
     targets: str | None = None
 
     def __post_init__(self) -> None:
-        require(self.rank >= 0, "lora.rank", self.rank, "0 or more")
-        require(self.alpha > 0, "lora.alpha", self.alpha, "positive")
-        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
-        given = self.targets is None or all(name.strip() for name in self.targets.split(","))
-        require(given, "lora.targets", self.targets, "names of layers, separated by commas, or all-linear")
+        check(self, "lora.", rank=at_least(0), alpha=POSITIVE, dropout=BELOW_ONE)
+        named = self.targets is None or all(name.strip() for name in self.targets.split(","))
+        require(named, "lora.targets", self.targets, "names of layers, separated by commas, or all-linear")

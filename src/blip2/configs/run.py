@@ -1,15 +1,19 @@
-"""A whole run, and what its parts demand of each other."""
+"""A whole run, what its parts demand of each other, and configurations as the plain dicts of YAML and JSON."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+import json
 from dataclasses import dataclass, field
+from types import UnionType
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
-from blip2.configs.checks import require
-from blip2.configs.data import DataConfig
+from blip2.configs.checks import check, one_of, require
 from blip2.configs.model import LanguageConfig, LoraConfig, QFormerConfig, VisionConfig
-from blip2.configs.training import EvalConfig, LossConfig, OptimConfig, TrainConfig
-
-STAGES = ("stage1", "stage2")
+from blip2.configs.training import DataConfig, EvalConfig, LossConfig, OptimConfig, TrainConfig
+from blip2.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -41,49 +45,91 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
-        require(self.stage in STAGES, "stage", self.stage, f"one of {', '.join(STAGES)}")
-        self._check_towers()
-        self._check_texts()
+        check(self, stage=one_of(("stage1", "stage2")))
+        train, shots, question = self.train, self.data.shots, self.qformer.question
+        stage1, several, asks = self.stage == "stage1", self.data.texts_per_image > 1, self.data.texts == "questions"
+        quantized, linear = self.language.quantize is not None, self.qformer.bridge == "linear"
+        sharded, steps = train.parallel == "fsdp2", train.accumulate * (shots + 1)
+        best = ("loss", "recall") if stage1 else ("loss", "accuracy" if asks else "cider")
+        without = "in stage 1, which has no language model"
+        refused = {
+            f"lora.rank: 0 {without}": stage1 and self.lora.rank > 0,
+            f"language.quantize: null {without}": stage1 and quantized,
+            "language.quantize: null with train.parallel fsdp2; use ddp": sharded and quantized,
+            "optim.name: adamw or sgd with train.parallel fsdp2": sharded and self.optim.name not in ("adamw", "sgd"),
+            "train.compile: false with train.parallel fsdp2": sharded and train.compile,
+            "vision.token_drop: 0 with qformer.bridge linear, which averages all": linear
+            and self.vision.token_drop > 0,
+            "data.cache_features: false with vision.train: features change as it trains": self.vision.train
+            and self.data.cache_features,
+            f"data.shots: 0 {without}": stage1 and shots > 0,
+            "data.texts_per_image: 1 with data.shots": shots > 0 and several,
+            f"train.batch: a multiple of train.accumulate x (data.shots + 1 = {shots + 1})": train.batch % steps > 0,
+            "data.texts: captions in stage 1": stage1 and self.data.texts != "captions",
+            "data.texts_per_image: 1 in stage 1": stage1 and several,
+            "qformer.question: false in stage 1": stage1 and question,
+            "qformer.bridge: qformer in stage 1": stage1 and linear,
+            "qformer.question: false unless data.texts is questions": question and not asks,
+            "init_text: null without init and qformer.question": self.init_text is not None
+            and not (self.init is not None and question),
+            f"eval.best: one of {', '.join(best)} here, or null": self.eval.best not in (None, *best),
+        }
+        for rule, broken in refused.items():
+            name, _, allowed = rule.partition(": ")
+            require(not broken, name, functools.reduce(getattr, name.split("."), self), allowed)
 
-    def _check_towers(self) -> None:
-        quantize, sharded = self.language.quantize, self.train.parallel == "fsdp2"
-        if self.stage == "stage1":
-            require(self.lora.rank == 0, "lora.rank", self.lora.rank, "0 in stage 1, which has no language model")
-            require(quantize is None, "language.quantize", quantize, "null in stage 1, which has no language model")
-        require(not (sharded and quantize), "language.quantize", quantize, "null with train.parallel fsdp2; use ddp")
-        whole = self.optim.name in ("adamw", "sgd")
-        require(whole or not sharded, "optim.name", self.optim.name, "adamw or sgd with train.parallel fsdp2")
-        require(not (sharded and self.train.compile), "train.compile", True, "false with train.parallel fsdp2")
-        linear = self.qformer.bridge == "linear" and self.vision.token_drop
-        require(
-            not linear, "vision.token_drop", self.vision.token_drop, "0 with qformer.bridge linear, which averages all"
-        )
-        cached = self.vision.train and self.data.cache_features
-        require(not cached, "data.cache_features", True, "false with vision.train: features change as it trains")
 
-    def _check_texts(self) -> None:
-        texts, settings, best = self.data.texts, self.qformer, self.eval.best
-        asks = texts == "questions"
-        self._check_shots()
-        if self.stage == "stage1":
-            require(texts == "captions", "data.texts", texts, "captions in stage 1")
-            require(self.data.texts_per_image == 1, "data.texts_per_image", self.data.texts_per_image, "1 in stage 1")
-            require(not settings.question, "qformer.question", True, "false in stage 1")
-            require(settings.bridge == "qformer", "qformer.bridge", settings.bridge, "qformer in stage 1")
-        require(asks or not settings.question, "qformer.question", True, "false unless data.texts is questions")
-        used = self.init is not None and settings.question
-        require(self.init_text is None or used, "init_text", self.init_text, "null without init and qformer.question")
-        possible = {"stage1": ("loss", "recall"), "stage2": ("loss", "accuracy" if asks else "cider")}[self.stage]
-        require(best in (None, *possible), "eval.best", best, f"one of {', '.join(possible)} here, or null")
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dict of a config, ready for YAML or JSON (tuples become lists)."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return values
 
-    def _check_shots(self) -> None:
-        shots, train = self.data.shots, self.train
-        require(shots == 0 or self.stage == "stage2", "data.shots", shots, "0 in stage 1, which has no language model")
-        require(
-            shots == 0 or self.data.texts_per_image == 1,
-            "data.texts_per_image",
-            self.data.texts_per_image,
-            "1 with data.shots",
-        )
-        whole = train.batch % (train.accumulate * (shots + 1)) == 0
-        require(whole, "train.batch", train.batch, f"a multiple of train.accumulate x (data.shots + 1 = {shots + 1})")
+
+def flat(config: Any) -> dict[str, Any]:
+    """Every setting of a config by its dotted name (`optim.lr`)."""
+    out: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        nested = flat(value) if dataclasses.is_dataclass(value) else {}
+        out |= {f"{name}.{key}": setting for key, setting in nested.items()} or {name: value}
+    return out
+
+
+def from_dict(kind: type[Any], values: dict[str, Any], where: str = "config") -> Any:
+    """Build config class `kind` from a nested dict, as YAML or JSON give it.
+
+    Raises:
+        ConfigError: an unknown key, a value of another type, or one that the class refuses; `where`
+            names the file.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: not a group of settings")
+    hints = get_type_hints(kind)
+    unknown = sorted(set(map(str, values)) - set(hints))
+    if unknown:
+        raise ConfigError(f"{where}: unknown setting {unknown[0]!r}; known: {', '.join(hints)}")
+    return kind(**{name: _read(hints[name], value, f"{where}: {name}") for name, value in values.items()})
+
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def _read(hint: Any, value: Any, where: str) -> Any:
+    """A plain value as the type of its setting; YAML reads 3e-4 as a text, which is a number here."""
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, dict):
+            return from_dict(cast(type, hint), value, where)
+        raise ConfigError(f"{where} is {value!r}: it must be a group of settings")
+    if isinstance(hint, UnionType):
+        if value is None:
+            return None
+        hint = get_args(hint)[0]
+    if get_origin(hint) is tuple:
+        if isinstance(value, list | tuple) and len(value) == len(get_args(hint)):
+            return tuple(_read(part, x, where) for part, x in zip(get_args(hint), value, strict=True))
+        raise ConfigError(f"{where} is {value!r}: it must be a list of {len(get_args(hint))} numbers")
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    elif type(value) is hint:
+        return value
+    raise ConfigError(f"{where} is {value!r}: it must be {_WORDS[hint]}")

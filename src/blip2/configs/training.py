@@ -1,16 +1,66 @@
-"""How a run learns: objectives, optimizer, the loop, and what it measures of itself on the way."""
+"""How a run learns: data, objectives, optimizer, the loop, and what it measures of itself on the way."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blip2.configs.checks import require
+from blip2.configs.checks import BELOW_ONE, POSITIVE, UP_TO_ONE, at_least, check, given, one_of, require
 
 PRECISIONS = ("auto", "fp32", "bf16")
-PARALLEL = ("ddp", "fsdp2")
-OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "sgd")
 # Dev numbers that can choose a run's best checkpoint.
 BEST = ("loss", "cider", "accuracy", "recall")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how.
+
+    Args:
+        train, dev: a named set (`flickr8k:train`), tar shards (path, glob or brace range), a folder
+            of images with sidecar texts, or a JSONL file; or a weighted mixture (`a.tar*2+b.tar`).
+        limit, dev_limit: use only the first N usable images (of each part of a mixture); None uses all.
+        texts: what is learned: `captions`, `questions` with their answers, or `both`, every fifth a
+            question (stage 2). One of an image's is drawn at each step, and of a question's answers one,
+            as often as people gave it. Of an image without questions `both` asks what its captions
+            agree on (`blip2.data.question_generation`).
+        texts_per_image: draw so many of an image's texts at each step instead (stage 2). Encoder,
+            Q-Former and soft prompts are computed once for all of them.
+        clean: captions as LAVIS cleans them, here and in use: lower case, without marks but the comma.
+        shots: stage 2: pairs go to the language model in sequences of `shots` + 1, image, text, image,
+            text, ..., so that it learns to read examples; 0 gives it one pair at a time.
+        augment: random resized crop and horizontal flip (needs the images: with a feature cache
+            it takes effect through `cache_views`).
+        crop_min: smallest share of the image's area that a random crop keeps.
+        cache_features: encode every image once and keep the features on disk (memory-mapped).
+        cache_views: views per image in the cache; view 0 is plain, further ones are augmented.
+        workers: loader processes; None picks 0 with a feature cache, else the cores but one.
+    """
+
+    train: str = "flickr8k:train"
+    dev: str | None = "flickr8k:dev"
+    limit: int | None = None
+    dev_limit: int | None = None
+    texts: str = "captions"
+    texts_per_image: int = 1
+    clean: bool = False
+    shots: int = 0
+    augment: bool = True
+    crop_min: float = 0.5
+    cache_features: bool = False
+    cache_views: int = 1
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            "data.",
+            train=given("a data set"),
+            limit=at_least(1),
+            dev_limit=at_least(1),
+            texts=one_of(("captions", "questions", "both")),
+        )
+        check(self, "data.", texts_per_image=at_least(1), shots=at_least(0), crop_min=UP_TO_ONE)
+        check(self, "data.", cache_views=at_least(1), workers=at_least(0))
 
 
 @dataclass(frozen=True)
@@ -40,14 +90,10 @@ class LossConfig:
     itc_one_sided: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("itc", "itm", "itg"):
-            require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "0 or more")
-        for name in ("itm_hardness", "itm_ramp"):
-            require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "0 or more")
+        weight, smoothing = at_least(0), BELOW_ONE
+        check(self, "loss.", itc=weight, itm=weight, itg=weight, itm_hardness=at_least(0), itm_ramp=at_least(0))
+        check(self, "loss.", temperature=POSITIVE, itc_smoothing=smoothing, itg_smoothing=smoothing)
         require(self.itc + self.itm + self.itg > 0, "loss.itc + itm + itg", 0, "positive")
-        require(self.temperature > 0, "loss.temperature", self.temperature, "positive")
-        for name in ("itc_smoothing", "itg_smoothing"):
-            require(0 <= getattr(self, name) < 1, f"loss.{name}", getattr(self, name), "in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -80,16 +126,18 @@ class OptimConfig:
     name: str = "adamw"
 
     def __post_init__(self) -> None:
-        require(self.name in OPTIMIZERS, "optim.name", self.name, f"one of {', '.join(OPTIMIZERS)}")
-        require(self.lr > 0, "optim.lr", self.lr, "positive")
+        check(
+            self,
+            "optim.",
+            name=one_of(("adamw", "adamw8bit", "adafactor", "sgd")),
+            lr=POSITIVE,
+            qformer_scale=at_least(0),
+            layer_decay=UP_TO_ONE,
+        )
+        check(self, "optim.", warmup=at_least(0), weight_decay=at_least(0), clip=POSITIVE)
         require(0 <= self.min_lr <= self.lr, "optim.min_lr", self.min_lr, f"between 0 and optim.lr ({self.lr})")
         require(0 <= self.warmup_lr <= self.lr, "optim.warmup_lr", self.warmup_lr, "between 0 and optim.lr")
-        require(self.qformer_scale >= 0, "optim.qformer_scale", self.qformer_scale, "0 or more")
-        require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "in (0, 1]")
-        require(self.warmup >= 0, "optim.warmup", self.warmup, "0 or more")
         require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
-        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
-        require(self.clip is None or self.clip > 0, "optim.clip", self.clip, "positive")
 
 
 @dataclass(frozen=True)
@@ -137,15 +185,11 @@ class TrainConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        require(self.head_chunk is None or self.head_chunk >= 1, "train.head_chunk", self.head_chunk, "1 or more")
-        for name in ("steps", "batch", "accumulate", "eval_every", "save_every", "keep"):
-            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
-        require(
-            self.batch % self.accumulate == 0, "train.batch", self.batch, f"a multiple of accumulate={self.accumulate}"
-        )
-        require(self.seed >= 0, "train.seed", self.seed, "0 or more")
-        require(self.precision in PRECISIONS, "train.precision", self.precision, f"one of {', '.join(PRECISIONS)}")
-        require(self.parallel in PARALLEL, "train.parallel", self.parallel, f"one of {', '.join(PARALLEL)}")
+        counts = dict.fromkeys(("steps", "batch", "accumulate", "eval_every", "save_every", "keep"), at_least(1))
+        check(self, "train.", **counts, seed=at_least(0), head_chunk=at_least(1))
+        check(self, "train.", precision=one_of(PRECISIONS), parallel=one_of(("ddp", "fsdp2")))
+        parts = f"a multiple of accumulate={self.accumulate}"
+        require(self.batch % self.accumulate == 0, "train.batch", self.batch, parts)
 
 
 @dataclass(frozen=True)
@@ -170,13 +214,6 @@ class EvalConfig:
     best: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("images", "samples"):
-            require(getattr(self, name) >= 0, f"eval.{name}", getattr(self, name), "0 or more")
-        require(self.best in (None, *BEST), "eval.best", self.best, f"one of {', '.join(BEST)}, or null")
-        require(self.beams >= 1, "eval.beams", self.beams, "1 or more")
-        require(
-            0 <= self.min_tokens <= self.max_tokens,
-            "eval.min_tokens",
-            self.min_tokens,
-            "between 0 and eval.max_tokens",
-        )
+        check(self, "eval.", images=at_least(0), samples=at_least(0), beams=at_least(1), best=one_of(BEST, null=True))
+        ordered = 0 <= self.min_tokens <= self.max_tokens
+        require(ordered, "eval.min_tokens", self.min_tokens, "between 0 and eval.max_tokens")

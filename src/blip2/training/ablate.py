@@ -15,6 +15,7 @@ from blip2.data.sources import NAMED, open_collection
 from blip2.errors import ConfigError
 from blip2.io.atomic import replacing, write_json, write_text
 from blip2.recipes.ablations import Variant, variants
+from blip2.training.report import points, read_run
 from blip2.training.run import train
 from blip2.training.run_log import format_seconds
 
@@ -35,7 +36,7 @@ class Row:
     name: str
     asks: str
     recall: float | None
-    curve: list[tuple[int, float]]
+    curve: list[tuple[float, float]]
     cider: float
     seconds: float
 
@@ -43,6 +44,10 @@ class Row:
     def loss(self) -> float:
         """Dev loss at the end of stage 2."""
         return self.curve[-1][1]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        return {**vars(self), "loss": self.loss}
 
 
 def ablate_command(options: argparse.Namespace) -> int:
@@ -58,14 +63,14 @@ def ablate_command(options: argparse.Namespace) -> int:
                 return code
     rows = [_row(variant, folder) for variant in chosen]
     table = _table(rows, chosen)
-    write_json(folder / NUMBERS, [_plain(row) for row in rows])
+    write_json(folder / NUMBERS, [row.as_dict() for row in rows])
     write_text(folder / TABLE, table)
     _plot(rows, folder / PLOT)
     out = sys.stderr if options.json else sys.stdout
     print(f"\n{table}\n{folder / TABLE}, {folder / PLOT}", file=out)
     print(f"done in {format_seconds(time.monotonic() - began)}", file=out)
     if options.json:
-        print(json.dumps([_plain(row) for row in rows]))
+        print(json.dumps([row.as_dict() for row in rows]))
     return 0
 
 
@@ -76,14 +81,14 @@ def _chosen(options: argparse.Namespace) -> list[Variant]:
     for name in ("steps1", "steps2", "images"):
         if getattr(options, name) < 2:
             raise ConfigError(f"--{name} is {getattr(options, name)}: it must be 2 or more")
-    found = variants(steps1=options.steps1, steps2=options.steps2, images=options.images)
-    wanted = [name for name in (options.only or "").split(",") if name]
-    unknown = [name for name in wanted if name not in {variant.name for variant in found}]
+    known = variants(steps1=options.steps1, steps2=options.steps2, images=options.images)
+    chosen = [name for name in (options.only or "").split(",") if name]
+    unknown = [name for name in chosen if name not in {variant.name for variant in known}]
     if unknown:
-        raise ConfigError(f"--only names {unknown[0]!r}; variants: {', '.join(v.name for v in found)}")
+        raise ConfigError(f"--only names {unknown[0]!r}; variants: {', '.join(v.name for v in known)}")
     for split in ("train", "dev"):
         open_collection(_split(options.data, split))
-    return [variant for variant in found if not wanted or variant.name in wanted]
+    return [variant for variant in known if not chosen or variant.name in chosen]
 
 
 def _split(data: str, split: str) -> str:
@@ -106,30 +111,12 @@ def _runs(variant: Variant, folder: Path, data: str) -> list[RunConfig]:
 
 
 def _row(variant: Variant, folder: Path) -> Row:
-    second = folder / f"{variant.name}-stage2"
-    lines, seconds = _dev_lines(second), _seconds(second)
-    recall = None
+    second = read_run(folder / f"{variant.name}-stage2")
+    recall, seconds = None, second.seconds
     if variant.stage1 is not None:
-        first = folder / f"{variant.name}-stage1"
-        last = _dev_lines(first)[-1]
-        recall, seconds = (last["i2t_r10"] + last["t2i_r10"]) / 2, seconds + _seconds(first)
-    curve = [(line["step"], line["loss"]) for line in lines]
-    return Row(variant.name, variant.asks, recall, curve, lines[-1]["cider"], seconds)
-
-
-def _dev_lines(run: Path) -> list[dict[str, Any]]:
-    """The dev lines of a run in order of steps; of a step that a resumed run measured again, the last."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    by_step = {line["step"]: line for line in lines if line["kind"] == "dev"}
-    return [by_step[step] for step in sorted(by_step)]
-
-
-def _seconds(run: Path) -> float:
-    return float(json.loads((run / "summary.json").read_text("utf-8"))["seconds"])
-
-
-def _plain(row: Row) -> dict[str, Any]:
-    return {**row.__dict__, "loss": row.loss}
+        first = read_run(folder / f"{variant.name}-stage1")
+        recall, seconds = (first.dev[-1]["i2t_r10"] + first.dev[-1]["t2i_r10"]) / 2, seconds + first.seconds
+    return Row(variant.name, variant.asks, recall, points(second.dev, "loss"), second.dev[-1]["cider"], seconds)
 
 
 def _table(rows: list[Row], chosen: list[Variant]) -> str:

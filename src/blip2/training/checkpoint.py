@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from blip2.errors import CheckpointError
 from blip2.io.atomic import replacing
 from blip2.ops import distributed
-from blip2.training.optim import flat_state, restore_packed
 from blip2.weights import native, runs
 from blip2.weights.loading import trained_state
 
@@ -29,8 +28,8 @@ MODEL, OPTIMIZER, STATE = runs.WEIGHTS, "optimizer.safetensors", "state.json"
 
 def newest(run: Path) -> Path | None:
     """The newest whole checkpoint, or None."""
-    found = runs.checkpoints(run)
-    return found[-1][1] if found else None
+    checkpoints = runs.checkpoints(run)
+    return checkpoints[-1][1] if checkpoints else None
 
 
 def save(
@@ -72,12 +71,9 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> in
         CheckpointError: a file is damaged or of another model.
     """
     step = _read_step(folder)
-    state = native.read(folder / MODEL)
-    own = trained_state(model)
-    if not any(isinstance(value, DTensor) for value in own.values()):
-        native.load_weights(model, folder / MODEL, state)
-    else:
-        _copy(own, state, folder / MODEL)
+    state, own = native.read(folder / MODEL), trained_state(model)
+    sharded = {n: value for n, value in own.items() if isinstance(value, DTensor) and n in state}
+    native.load_weights(model, folder / MODEL, state | {n: _as(state[n], value) for n, value in sharded.items()})
     _restore_moments(model, optimizer, native.read(folder / OPTIMIZER), folder / OPTIMIZER)
     return step
 
@@ -128,14 +124,18 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as flat tensors: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME` and so on."""
-    found: dict[str, Tensor] = {}
+    """The optimizer's state, flat: `exp_avg.NAME`; in 8 bits `exp_avg:codes.NAME` and `exp_avg:scale.NAME`."""
+    flat: dict[str, Tensor] = {}
     for name, p in _trained(model).items():
-        found |= flat_state(name, optimizer.state.get(p, {}))
-    return found
+        for kind, value in optimizer.state.get(p, {}).items():
+            if hasattr(value, "codes"):
+                flat |= {f"{kind}:{part}.{name}": getattr(value, part) for part in ("codes", "scale")}
+            else:
+                flat[f"{kind}.{name}"] = value
+    return flat
 
 
-def _restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, flat: dict[str, Tensor], source: Path) -> None:
+def _restore_moments(model: nn.Module, optimizer: Any, flat: dict[str, Tensor], source: Path) -> None:
     named = _trained(model)
     for key, value in flat.items():
         kind, name = key.split(".", 1)
@@ -145,28 +145,23 @@ def _restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, flat: d
         if kind == "step":
             optimizer.state[parameter][kind] = value.to(parameter.device)
         elif ":" in kind:
-            restore_packed(optimizer, parameter, kind, value)
+            kind, part = kind.split(":")
+            state = optimizer.state[parameter]
+            if kind not in state:  # as torchao does in the first step
+                state[kind] = optimizer._new_buffer(parameter, kind == "exp_avg")
+            getattr(state[kind], part).copy_(value)
         else:
             optimizer.state[parameter][kind] = _as(value, parameter).to(parameter.dtype)
 
 
-def _copy(own: dict[str, Tensor], state: dict[str, Tensor], source: Path) -> None:
-    wrong = next((n for n in own if n not in state or state[n].shape != own[n].shape), None)
-    if wrong is not None or len(own) != len(state):
-        raise CheckpointError(f"{source}: {wrong or 'an extra tensor'} does not fit this model")
-    with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(_as(state[name], value))
-
-
 def _gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors on the CPU of the first process; the others help to gather and keep nothing."""
-    found: dict[str, Tensor] = {}
+    gathered: dict[str, Tensor] = {}
     for name, value in state.items():
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        tensor = value.full_tensor() if isinstance(value, DTensor) else value
         if distributed.rank() == 0:
-            found[name] = whole.detach().to("cpu")
-    return found
+            gathered[name] = tensor.detach().to("cpu")
+    return gathered
 
 
 def _as(value: Tensor, like: Tensor) -> Tensor:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from blip2.configs import RunConfig, to_dict
+from blip2.configs import RunConfig, flat
 from blip2.errors import ConfigError, RunError, os_error_as
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
@@ -64,7 +63,7 @@ def claim(folder: Path, config: RunConfig) -> None:
 
 
 def _same_run(folder: Path, before: RunConfig, now: RunConfig) -> None:
-    old, new = _flat(to_dict(before)), _flat(to_dict(now))
+    old, new = flat(before), flat(now)
     for name in old:
         if name not in CHANGEABLE and old[name] != new[name]:
             raise ConfigError(
@@ -85,38 +84,38 @@ def initialise(model: Stage1 | Stage2, config: RunConfig) -> list[str]:
         if config.stage == "stage2":
             lines.append("no --init: stage 2 starts without stage 1")
         return lines
-    found = open_checkpoint(config.init)
-    if found.format == "blip2":
-        _same_towers(found.config, config)
-    _require_encoder(found, config)
-    tensors, text = dict(found.tensors), ""
+    start = open_checkpoint(config.init)
+    if start.format == "blip2":
+        _same_towers(start.config, config)
+    _require_encoder(start, config)
+    tensors, text = dict(start.tensors), ""
     if config.qformer.question and not any(map(is_text_branch, tensors)):
         stage1 = open_checkpoint(config.init_text) if config.init_text else stage1_behind(config.init)
         tensors |= {name: lazy for name, lazy in stage1.tensors.items() if is_text_branch(name)}
         text = f"; text branch from {stage1.source}"
-    return [*lines[: found.partial], fill(model, found.source, tensors, _allowed(found, config)).line() + text]
+    return [*lines[: start.partial], fill(model, start.source, tensors, _allowed(start, config)).line() + text]
 
 
-def _require_encoder(found: Checkpoint, config: RunConfig) -> None:
+def _require_encoder(start: Checkpoint, config: RunConfig) -> None:
     """A fine-tuned image encoder that comes along is used, or refused; never silently replaced."""
-    if found.vision:
+    if start.vision:
         raise ConfigError(
             f"--init {config.init} brings a fine-tuned image encoder: run `blip2 convert {config.init} FOLDER --to "
             "blip2`, then train with --init FOLDER --vision.name FOLDER/vision"
         )
-    if found.config.vision.train and found.format == "blip2" and not config.vision.train:
+    if start.config.vision.train and start.format == "blip2" and not config.vision.train:
         raise ConfigError(f"--init {config.init} fine-tuned its image encoder: go on with --vision.train true")
 
 
-def _allowed(found: Checkpoint, config: RunConfig) -> Allowed:
+def _allowed(start: Checkpoint, config: RunConfig) -> Allowed:
     """What starting this run from a checkpoint may leave out, start fresh and adapt."""
-    if config.stage == "stage1" and found.config.stage == "stage2":
+    if config.stage == "stage1" and start.config.stage == "stage2":
         raise ConfigError(f"--init {config.init} is a stage-2 checkpoint: stage 1 starts from stage 1")
-    over = config.stage == "stage2" and found.config.stage == "stage1"
-    encoder = () if any(name.startswith(VISION) for name in found.tensors) else (VISION,)
+    onwards = config.stage == "stage2" and start.config.stage == "stage1"
+    encoder = () if any(name.startswith(VISION) for name in start.tensors) else (VISION,)
     return Allowed(
-        left_out=(STAGE1_HEADS if config.qformer.question else STAGE1_ONLY) if over else (),
-        fresh=(*found.allowed.fresh, *(STAGE2_ONLY if over else ()), *new_adapters(found.tensors), *encoder),
+        left_out=(STAGE1_HEADS if config.qformer.question else STAGE1_ONLY) if onwards else (),
+        fresh=(*start.allowed.fresh, *(STAGE2_ONLY if onwards else ()), *new_adapters(start.tensors), *encoder),
         adapt=True,
     )
 
@@ -127,14 +126,7 @@ def _same_towers(before: RunConfig, now: RunConfig) -> None:
     Folders are not compared: they may have moved.
     """
     for name in ("vision.name", "vision.layer", "vision.pool", "qformer.init"):
-        old, new = _flat(to_dict(before))[name], _flat(to_dict(now))[name]
+        old, new = flat(before)[name], flat(now)[name]
         folders = any(isinstance(v, str) and Path(v).is_dir() for v in (old, new))
         if old != new and not folders:
             raise ConfigError(f"--init {now.init} was trained with {name} = {old!r}, this run has {new!r}")
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in values.items():
-        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return out

@@ -38,7 +38,7 @@ def build_optimizer(
         if depths is not None and name in depths:
             scale = config.layer_decay ** depths[name]
         groups.setdefault((config.weight_decay if p.ndim >= 2 else 0.0, scale), []).append(p)
-    listed = [{"params": found, "weight_decay": decay, "scale": scale} for (decay, scale), found in groups.items()]
+    listed = [{"params": group, "weight_decay": decay, "scale": scale} for (decay, scale), group in groups.items()]
     if config.name == "adamw":
         return torch.optim.AdamW(listed, lr=config.lr, betas=config.betas, fused=_fused(p for _, p in named))
     if config.name == "adamw8bit":
@@ -57,34 +57,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate * group["scale"]
 
 
-def flat_state(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A parameter's state as plain tensors: `exp_avg.NAME`, in 8 bits `exp_avg:codes.NAME` and `exp_avg:scale.NAME`."""
-    out: dict[str, Tensor] = {}
-    for kind, value in state.items():
-        if hasattr(value, "codes"):
-            out |= {f"{kind}:{part}.{name}": getattr(value, part) for part in ("codes", "scale")}
-        else:
-            out[f"{kind}.{name}"] = value
-    return out
-
-
-def restore_packed(optimizer: Any, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-    """Put back one of the parts (`exp_avg:codes`) of state in 8 bits."""
-    kind, part = kind.split(":")
-    state = optimizer.state[parameter]
-    if kind not in state:  # as torchao does in the first step
-        state[kind] = optimizer._new_buffer(parameter, kind == "exp_avg")
-    getattr(state[kind], part).copy_(value)
-
-
 def _adamw8bit(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
         raise ConfigError('optim.name adamw8bit needs torchao: pip install "blip2[quantize]"') from error
     require_compiler("optim.name adamw8bit")
-    found: torch.optim.Optimizer = AdamW8bit(groups, lr=config.lr, betas=config.betas)
-    return found
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=config.lr, betas=config.betas)
+    return optimizer
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

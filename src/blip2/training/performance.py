@@ -53,5 +53,5 @@ def require_compiler(setting: str) -> None:
     """
     named = os.environ.get("CXX")
     if not any(shutil.which(name) for name in ([named] if named else ["g++", "clang++", "c++"])):
-        wanted = f"CXX is {named!r}, which is not there" if named else "no g++ or clang++ is installed"
-        raise ConfigError(f"{setting} needs a C++ compiler: {wanted}; install one, or turn the setting off")
+        missing = f"CXX is {named!r}, which is not there" if named else "no g++ or clang++ is installed"
+        raise ConfigError(f"{setting} needs a C++ compiler: {missing}; install one, or turn the setting off")

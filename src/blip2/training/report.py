@@ -23,6 +23,7 @@ import yaml
 
 from blip2.errors import CheckpointError
 from blip2.io.html import environment, write
+from blip2.metrics.table import METRICS
 from blip2.training.run_log import format_seconds
 
 Line = dict[str, float]
@@ -33,8 +34,7 @@ REPORT = "report.html"
 LOSSES = ("loss", "itc", "itm", "itg", "lm")
 RECALL = re.compile(r"(i2t|t2i)_r(\d+)")
 DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
-# Names of dev numbers that are written otherwise in a metrics file.
-SCORES = {"cider": "CIDEr", "accuracy": "Accuracy", "recall": "Re-ranked R@1"}
+SCORES = {name: metric.label for name, metric in METRICS.items()} | {"recall": "Re-ranked R@1"}
 # Captions shown per image, and rows of the table of evaluations; always with first and last.
 CAPTIONS, EVALUATIONS = 6, 12
 # The closing loss is the mean of this many steps: a single batch says little.
@@ -216,8 +216,8 @@ def thinned(series: Points, limit: int = POINTS) -> npt.NDArray[np.float64]:
 
 def smoothed(values: npt.NDArray[np.float64], reach: int) -> npt.NDArray[np.float64]:
     """Mean of each value and its neighbours up to `reach` away on both sides, so that it does not lag behind."""
-    window, whole = np.ones(2 * reach + 1), slice(reach, reach + len(values))
-    return np.convolve(values, window)[whole] / np.convolve(np.ones(len(values)), window)[whole]
+    window, inside = np.ones(2 * reach + 1), slice(reach, reach + len(values))
+    return np.convolve(values, window)[inside] / np.convolve(np.ones(len(values)), window)[inside]
 
 
 def _alt(title: str, lines: Sequence[Series]) -> str:

@@ -21,6 +21,9 @@ class RunLog:
         step: steps already done; lines beyond them (of a run killed after its last checkpoint)
             are dropped, so that the file reads as if the run had never stopped.
         steps: of the whole run, for the ETA.
+
+    Attributes:
+        line: the progress line, and lines above it.
     """
 
     def __init__(self, folder: Path, step: int, steps: int) -> None:
@@ -28,7 +31,7 @@ class RunLog:
         self._drop_lines_after(step)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = _tensorboard(folder, step)
-        self._line = ProgressLine(step, steps)
+        self.line = ProgressLine(step, steps)
 
     def write(self, kind: str, step: int, numbers: dict[str, Any]) -> None:
         """Append one line (`kind` is `train` or `dev`) and mirror its numbers in TensorBoard."""
@@ -40,17 +43,9 @@ class RunLog:
                 if isinstance(value, int | float):
                     self._board.add_scalar(f"{kind}/{name}", value, step)
 
-    def progress(self, step: int, numbers: dict[str, float]) -> None:
-        """Show where the run is."""
-        self._line.show(step, numbers)
-
-    def say(self, text: str) -> None:
-        """Print a line above the progress line."""
-        self._line.say(text)
-
     def close(self) -> None:
         """Close everything; what a full disk could not take is given up (`write` has said so)."""
-        self._line.close()
+        self.line.close()
         for output in (self._file, self._board):
             if output is not None:
                 with contextlib.suppress(OSError):
@@ -60,8 +55,7 @@ class RunLog:
         if not self.path.exists():
             return
         lines = self.path.read_text("utf-8").splitlines() if step else []
-        kept = [line for line in lines if _step_of(line) <= step]
-        write_text(self.path, "".join(f"{line}\n" for line in kept))
+        write_text(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
 
 class ProgressLine:
@@ -104,12 +98,10 @@ class ProgressLine:
 
 def format_seconds(seconds: float) -> str:
     """`75` -> `1m15s`, `4000` -> `1h06m`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+    return f"{minutes // 60}h{minutes % 60:02d}m"
 
 
 def _step_of(line: str) -> float:

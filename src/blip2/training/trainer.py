@@ -12,7 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from blip2.configs import RunConfig, to_dict
 from blip2.data.batch import Batch
-from blip2.data.collection import BadSample
 from blip2.errors import RunError
 from blip2.models.freezing import assert_frozen, weights_digest
 from blip2.models.vision.encoder import VisionEncoder
@@ -45,13 +44,11 @@ class Outcome:
         step: steps done in all.
         seconds: spent in this process's call.
         interrupted: the signal that stopped it (SIGINT, SIGTERM), or None.
-        skipped: bad samples met on the way.
     """
 
     step: int
     seconds: float
     interrupted: int | None = None
-    skipped: list[BadSample] = field(default_factory=list)
 
 
 class Trainer:
@@ -77,15 +74,13 @@ class Trainer:
         evaluate: Evaluate | None = None,
     ) -> None:
         self.config, self.folder, self.device = config, folder, device
+        assert isinstance(objective.model, nn.Module)
         self.objective, self.model = objective, objective.model
         self.batches, self.evaluate, self.frozen = batches, evaluate, frozen or []
         depths = self._depths()
         self.wrapped = wrap(objective, config.train.parallel, device, unused_parameters(config))
-        self.optimizer = build_optimizer(
-            ((n, p) for n, p in self.model.named_parameters() if p.requires_grad),  # type: ignore[union-attr]
-            config.optim,
-            depths,
-        )
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(trained, config.optim, depths)
         self.step = 0
         self._signal: int | None = None
         self._stopping = False
@@ -95,7 +90,7 @@ class Trainer:
         """Go on from the newest whole checkpoint, if there is one; returns the steps done."""
         last = checkpoint.newest(self.folder)
         if last is not None:
-            self.step = checkpoint.load(last, self._model, self.optimizer)
+            self.step = checkpoint.load(last, self.model, self.optimizer)
         return self.step
 
     def run(self) -> Outcome:
@@ -105,7 +100,7 @@ class Trainer:
             RunError: non-finite loss (with the batch's keys), unwritable run folder.
             CheckpointError: a checkpoint cannot be written; earlier ones are intact.
         """
-        began, skipped = time.monotonic(), []
+        began = time.monotonic()
         digests = [weights_digest(module) for module in self.frozen]
         log = None
         try:
@@ -114,9 +109,10 @@ class Trainer:
             with self._signals():
                 if self.step == 0:
                     self._evaluate(log)
+                self.objective.train()
                 source = self.batches(self.step)
                 while self.step < self.config.train.steps and not self._stopping:
-                    skipped += self._one_step(source, log)
+                    self._one_step(source, log)
                     self._after_step(log)
         except OSError as error:
             where = error.filename or self.folder
@@ -126,29 +122,23 @@ class Trainer:
                 log.close()
         if digests != [weights_digest(module) for module in self.frozen]:
             raise RunError("a frozen part changed during training")
-        told = (self._signal or signal.SIGTERM) if self._stopping else None
-        return Outcome(self.step, time.monotonic() - began, told, skipped)
-
-    @property
-    def _model(self) -> nn.Module:
-        assert isinstance(self.model, nn.Module)
-        return self.model
+        interrupted = (self._signal or signal.SIGTERM) if self._stopping else None
+        return Outcome(self.step, time.monotonic() - began, interrupted)
 
     def _depths(self) -> dict[str, int]:
         """Depth of every parameter of an image encoder that trains; empty where it is frozen."""
-        vision = getattr(self._model, "vision", None)
+        vision = getattr(self.model, "vision", None)
         if not isinstance(vision, VisionEncoder) or vision.frozen:
             return {}
         return {f"vision.model.{name}": depth for name, depth in vision.depths.items()}
 
-    def _one_step(self, source: Iterator[Batch], log: RunLog | None) -> list[BadSample]:
+    def _one_step(self, source: Iterator[Batch], log: RunLog | None) -> None:
         train, began = self.config.train, time.monotonic()
         batch = next(source)
         waited = time.monotonic() - began
         rate = learning_rate(self.step, train.steps, self.config.optim)
         set_learning_rate(self.optimizer, rate)
         torch.manual_seed(_seed(train.seed, self.step, distributed.rank()))
-        self.objective.train()
         losses = self._backward(batch)
         norm = self._clip()
         if not math.isfinite(norm):
@@ -161,8 +151,10 @@ class Trainer:
         self.step += 1
         seconds = time.monotonic() - began
         if log is not None:
-            self._log_step(log, losses, rate, norm, seconds, waited)
-        return batch.skipped
+            pairs = train.batch * self.config.data.texts_per_image
+            speed = {"pairs_per_s": pairs / seconds, "data_wait": waited / seconds}
+            log.write("train", self.step, {**losses, "lr": rate, "grad_norm": norm, **speed, "time": seconds})
+            log.line.show(self.step, {**losses, **speed})
 
     def _backward(self, batch: Batch) -> dict[str, float]:
         """Losses of one step over its micro-batches, averaged over processes; gradients are left."""
@@ -178,11 +170,10 @@ class Trainer:
                 (loss / parts).backward()
             for name, value in losses.items():
                 total[name] = total.get(name, torch.zeros((), device=self.device)) + value.detach() / parts
-        names = list(total)
-        told = torch.tensor(0.0 if self._signal is None else 1.0, device=self.device)
-        means = to_list(distributed.mean_over_processes(torch.stack([*total.values(), told]).float()))
-        values = dict(zip(names, means, strict=False))
-        self._stopping = means[-1] > 0  # decided together: any process that was told stops all
+        signalled = torch.tensor(0.0 if self._signal is None else 1.0, device=self.device)
+        means = to_list(distributed.mean_over_processes(torch.stack([*total.values(), signalled]).float()))
+        values = dict(zip(total, means, strict=False))
+        self._stopping = means[-1] > 0  # decided together: a signal to any process stops all
         if not all(math.isfinite(v) for v in values.values()):
             named = ", ".join(f"{k} {v}" for k, v in values.items())
             raise RunError(f"step {self.step + 1}: the loss is not finite ({named}); {self._advice(batch)}")
@@ -190,7 +181,7 @@ class Trainer:
 
     def _clip(self) -> float:
         limit = self.config.optim.clip
-        parameters = [p for p in self._model.parameters() if p.requires_grad]
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
         norm = nn.utils.clip_grad_norm_(parameters, limit if limit is not None else math.inf)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
@@ -201,7 +192,7 @@ class Trainer:
         if last or (self.step % train.eval_every == 0 and not self._stopping):
             self._evaluate(log)
         if last or self._stopping or self.step % train.save_every == 0:
-            checkpoint.save(self.folder, self.step, self._model, self.optimizer, to_dict(self.config), train.keep)
+            checkpoint.save(self.folder, self.step, self.model, self.optimizer, to_dict(self.config), train.keep)
 
     def _evaluate(self, log: RunLog | None) -> None:
         if self.evaluate is None:
@@ -210,14 +201,15 @@ class Trainer:
         precision = autocast(self.device, self.config.train.precision)
         with torch.no_grad(), unsharded(self.wrapped), distributed.single_process(), precision:
             numbers = self.evaluate(self.step)
+        self.objective.train()
         captions = numbers.pop("captions", [])
         self._keep_best(numbers)
         if log is not None and numbers:
             log.write("dev", self.step, numbers)
             shown = "  ".join(f"{k} {v:.2f}" for k, v in numbers.items() if isinstance(v, float))
-            log.say(f"dev at step {self.step}: {shown}")
+            log.line.say(f"dev at step {self.step}: {shown}")
             for caption in captions:
-                log.say(f"  {caption}")
+                log.line.say(f"  {caption}")
 
     def _keep_best(self, numbers: dict[str, Any]) -> None:
         """Keep the weights where the dev number that the run goes by is higher than ever (a loss: lower)."""
@@ -226,16 +218,8 @@ class Trainer:
             return
         score = -numbers[name] if name == "loss" else numbers[name]
         if self._best is None or score > self._best:
-            checkpoint.save_best(self.folder, self.step, score, name, self._model, to_dict(self.config))
+            checkpoint.save_best(self.folder, self.step, score, name, self.model, to_dict(self.config))
             self._best = score
-
-    def _log_step(
-        self, log: RunLog, losses: dict[str, float], rate: float, norm: float, seconds: float, waited: float
-    ) -> None:
-        pairs = self.config.train.batch * self.config.data.texts_per_image
-        speed = {"pairs_per_s": pairs / seconds, "data_wait": waited / seconds}
-        log.write("train", self.step, {**losses, "lr": rate, "grad_norm": norm, **speed, "time": seconds})
-        log.progress(self.step, {**losses, **speed})
 
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
         no_sync = getattr(self.wrapped, "no_sync", None)

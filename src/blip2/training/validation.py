@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from blip2.configs import DecodingConfig, RunConfig
+from blip2.configs import DecodingConfig
 from blip2.data.batch import Batch
 from blip2.data.collection import BadSampleError, Collection, Sample
 from blip2.data.feature_cache import FeatureCache
@@ -44,47 +44,43 @@ class DevEvaluator:
     """
 
     def __init__(
-        self,
-        model: Blip2,
-        objective: nn.Module,
-        collection: Collection,
-        features: FeatureCache | None,
-        config: RunConfig,
-        folder: Path,
+        self, model: Blip2, objective: nn.Module, collection: Collection, features: FeatureCache | None, folder: Path
     ) -> None:
-        self.model, self.objective, self.config, self.folder = model, objective, config, folder
+        self.model, self.objective, self.config, self.folder = model, objective, model.config, folder
         self.collection, self.features = collection, features
         self.by_key = {sample.key: sample for sample in collection.samples}
         self.last_samples: list[dict[str, Any]] = []
-        self.first = distributed.rank() == 0  # every process measures, the first one writes
 
     def __call__(self, step: int) -> dict[str, Any]:
         """Dev numbers: mean losses, ITC recall (stage 1), the one that the run goes by; and two sample captions.
 
-        The captions (or answers) of the sample images are written.
+        The captions (or answers) of the sample images are written by the first process.
         """
-        settings, losses = self.config.eval, _Means()
-        pool = _Pool()
-        shown: list[dict[str, Any]] = []
-        wanted = self.config.eval.images if settings.best in METRICS else settings.samples
+        settings, stage1 = self.config.eval, self.config.stage == "stage1"
+        losses: list[dict[str, float]] = []
+        ranking = _Ranking(self.model, rerank=settings.best == "recall")
+        entries: list[dict[str, Any]] = []
+        count = settings.images if settings.best in METRICS else settings.samples
         for batch in self._batches():
-            features = self._features(batch)
-            batch.features, batch.pixels = features, None
+            features = batch.features = self._features(batch)
+            batch.pixels, batch.image_ids = None, batch.image_ids.to(self.model.device)
             if len(batch) > 1:
-                losses.add({k: float(v) for k, v in self.objective(batch, 0).items()})
-            if self.config.stage == "stage1":
-                pool.add(self.model, features, [self.by_key[key].captions for key in batch.keys], settings.best)
-            missing = wanted - len(shown)
-            if missing > 0:
-                shown += self._texts(batch, features, missing)
-        numbers: dict[str, Any] = losses.means()
-        if pool.images:
-            numbers |= pool.recall(self.model)
-        if settings.best in METRICS and shown:
-            texts = [entry.get("answer", entry["caption"]) for entry in shown]
-            numbers |= measure([settings.best], texts, [entry["references"] for entry in shown])
-        self._write(step, shown[: settings.samples])
-        numbers["captions"] = [f"{entry['key']}: {entry['caption']}" for entry in shown[:2]]
+                losses.append({name: float(value) for name, value in self.objective(batch, 0).items()})
+            if stage1:
+                ranking.add(features, [self.by_key[key].captions for key in batch.keys])
+            if len(entries) < count:
+                entries += self._texts(batch, features, count - len(entries))
+        means = {name: float(np.mean([line[name] for line in losses])) for name in (losses or [{}])[0]}
+        numbers: dict[str, Any] = {"loss": sum(means.values()), **means} if means else {}
+        if ranking.images:
+            numbers |= ranking.recall()
+        if settings.best in METRICS and entries:
+            texts = [entry.get("answer", entry["caption"]) for entry in entries]
+            numbers |= measure([settings.best], texts, [entry["references"] for entry in entries])
+        self.last_samples = entries[: settings.samples]
+        if distributed.rank() == 0 and self.last_samples:
+            self._write(step)
+        numbers["captions"] = [f"{entry['key']}: {entry['caption']}" for entry in entries[:2]]
         return numbers
 
     def _batches(self) -> Iterator[Batch]:
@@ -100,7 +96,6 @@ class DevEvaluator:
         )
 
     def _features(self, batch: Batch) -> Tensor:
-        batch.image_ids = batch.image_ids.to(self.model.device)
         if batch.features is not None:
             return batch.features.to(self.model.device)
         assert batch.pixels is not None
@@ -110,109 +105,84 @@ class DevEvaluator:
     def _texts(self, batch: Batch, features_BPC: Tensor, count: int) -> list[dict[str, Any]]:
         """What the model says of the first `count` images of a batch, beside what people said."""
         keys, features, limits = batch.keys[:count], features_BPC[:count], self.config.eval
-        if batch.questions is not None:
-            asked = batch.questions[:count]
-            decoding = DecodingConfig.for_answers(beams=limits.beams)
-            prompts = [self.config.language.question.format(question) for question in asked]
-            texts = self.model.generate(features, prompts, decoding, questions=asked)
-            said = [f"{question} {text[0]}" for question, text in zip(asked, texts, strict=True)]
-            answers = [self._answers(key, question) for key, question in zip(keys, asked, strict=True)]
-            return [
-                {**_entry(key, line, found), "answer": text[0]}
-                for key, line, text, found in zip(keys, said, texts, answers, strict=True)
-            ]
-        decoding = DecodingConfig(beams=limits.beams, min_tokens=limits.min_tokens, max_tokens=limits.max_tokens)
-        texts = self.model.caption_features(features, None, decoding)
-        return [_entry(key, text[0], self.by_key[key].captions) for key, text in zip(keys, texts, strict=True)]
+        if batch.questions is None:
+            decoding = DecodingConfig(beams=limits.beams, min_tokens=limits.min_tokens, max_tokens=limits.max_tokens)
+            captions = self.model.caption_features(features, None, decoding)
+            return [_entry(key, text[0], self.by_key[key].captions) for key, text in zip(keys, captions, strict=True)]
+        questions = batch.questions[:count]
+        prompts = [self.config.language.question.format(question) for question in questions]
+        decoding = DecodingConfig.for_answers(beams=limits.beams)
+        answers = self.model.generate(features, prompts, decoding, questions=questions)
+        return [
+            {**_entry(key, f"{question} {answer[0]}", self._references(key, question)), "answer": answer[0]}
+            for key, question, answer in zip(keys, questions, answers, strict=True)
+        ]
 
-    def _answers(self, key: str, question: str) -> tuple[str, ...]:
+    def _references(self, key: str, question: str) -> tuple[str, ...]:
+        """What people answered to a question about an image."""
         return next(q.answers for q in self.by_key[key].questions if q.text == question and q.answers)
 
-    def _write(self, step: int, shown: list[dict[str, Any]]) -> None:
-        self.last_samples = shown
-        if not self.first or not shown:
-            return
+    def _write(self, step: int) -> None:
         folder = self.folder / "samples"
         (folder / "thumbs").mkdir(parents=True, exist_ok=True)
-        for entry in shown:
+        for entry in self.last_samples:
             target = folder / entry["image"]
             if not target.exists():
                 write_thumbnail(self.by_key[entry["key"]], target)
-        write_json(folder / f"step-{step:06d}.json", shown)
+        write_json(folder / f"step-{step:06d}.json", self.last_samples)
 
 
-class _Means:
-    """Means of named numbers."""
+class _Ranking:
+    """All dev images and their captions, to rank among each other; `rerank` keeps image features for ITM."""
 
-    def __init__(self) -> None:
-        self.lines: list[dict[str, float]] = []
-
-    def add(self, line: dict[str, float]) -> None:
-        self.lines.append(line)
-
-    def means(self) -> dict[str, float]:
-        if not self.lines:
-            return {}
-        means = {name: float(np.mean([line[name] for line in self.lines])) for name in self.lines[0]}
-        return {"loss": sum(means.values()), **means}
-
-
-class _Pool:
-    """All dev images and their captions, to rank among each other."""
-
-    def __init__(self) -> None:
+    def __init__(self, model: Blip2, *, rerank: bool) -> None:
+        self.model, self.rerank = model, rerank
         self.images: list[Tensor] = []
         self.features: list[Tensor] = []  # keys and values of an image are several times as large
-        self.owners: list[int] = []
+        self.image_of_text: list[int] = []
         self.texts: list[str] = []
         self.count = 0
 
-    def add(self, model: Blip2, features_BPC: Tensor, captions: list[tuple[str, ...]], best: str | None) -> None:
-        self.images.append(model.embed_features(features_BPC))
-        if best == "recall":
+    def add(self, features_BPC: Tensor, captions: list[tuple[str, ...]]) -> None:
+        self.images.append(self.model.embed_features(features_BPC))
+        if self.rerank:
             self.features += features_BPC.to("cpu").split(1)
-        for found in captions:
-            self.owners += [self.count] * len(found)
-            self.texts += found
+        for texts in captions:
+            self.image_of_text += [self.count] * len(texts)
+            self.texts += texts
             self.count += 1
 
-    def recall(self, model: Blip2) -> dict[str, float]:
-        """Recall by ITC; where features were kept, `recall` too: mean R@1 of both directions, re-ranked by ITM."""
-        owners = np.array(self.owners)
-        similarity_IT = to_numpy(query_text_similarity(torch.cat(self.images), model.embed_texts(self.texts)))
-        numbers = recall_at_k(similarity_IT, owners)
-        if self.features:
-            matches = [
-                (texts, self._itm(model, image, texts))
-                for image, texts in enumerate(candidate_pairs(similarity_IT, RERANKED))
-            ]
-            found = bidirectional_recall(
-                *reranked_scores(similarity_IT, matches, RERANKED, model.stage1.itc_scale), owners
-            )
-            numbers |= {f"reranked_{name}": found[name] for name in ("i2t_r1", "t2i_r1")}
-            numbers["recall"] = (found["i2t_r1"] + found["t2i_r1"]) / 2
+    def recall(self) -> dict[str, float]:
+        """Recall by ITC; with `rerank`, `recall` too: mean R@1 of both directions, re-ranked by ITM."""
+        texts_TE = self.model.embed_texts(self.texts)
+        similarity_IT = to_numpy(query_text_similarity(torch.cat(self.images), texts_TE))
+        numbers = recall_at_k(similarity_IT, self.image_of_text)
+        if self.rerank:
+            pairs = candidate_pairs(similarity_IT, RERANKED)
+            matches = [(texts, self._itm(image, texts)) for image, texts in enumerate(pairs)]
+            scores = reranked_scores(similarity_IT, matches, RERANKED, self.model.stage1.itc_scale)
+            reranked = bidirectional_recall(*scores, self.image_of_text)
+            numbers |= {f"reranked_{name}": reranked[name] for name in ("i2t_r1", "t2i_r1")}
+            numbers["recall"] = (reranked["i2t_r1"] + reranked["t2i_r1"]) / 2
         return numbers
 
-    def _itm(self, model: Blip2, image: int, texts: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    def _itm(self, image: int, texts: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """ITM's class-1 logits of an image with these texts."""
-        kv = model.image_kv(self.features[image].to(model.device))
-        found: npt.NDArray[Any] = to_numpy(model.match_logits(kv, [self.texts[t] for t in texts])[:, 1])
-        return found
+        image_kv = self.model.image_kv(self.features[image].to(self.model.device))
+        logits: npt.NDArray[Any] = to_numpy(self.model.match_logits(image_kv, [self.texts[t] for t in texts])[:, 1])
+        return logits
 
 
 def _entry(key: str, text: str, references: Sequence[str]) -> dict[str, Any]:
-    return {"key": key, "image": f"thumbs/{_file_name(key)}.jpg", "caption": text, "references": list(references)}
+    file_name = "".join(c if c.isalnum() or c in "-_." else "_" for c in key)
+    return {"key": key, "image": f"thumbs/{file_name}.jpg", "caption": text, "references": list(references)}
 
 
 def write_thumbnail(sample: Sample, target: Path) -> None:
     """A small JPEG of a sample, for the report; nothing where the image cannot be read any more."""
     try:
-        picture = decode_image(sample.read())
+        image = decode_image(sample.read())
     except BadSampleError:
         return
-    picture.thumbnail((THUMB, THUMB))
-    picture.save(target, "JPEG", quality=85)
-
-
-def _file_name(key: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in key)
+    image.thumbnail((THUMB, THUMB))
+    image.save(target, "JPEG", quality=85)
