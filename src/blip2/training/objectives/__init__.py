@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from torch import nn
 
 from blip2.configs import RunConfig
-from blip2.data.tokenizers import LanguageTokenizer, QFormerTokenizer
+from blip2.inference.loaded import LoadedModel
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.training.objectives.common import EarlyBackward
@@ -16,33 +14,22 @@ from blip2.training.objectives.stage1 import Stage1Objective
 from blip2.training.objectives.stage2 import Stage2Objective
 
 
-class Tokenizers(Protocol):
-    """Where an objective takes its tokenizers from: a loaded model, for one."""
-
-    @property
-    def text_tokenizer(self) -> QFormerTokenizer:
-        """The Q-Former's."""
-
-    @property
-    def language_tokenizer(self) -> LanguageTokenizer:
-        """The language model's (stage 2)."""
-
-
 def build_objective(
-    config: RunConfig, model: Stage1 | Stage2, tokenizers: Tokenizers, *, sharded: bool = False
+    config: RunConfig, model: Stage1 | Stage2, user: LoadedModel, *, sharded: bool = False
 ) -> nn.Module:
     """What a run trains on: a module that maps (batch, step) to losses by name.
 
     Args:
+        user: the model as its users have it, with its tokenizers.
         sharded: by FSDP2, which would gather the language model anew for every piece of a batch.
     """
     seed, token_drop, shots = config.train.seed, config.vision.token_drop, config.data.shots
     if isinstance(model, Stage1):
-        text_tokenizer, accumulate = tokenizers.text_tokenizer, config.train.accumulate
+        text_tokenizer, accumulate = user.text_tokenizer, config.train.accumulate
         stage1 = Stage1Objective(model, text_tokenizer, config.loss, seed, accumulate, token_drop)
         return EarlyBackward(stage1) if config.train.early_backward else stage1
-    questions = tokenizers.text_tokenizer if config.qformer.question else None
-    parts = (model, tokenizers.language_tokenizer, config.language, seed, questions, token_drop)
+    questions = user.text_tokenizer if config.qformer.question else None
+    parts = (model, user.language_tokenizer, config.language, seed, questions, token_drop)
     if shots:
         return InContextObjective(*parts, shots=shots)
     stage2 = Stage2Objective(*parts)
