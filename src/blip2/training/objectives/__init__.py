@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from blip2.configs import RunConfig
-from blip2.inference.loaded import LoadedModel
+from blip2.inference import Blip2
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.training.objectives.common import EarlyBackward
@@ -14,9 +14,7 @@ from blip2.training.objectives.stage1 import Stage1Objective
 from blip2.training.objectives.stage2 import Stage2Objective
 
 
-def build_objective(
-    config: RunConfig, model: Stage1 | Stage2, user: LoadedModel, *, sharded: bool = False
-) -> nn.Module:
+def build_objective(config: RunConfig, model: Stage1 | Stage2, user: Blip2, *, sharded: bool = False) -> nn.Module:
     """What a run trains on: a module that maps (batch, step) to losses by name.
 
     Args:
