@@ -17,12 +17,12 @@ def cost(groups: list[list[int]], lengths: list[int], overhead: int) -> int:
 def best(lengths: list[int], overhead: int) -> int:
     """The least cost over every way to cut the sorted rows."""
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
-    found = []
+    costs = []
     for cuts in range(len(order)):
         for places in combinations(range(1, len(order)), cuts):
             ends = [0, *places, len(order)]
-            found.append(cost([order[a:b] for a, b in pairwise(ends)], lengths, overhead))
-    return min(found)
+            costs.append(cost([order[a:b] for a, b in pairwise(ends)], lengths, overhead))
+    return min(costs)
 
 
 def test_buckets_are_the_next_multiples_of_eight() -> None:

@@ -25,10 +25,10 @@ from blip2.ops.devices import (
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("wanted", ["fp32", "bf16"])
-def test_the_variable_decides_what_auto_means(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BLIP2_PRECISION", wanted)
-    half = wanted == "bf16"
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_variable_decides_what_auto_means(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLIP2_PRECISION", precision)
+    half = precision == "bf16"
     assert fast_bf16("cpu") is fast_bf16("cuda") is half
     assert fast_dtype("cpu") == (torch.bfloat16 if half else torch.float32)
     # what a run asks for itself stays what it asks for
@@ -80,10 +80,10 @@ def test_what_decides_is_float32_inside_autocast() -> None:
     )
     texts_GE = torch.nn.functional.normalize(torch.tensor([[1.0, 0.05]]), dim=-1)
     with autocast(CPU, "bf16"):
-        found = query_text_similarity(queries_BQE, texts_GE)
-    assert found.dtype == torch.float32
-    assert found[1, 0] > found[0, 0]
-    torch.testing.assert_close(found, query_text_similarity(queries_BQE, texts_GE), rtol=0, atol=0)
+        similarity = query_text_similarity(queries_BQE, texts_GE)
+    assert similarity.dtype == torch.float32
+    assert similarity[1, 0] > similarity[0, 0]
+    torch.testing.assert_close(similarity, query_text_similarity(queries_BQE, texts_GE), rtol=0, atol=0)
 
 
 def test_without_autocast_is_the_plain_product() -> None:
@@ -94,12 +94,12 @@ def test_without_autocast_is_the_plain_product() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "small"), [("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)]
+    ("precision", "small"), [("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)]
 )
 def test_a_small_language_model_writes_in_float32_on_a_cpu(
-    wanted: str, small: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    precision: str, small: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("BLIP2_PRECISION", wanted)
+    monkeypatch.setenv("BLIP2_PRECISION", precision)
     assert writing_dtype("cpu", 135_000_000) == small
     assert writing_dtype("cpu", 2_700_000_000) == fast_dtype("cpu")
     assert writing_dtype("cuda", 135_000_000) == fast_dtype("cuda")
@@ -108,9 +108,9 @@ def test_a_small_language_model_writes_in_float32_on_a_cpu(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_floats_arrive_as_float32(dtype: torch.dtype) -> None:
     values = torch.tensor([[0.5, -2.0], [3.0, 0.25]], dtype=dtype, requires_grad=True)
-    found = to_numpy(values * 2)
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, [[1.0, -4.0], [6.0, 0.5]])
+    array = to_numpy(values * 2)
+    assert array.dtype == np.float32
+    np.testing.assert_array_equal(array, [[1.0, -4.0], [6.0, 0.5]])
     assert to_list(values * 2) == [[1.0, -4.0], [6.0, 0.5]]
     assert to_list((values * 2)[0, 0]) == 1.0
 
@@ -123,9 +123,9 @@ def test_other_types_are_kept(dtype: torch.dtype) -> None:
 
 
 def test_numpy_arrays_are_listed_too() -> None:
-    found = to_list(np.array([1, 2], dtype=np.int64))
-    assert found == [1, 2]
-    assert type(found[0]) is int
+    values = to_list(np.array([1, 2], dtype=np.int64))
+    assert values == [1, 2]
+    assert type(values[0]) is int
 
 
 def test_float32_on_the_cpu_is_not_copied() -> None:

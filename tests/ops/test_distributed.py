@@ -25,7 +25,7 @@ ONE_SIDED = [torch.tensor([3, 4]), torch.tensor([5, 5, 3])]  # nobody asks the f
 TEXTS = [torch.tensor([[2, 9, 3], [2, 3, 0], [2, 8, 3]]), torch.tensor([[2, 5, 6, 7, 3], [2, 3, 0, 0, 0], [2] * 5])]
 
 
-def whole() -> Tensor:
+def full_batch() -> Tensor:
     return torch.randn(WORLD * ROWS, 4, 2, generator=torch.Generator().manual_seed(1))
 
 
@@ -43,21 +43,21 @@ def weights_of(rows: Tensor) -> Tensor:
 def work(out: Path) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    mine = whole()[rank * ROWS : (rank + 1) * ROWS]
+    mine = full_batch()[rank * ROWS : (rank + 1) * ROWS]
     results: dict[str, Any] = {"rank": distributed.rank(), "world": distributed.world_size()}
     results["gather"] = distributed.gather(mine)
     results["gather_transposed"] = distributed.gather(mine.transpose(0, 2)).transpose(0, 2)
     results["gather_ids"] = distributed.gather(torch.tensor([rank, 7]))
-    asked = mine.clone().requires_grad_()
-    everyone = distributed.gather_with_grad(asked)
-    loss_of_rows(asked, everyone).backward()
-    results |= {"gather_with_grad": everyone.detach(), "grad": asked.grad}
+    rows = mine.clone().requires_grad_()
+    everyone = distributed.gather_with_grad(rows)
+    loss_of_rows(rows, everyone).backward()
+    results |= {"gather_with_grad": everyone.detach(), "grad": rows.grad}
     mask = TEXTS[rank] != 0
     results["ids"], results["mask"] = distributed.gather_texts(TEXTS[rank], mask, 0)
-    for name, wanted in {"fetch": WANTED, "fetch_one_sided": ONE_SIDED}.items():
+    for name, indices in {"fetch": WANTED, "fetch_one_sided": ONE_SIDED}.items():
         for dtype in (torch.float32, torch.bfloat16):
             rows = mine.to(dtype, copy=True).requires_grad_()
-            got = distributed.fetch_rows(rows, wanted[rank])
+            got = distributed.fetch_rows(rows, indices[rank])
             (got * weights_of(got)).sum().backward()
             results |= {f"{name}_{dtype}": got.detach(), f"{name}_{dtype}_grad": rows.grad}
     results["mean"] = distributed.mean_over_processes(torch.tensor([rank + 1.0, 10.0 * rank]))
@@ -82,7 +82,7 @@ def test_ranks(results: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("name", ["gather", "gather_transposed", "gather_with_grad"])
 def test_gathers_keep_the_order_of_ranks(results: list[dict[str, Any]], name: str) -> None:
-    want = whole()
+    want = full_batch()
     if name == "gather_transposed":  # rows are then the last axis
         want = torch.cat([want[:ROWS], want[ROWS:]], dim=2)
     for result in results:
@@ -94,9 +94,9 @@ def test_integers_are_gathered(results: list[dict[str, Any]]) -> None:
 
 
 def test_gradients_are_those_of_the_sum_of_all_losses(results: list[dict[str, Any]]) -> None:
-    one = whole().requires_grad_()
-    sum(loss_of_rows(one[r * ROWS : (r + 1) * ROWS], one) for r in range(WORLD)).backward()  # type: ignore[union-attr]
-    torch.testing.assert_close(torch.cat([result["grad"] for result in results]), one.grad)
+    full = full_batch().requires_grad_()
+    sum(loss_of_rows(full[r * ROWS : (r + 1) * ROWS], full) for r in range(WORLD)).backward()  # type: ignore[union-attr]
+    torch.testing.assert_close(torch.cat([result["grad"] for result in results]), full.grad)
 
 
 def test_texts_are_padded_to_the_longest(results: list[dict[str, Any]]) -> None:
@@ -113,25 +113,25 @@ def test_texts_are_padded_to_the_longest(results: list[dict[str, Any]]) -> None:
         assert torch.equal(result["mask"], result["ids"] != 0)
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("fetch", WANTED), ("fetch_one_sided", ONE_SIDED)])
+@pytest.mark.parametrize(("name", "indices"), [("fetch", WANTED), ("fetch_one_sided", ONE_SIDED)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_are_fetched_in_the_order_asked(
-    results: list[dict[str, Any]], name: str, wanted: list[Tensor], dtype: torch.dtype
+    results: list[dict[str, Any]], name: str, indices: list[Tensor], dtype: torch.dtype
 ) -> None:
     for rank, result in enumerate(results):
-        assert torch.equal(result[f"{name}_{dtype}"], whole()[wanted[rank]].to(dtype))
+        assert torch.equal(result[f"{name}_{dtype}"], full_batch()[indices[rank]].to(dtype))
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("fetch", WANTED), ("fetch_one_sided", ONE_SIDED)])
+@pytest.mark.parametrize(("name", "indices"), [("fetch", WANTED), ("fetch_one_sided", ONE_SIDED)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_fetched_rows_go_back_to_who_holds_them(
-    results: list[dict[str, Any]], name: str, wanted: list[Tensor], dtype: torch.dtype
+    results: list[dict[str, Any]], name: str, indices: list[Tensor], dtype: torch.dtype
 ) -> None:
-    one = whole().to(dtype).requires_grad_()
-    for asked in wanted:
-        rows = one[asked]
+    full = full_batch().to(dtype).requires_grad_()
+    for index in indices:
+        rows = full[index]
         (rows * weights_of(rows)).sum().backward()
-    assert torch.equal(torch.cat([result[f"{name}_{dtype}_grad"] for result in results]), one.grad)
+    assert torch.equal(torch.cat([result[f"{name}_{dtype}_grad"] for result in results]), full.grad)
 
 
 def test_mean_over_processes(results: list[dict[str, Any]]) -> None:

@@ -320,7 +320,7 @@ def test_a_bare_qformer(hf: HF, tmp_path: Path, refused: Refused, capsys: pytest
 
 def test_names_that_lead_nowhere(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     refused("blip2-opt-99b", "no such run folder or checkpoint file, and no preset")
-    refused("someone/blip2-none", "cannot be had from the hub")
+    refused("someone/blip2-none", "cannot be downloaded from the hub")
 
 
 def test_the_wrong_towers_name_both_widths(hf: HF, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,7 +145,7 @@ def bert_config(name: str, *, weights: bool = True) -> Any:
 
 
 def is_bert(name: str) -> bool:
-    """Whether a name has BERT weights to start from; a transformers BLIP-2 checkpoint gives sizes only."""
+    """Whether a name has BERT weights to start from; a transformers BLIP-2 checkpoint has only the sizes."""
     return name in towers.TOWERS or towers.load_config(name).model_type == "bert"
 
 

@@ -29,7 +29,7 @@ def is_adapter(name: str) -> bool:
 
 
 def freeze(module: nn.Module) -> None:
-    """Take a module out of training, in place: no gradients, eval mode."""
+    """Freeze a module in place: no gradients, eval mode."""
     module.requires_grad_(False)
     module.eval()
 

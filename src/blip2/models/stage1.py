@@ -86,6 +86,6 @@ class Stage1(nn.Module):
 
 
 def _in_float32(head: nn.Linear, x: Tensor) -> Tensor:
-    """What a small head makes of `x`, inside autocast too: its products are compared with each other."""
+    """A small head applied to `x` in float32, inside autocast too: its outputs are compared with each other."""
     with without_autocast(x.device):
         return F.linear(*map(widened, (x, head.weight, head.bias)))

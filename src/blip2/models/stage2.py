@@ -16,7 +16,7 @@ from blip2.models.qformer.model import QFormer
 
 
 class LinearBridge(nn.Module):
-    """No Q-Former: image tokens averaged down to a square of `tokens`, as wide as they are.
+    """No Q-Former: patches averaged to a square of `tokens`, in their own width.
 
     The baseline that a Q-Former has to beat; the linear layer behind it is stage 2's projection.
 
@@ -31,7 +31,7 @@ class LinearBridge(nn.Module):
         self.num_queries, self.side = tokens, math.isqrt(tokens)
 
     def forward(self, features_BPC: Tensor) -> Tensor:
-        """[B, Q, C]; what stands in front of the patch grid ([CLS], registers) is left out."""
+        """[B, Q, C]; prefix tokens in front of the patch grid ([CLS], registers) are left out."""
         grid = math.isqrt(features_BPC.shape[1])
         patches_BCGG = features_BPC[:, -grid * grid :].transpose(1, 2).unflatten(2, (grid, grid))
         return F.adaptive_avg_pool2d(patches_BCGG, self.side).flatten(2).transpose(1, 2)

@@ -46,7 +46,7 @@ class Tower:
 
 
 def folder(name: str) -> str:
-    """What `from_pretrained` takes for a tower's name; any other name (folder, hub id) unchanged.
+    """The folder or hub id of a tower's name; any other name is returned unchanged.
 
     An embedded model is converted into the cache folder on first use.
 
@@ -124,7 +124,7 @@ def snapshot(name: str) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=[*plain, "pytorch_model*.bin"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{name}: no such folder, and it cannot be had from the hub (unknown, or the hub is not reachable); "
+            f"{name}: no such folder, and it cannot be downloaded from the hub (unknown, or the hub is not reachable); "
             "download it elsewhere and give its folder"
         ) from error
     return folder

@@ -1,5 +1,5 @@
-"""Groups of rows of similar length, so that a padded batch computes little on padding; and a few lengths for
-compiled code, which is compiled anew for a length it has not seen.
+"""Groups of rows of similar length, so that little is computed on padding; and a few padded lengths for compiled
+code, which is compiled again for every new length.
 """
 
 from __future__ import annotations

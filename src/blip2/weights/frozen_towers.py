@@ -15,7 +15,7 @@ from blip2.configs import RunConfig
 from blip2.errors import CheckpointError
 from blip2.models import towers
 from blip2.models.freezing import freeze
-from blip2.models.language.model import load_language_model
+from blip2.models.language.model import auto_class, load_language_model
 from blip2.models.vision.encoder import VisionEncoder, vision_encoder_from_config
 from blip2.weights.checkpoint import Checkpoint
 from blip2.weights.lazy_tensors import LazyTensor, Tensors, open_folder
@@ -217,10 +217,7 @@ def _require_shapes(source: str, what: str, shapes: dict[str, tuple[int, ...]], 
 
 def _shapes_of(config: Any) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     """(shapes of all tensors, names of those that are tied to another) of a language model of this config."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"), towers.quiet():
-        model = kind.from_config(config)
+        model = auto_class(config).from_config(config)
     tied: Iterable[str] = getattr(model, "all_tied_weights_keys", None) or model._tied_weights_keys or ()
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}, set(tied)

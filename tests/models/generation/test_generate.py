@@ -322,7 +322,7 @@ def test_transformers_writes_where_the_cache_cannot_widen() -> None:
 def test_a_sample_does_not_depend_on_who_has_left() -> None:
     scores = torch.randn(6, V)
     torch.manual_seed(3)
-    whole = generation._draw(scores, torch.arange(6), 6)
+    all_rows = generation._draw(scores, torch.arange(6), 6)
     torch.manual_seed(3)
     left = generation._draw(scores[[1, 4]], torch.tensor([1, 4]), 6)
-    assert left.tolist() == whole[[1, 4]].tolist()
+    assert left.tolist() == all_rows[[1, 4]].tolist()

@@ -132,10 +132,10 @@ def test_generation_after_examples(kind: str, beams: int) -> None:
     made = model.generate(soft[3:], ids[3:], mask[3:], config, end_id=2, pad_id=0, examples_1SH=examples.embeds)
     for row in range(3):
         text = model.embed(ids[3 + row, : LENGTHS[3 + row]])
-        whole = torch.cat([examples.embeds[0], soft[3 + row], text])[None]
+        sequence = torch.cat([examples.embeds[0], soft[3 + row], text])[None]
         options: dict[str, Any] = {"num_beams": beams, "do_sample": False, "min_new_tokens": 2, "max_new_tokens": 5}
-        ones = torch.ones(whole.shape[:2], dtype=torch.int64)
-        expected = model.model.generate(inputs_embeds=whole, attention_mask=ones, pad_token_id=0, **options)[0]
+        ones = torch.ones(sequence.shape[:2], dtype=torch.int64)
+        expected = model.model.generate(inputs_embeds=sequence, attention_mask=ones, pad_token_id=0, **options)[0]
         expected = expected[1:] if kind == "t5" else expected
         assert made[row, : len(expected)].tolist() == expected.tolist()
         assert set(made[row, len(expected) :].tolist()) <= {0, 2}

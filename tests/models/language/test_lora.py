@@ -165,9 +165,9 @@ def test_targets() -> None:
         "model.layers.1.self_attn.o_proj",
         "model.layers.1.mlp.up_proj",
     }
-    whole = layers(adapted("opt", targets="all-linear"))
-    assert len(whole) == 12
-    assert not any("head" in layer for layer in whole)
+    adapted_layers = layers(adapted("opt", targets="all-linear"))
+    assert len(adapted_layers) == 12
+    assert not any("head" in layer for layer in adapted_layers)
     for wrong in ("q_prj", "q_proj,lm_head", "proj", "embed_tokens"):
         with pytest.raises(ConfigError, match=rf"lora.targets is '{wrong}': this llama has no .* has q_proj, k_proj"):
             adapted("llama", targets=wrong)

@@ -125,9 +125,9 @@ def test_decoder_loss_is_the_models_own_with_other_labels_masked(kind: str, firs
     (ours,) = torch.autograd.grad(loss, prompt)
 
     embeds = torch.cat([prompt, model.embed(ids)], dim=1)
-    whole = torch.cat([torch.ones(2, 3, dtype=torch.int64), mask], dim=1)
+    full_mask = torch.cat([torch.ones(2, 3, dtype=torch.int64), mask], dim=1)
     targets = torch.cat([torch.full((2, 3), -100), ids.masked_fill(~labels, -100)], dim=1)
-    own = model.model(inputs_embeds=embeds, attention_mask=whole, labels=targets).loss
+    own = model.model(inputs_embeds=embeds, attention_mask=full_mask, labels=targets).loss
     (theirs,) = torch.autograd.grad(own, prompt)
     torch.testing.assert_close(loss, own, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
@@ -174,14 +174,14 @@ def test_rows_of_similar_length_together_change_nothing(kind: str) -> None:
     labels = mask & (torch.arange(40) >= 1)
     soft = torch.randn(8, 3, model.hidden_size).requires_grad_()
     assert len(model._length_groups(3, mask)) > 1
-    found = []
+    results = []
     for split in (True, False):
         model.split_lengths = split
         each = model.decoder_loss(soft, ids, mask, labels, reduction="none")
         (grad,) = torch.autograd.grad(model.decoder_loss(soft, ids, mask, labels), soft)
-        found.append((each, grad))
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-7)
+        results.append((each, grad))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", DECODERS)
@@ -197,11 +197,11 @@ def test_texts_of_one_image_share_its_soft_prompts(kind: str, lead: int, first: 
     labels = mask & (torch.arange(20) >= first)
     soft = prompts(model).requires_grad_()
     shared = model.decoder_loss(soft, ids, mask, labels, reduction="none")
-    whole = model.decoder_loss(soft.repeat(3, 1, 1), ids, mask, labels, reduction="none")
-    torch.testing.assert_close(shared, whole, rtol=1e-5, atol=1e-5)
-    weights = torch.rand(len(whole), generator=torch.Generator().manual_seed(4))
+    repeated = model.decoder_loss(soft.repeat(3, 1, 1), ids, mask, labels, reduction="none")
+    torch.testing.assert_close(shared, repeated, rtol=1e-5, atol=1e-5)
+    weights = torch.rand(len(repeated), generator=torch.Generator().manual_seed(4))
     (ours,) = torch.autograd.grad((shared * weights).sum(), soft)
-    (theirs,) = torch.autograd.grad((whole * weights).sum(), soft)
+    (theirs,) = torch.autograd.grad((repeated * weights).sum(), soft)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
@@ -345,10 +345,10 @@ def test_prompts_are_cast_at_the_seam() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_loading_a_folder(kind: str, tmp_path: Any) -> None:
-    whole = build(kind)
-    whole.model.save_pretrained(tmp_path)
+    built = build(kind)
+    built.model.save_pretrained(tmp_path)
     loaded = load_language_model(LanguageConfig(name=str(tmp_path)), torch.float32)
-    assert weights_digest(loaded) == weights_digest(whole)
+    assert weights_digest(loaded) == weights_digest(built)
     assert loaded.encoder_decoder == (kind == "t5")
     assert_frozen(loaded)
     if kind == "t5":

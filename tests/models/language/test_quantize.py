@@ -115,13 +115,13 @@ def test_loss_and_gradient_are_those_of_the_rounded_weights(folder: Path, kind: 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_backward_pass_keeps_no_float_copy_of_a_weight(folder: Path, kind: str) -> None:
-    model, kept = load(folder, kind), []
-    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    model, saved = load(folder, kind), []
+    with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         loss(model, prompts())
     shapes = {tuple(floats(module).shape) for module in quantized(model.model).values()}
     shapes |= {shape[::-1] for shape in shapes}
-    large = [t for t in kept if tuple(t.shape) in shapes and not hasattr(t, "__tensor_flatten__")]
-    assert len(kept) > 20
+    large = [t for t in saved if tuple(t.shape) in shapes and not hasattr(t, "__tensor_flatten__")]
+    assert len(saved) > 20
     assert large == []
 
 

@@ -92,8 +92,8 @@ def test_a_bert_without_prefix_or_head_will_do(bert: BertForMaskedLM) -> None:
     """`BertModel`'s names, with its pooler left out; the prediction head keeps its initialisation."""
     qformer = fresh()
     before = copy.deepcopy(qformer.head.state_dict())
-    kept = load_bert(qformer, BertModel(BERT).state_dict(), "bert")
-    assert {"head.dense.weight", "head.bias"} <= set(kept)
+    unfilled = load_bert(qformer, BertModel(BERT).state_dict(), "bert")
+    assert {"head.dense.weight", "head.bias"} <= set(unfilled)
     assert all(torch.equal(value, before[name]) for name, value in qformer.head.state_dict().items())
 
 
@@ -111,12 +111,12 @@ def test_query_feed_forwards_are_copies_of_the_texts(bert: BertForMaskedLM) -> N
 def test_what_bert_does_not_have_stays_fresh(bert: BertForMaskedLM) -> None:
     qformer = fresh()
     before = copy.deepcopy(qformer.state_dict())
-    kept = load_bert(qformer, state_of(bert), "bert")
+    unfilled = load_bert(qformer, state_of(bert), "bert")
     after = qformer.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in kept)
-    assert {name.split(".")[0] if "cross" not in name else "cross" for name in kept} == {"query_tokens", "cross"}
+    assert all(torch.equal(before[name], after[name]) for name in unfilled)
+    assert {name.split(".")[0] if "cross" not in name else "cross" for name in unfilled} == {"query_tokens", "cross"}
     changed = {name for name in after if not torch.equal(before[name], after[name])}
-    assert changed == set(after) - set(kept)
+    assert changed == set(after) - set(unfilled)
 
 
 def test_the_dec_row_stays_fresh(bert: BertForMaskedLM) -> None:
@@ -130,12 +130,12 @@ def test_the_dec_row_stays_fresh(bert: BertForMaskedLM) -> None:
 
 def test_without_text_branch_only_the_query_side_is_filled(bert: BertForMaskedLM) -> None:
     """It equals the query side of a Q-Former with text that started from the same BERT."""
-    whole, queries = fresh(), fresh(text=False)
-    kept = load_bert(queries, state_of(bert), "bert")
-    load_bert(whole, state_of(bert), "bert")
-    filled = set(queries.state_dict()) - set(kept)
+    complete, queries = fresh(), fresh(text=False)
+    unfilled = load_bert(queries, state_of(bert), "bert")
+    load_bert(complete, state_of(bert), "bert")
+    filled = set(queries.state_dict()) - set(unfilled)
     assert any("query_ff" in name for name in filled)
-    assert all(torch.equal(queries.state_dict()[name], whole.state_dict()[name]) for name in filled)
+    assert all(torch.equal(queries.state_dict()[name], complete.state_dict()[name]) for name in filled)
 
 
 @pytest.mark.parametrize(

@@ -233,16 +233,16 @@ def every_pass(qformer: QFormer, features: Tensor, lengths: list[int], looked_up
     _, cache = qformer.encode_queries(kv)
     at, _ = next_token_positions(mask)
     read = qformer.embed_tokens(ids) if looked_up else ids
-    found = [
+    outputs = [
         qformer.encode_text(read, mask),
         qformer.encode_pair(read, mask, kv),
         qformer.decode_text(read, mask, cache, at),
     ]
     weight = torch.Generator().manual_seed(1)
-    sum((x * torch.randn(x.shape, generator=weight, dtype=x.dtype)).sum() for x in found).backward()  # type: ignore[union-attr]
+    sum((x * torch.randn(x.shape, generator=weight, dtype=x.dtype)).sum() for x in outputs).backward()  # type: ignore[union-attr]
     grads = [p.grad for p in qformer.parameters() if p.grad is not None]
     qformer.zero_grad()
-    return [x.detach() for x in found] + grads
+    return [x.detach() for x in outputs] + grads
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -347,14 +347,14 @@ def test_a_norm_before_the_projections_folded_into_them(trained: bool) -> None:
         norm.bias.add_(torch.randn(C))
     features = images(3).detach().requires_grad_(trained)
     mine, plain = qformer.project_image(features, norm), qformer.project_image(norm(features))
-    wanted = [*norm.parameters(), *(features,) * trained]
-    wanted += [p for layer in qformer.layers[::2] for p in layer.cross_attention.key.parameters()]
-    wanted += [p for layer in qformer.layers[::2] for p in layer.cross_attention.value.parameters()]
+    inputs = [*norm.parameters(), *(features,) * trained]
+    inputs += [p for layer in qformer.layers[::2] for p in layer.cross_attention.key.parameters()]
+    inputs += [p for layer in qformer.layers[::2] for p in layer.cross_attention.value.parameters()]
     sums = [
-        sum((x * torch.arange(x.numel()).view(x.shape).cos()).sum() for kv in found.layers for x in kv)
-        for found in (mine, plain)
+        sum((x * torch.arange(x.numel()).view(x.shape).cos()).sum() for kv in image_kv.layers for x in kv)
+        for image_kv in (mine, plain)
     ]
-    for got, want in zip(*(torch.autograd.grad(s, wanted) for s in sums), strict=True):
+    for got, want in zip(*(torch.autograd.grad(s, inputs) for s in sums), strict=True):
         torch.testing.assert_close(got, want)
     for (k, v), (key, value) in zip(mine.layers, plain.layers, strict=True):
         torch.testing.assert_close((k, v), (key, value))

@@ -178,11 +178,11 @@ def _full_model(kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "blip2"])
 def test_only_the_image_part_of_a_full_model_is_loaded(kind: str, tmp_path: Any) -> None:
-    whole = _full_model(kind).eval()
-    whole.save_pretrained(tmp_path)
+    full = _full_model(kind).eval()
+    full.save_pretrained(tmp_path)
     encoder = load_vision_encoder(VisionConfig(name=str(tmp_path), layer=-1, image_size=None))
     with torch.no_grad():
-        states = whole.vision_model(pixel_values=pixels(), output_hidden_states=True).hidden_states
+        states = full.vision_model(pixel_values=pixels(), output_hidden_states=True).hidden_states
     torch.testing.assert_close(encoder(pixels()), states[3], rtol=0, atol=1e-6)
     assert_frozen(encoder)
     assert encoder.mean == (CLIP_MEAN if kind != "siglip" else (0.5, 0.5, 0.5))

@@ -144,7 +144,7 @@ def _by_transformers(
 
 @dataclass(frozen=True)
 class Rules:
-    """What may be written, and when it ends.
+    """How tokens are chosen, and when a row ends.
 
     Args:
         start: ids that stand before the first new token: none, or a decoder's start token.
@@ -166,7 +166,7 @@ class Rules:
         return ids
 
     def ending(self, tokens: Tensor) -> Tensor:
-        """Which tokens end a row."""
+        """Which of the tokens end a row."""
         return torch.isin(tokens, torch.tensor(self.ends, device=tokens.device))
 
 
@@ -210,7 +210,7 @@ def search_beams(model: Continuation, rules: Rules) -> Tensor:
     lengths_BK = torch.zeros(B, beams, dtype=torch.int64, device=device)
     rows = torch.arange(B, device=device)  # unfinished
     state = _Beams.start(ids_BKL, rules)
-    # the first step has one row per prompt; its beams are all alike
+    # the first step has one row per prompt, since its beams are all equal
     scores_BV = rules.process(state.ids[:, 0, : state.length], model.logits.log_softmax(dim=-1))
     scores_AKV = scores_BV[:, None].expand(-1, beams, -1)
     model.widen(rows.repeat_interleave(beams), rules.decoding.max_tokens)
@@ -262,7 +262,7 @@ class _Beams:
 
     @classmethod
     def start(cls, blank_BKL: Tensor, rules: Rules) -> _Beams:
-        """Only the first beam may be chosen from at the first step, for all are alike."""
+        """All beams start equal, so only the first may be continued in the first step."""
         never_BK = torch.full(blank_BKL.shape[:2], _NEVER, device=blank_BKL.device)
         scores_BK = never_BK.clone()
         scores_BK[:, 0] = 0.0
@@ -271,7 +271,7 @@ class _Beams:
         return cls(blank_BKL.clone(), scores_BK, blank_BKL.clone(), never_BK, none_BK.long(), none_BK, first, first)
 
     def advance(self, scores_AKV: Tensor, rules: Rules, length_penalty: float) -> Tensor:
-        """Take the best continuations; returns the beam [A, K] that each running one comes from."""
+        """Add a token to every beam and keep the best; returns the beam [A, K] that each running one continues."""
         K, V = scores_AKV.shape[1:]
         total_AC = (scores_AKV + self.scores[:, :, None]).flatten(1)
         # enough that K go on even where every beam may end in each of the end tokens
@@ -290,7 +290,7 @@ class _Beams:
         return _gather(parents_AC, chosen_AK)
 
     def _finish(self, ids_ACL: Tensor, best_AC: Tensor, ended_AC: Tensor, length_penalty: float) -> None:
-        """Of the K best continuations those that have ended join the finished beams, best K of all."""
+        """Those of the K best continuations that have ended join the finished beams, of which the best K stay."""
         K, new = self.done.shape[1], self.length - self.first
         ended_AC = ended_AC & (torch.arange(ended_AC.shape[1], device=ended_AC.device) < K)
         score_AC = best_AC / new**length_penalty + ~ended_AC * _NEVER

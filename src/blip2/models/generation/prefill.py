@@ -1,9 +1,9 @@
-"""A language model that has read its prompts once, and goes on from them token by token.
+"""A language model that has read its prompts once and continues them token by token.
 
-transformers' own cache is concatenated anew at every token and copied whole when beams change
-places. Rows that go on from one prompt have the prompt in common, so only their new tokens move.
+transformers concatenates its cache again for every token and copies all of it when beams are
+reordered. Rows that continue the same prompt share it here, so only their new tokens are moved.
 
-Shape letters: B prompts (rows read), N rows that go on, I images, Q queries (soft prompts),
+Shape letters: B prompts (rows read), N rows that continue them, I images, Q queries (soft prompts),
 T text tokens, S tokens read, H width of the input embeddings, V vocabulary.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
-# Settings of a model's own generation config that change what is written, unless they have a neutral value.
+# Settings of a model's own generation config that change the text, unless they have a neutral value.
 _TOKENS = ("bad_words_ids", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")
 _SETTINGS = (
     *("encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_p", "top_h"),
@@ -28,7 +28,7 @@ _SETTINGS = (
 
 
 def is_supported(model: Any) -> bool:
-    """Whether transformers' `generate` does nothing for this model beyond what `Continuation` does."""
+    """Whether `Continuation` does all that transformers' `generate` would do for this model."""
     from transformers import GenerationMixin
 
     settings = model.generation_config
@@ -59,7 +59,7 @@ class Continuation:
     encoder: Tensor | None = None
 
     def widen(self, index_N: Tensor, room: int) -> None:
-        """Let N rows go on from the B rows read, with room for so many new tokens."""
+        """Expand the B rows read to N rows that continue them, with room for so many new tokens."""
         for number, part in enumerate(_parts(self.past)):
             own = room if number == 0 else 0  # an encoder's output does not grow
             for n, layer in enumerate(part.layers):
@@ -77,12 +77,12 @@ class Continuation:
         self._select_rest(index_N)
 
     def reorder(self, index_N: Tensor) -> None:
-        """Rows change places with rows that go on from the same prompt."""
+        """Reorder the rows, each within the rows of its own prompt."""
         for layer in _parts(self.past)[0].layers:
             layer.reorder_cache(index_N)
 
     def step(self, tokens_N: Tensor) -> Tensor:
-        """Append one token to every row; returns the logits [N, V] of the next, in float32."""
+        """Append one token to every row; returns the logits [N, V] of the next one, float32."""
         options: dict[str, Any] = {"past_key_values": self.past, "use_cache": True, "return_dict": True}
         if self.encoder is not None:
             options |= {"encoder_outputs": _encoded(self.encoder), "attention_mask": self.mask}
@@ -194,12 +194,12 @@ def _accepts(model: Any, name: str) -> bool:
 
 
 class WideLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values of N rows that go on from the B rows read; new tokens are written in place.
+    """Keys and values of N rows that continue the B rows read; new tokens are written in place.
 
     Args:
         layer: of B rows.
-        index_N: which of them each row goes on from.
-        room: new tokens that will follow, at most.
+        index_N: the row read that each row continues.
+        room: most new tokens that will follow.
     """
 
     def __init__(self, layer: Any, index_N: Tensor, room: int) -> None:
@@ -218,7 +218,7 @@ class WideLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows change places with rows of the same prompt: what was read stays where it is."""
+        """Reorder rows within their prompt: only the new tokens are moved."""
         if self.length > self.read:
             for buffer in self.buffers:
                 new = buffer[:, :, self.read : self.length]

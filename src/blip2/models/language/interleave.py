@@ -19,12 +19,12 @@ from blip2.models.language.model import LanguageModel
 
 @dataclass(frozen=True)
 class Interleaved:
-    """Sequences without holes, padded at the right edge.
+    """Sequences of images and texts, padded at the right edge only.
 
     Args:
         embeds: [B, S, H], input embeddings of soft prompts and text.
         mask: int64 [B, S], 1 on real tokens.
-        ids: int64 [B, S]; what stands at soft prompts and padding means nothing.
+        ids: int64 [B, S]; meaningless at soft prompts and padding.
         labels: bool [B, S], True on the text tokens to predict.
     """
 
@@ -50,8 +50,7 @@ def interleave(
         prompt_NQH: soft prompts of each segment's image.
         ids_NT, mask_NT, labels_NT: its text, right-padded, and the tokens of it to predict.
         length: segments of a sequence, K.
-        front: tokens that start every text of its own (OPT's `</s>`): kept in the first only, for a
-            sequence begins once.
+        front: tokens in front of every separate text (OPT's `</s>`), kept in the first text of a sequence only.
     """
     text_NTH = language_model.embed(ids_NT)
     keep_NT = mask_NT.to(torch.int64)

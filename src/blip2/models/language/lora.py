@@ -18,10 +18,10 @@ ALL_LINEAR = "all-linear"
 
 
 def add_lora(language_model: LanguageModel, config: LoraConfig) -> None:
-    """Put trainable adapters beside layers of a frozen language model, in place.
+    """Add trainable adapters to layers of a frozen language model, in place.
 
-    They start as no change (B is zero), in float32 whatever the dtype of the model, and are the
-    only parameters of it that train.
+    They start without effect (B is zero), in float32 whatever the dtype of the model, and are its
+    only trainable parameters.
 
     Raises:
         ConfigError: peft is not installed, or the model has no linear layer of a name in
@@ -33,7 +33,7 @@ def add_lora(language_model: LanguageModel, config: LoraConfig) -> None:
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=_targets(model, config)
     )
     with warnings.catch_warnings():
-        # peft tells that it turns Conv1D weights (GPT-2), which is what it should do.
+        # peft warns that it transposes Conv1D weights (GPT-2), as it should.
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
         peft.inject_adapter_in_model(settings, model)
     for name, p in model.named_parameters():
@@ -43,7 +43,7 @@ def add_lora(language_model: LanguageModel, config: LoraConfig) -> None:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Add every adapter inside a module to the weight beside it, and take it away, in place.
+    """Add every adapter inside a module to its base weight and remove it, in place.
 
     The product is taken in float32 and rounded once to the dtype of the weight. A module without
     adapters stays as it is.

@@ -43,9 +43,9 @@ _LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 class LanguageModel(nn.Module):
     """Decoder-only or encoder-decoder language model that reads soft prompts in front of text.
 
-    While all its own weights are frozen it stays in eval mode whatever `.train()` says, but for the
+    While all its own weights are frozen it stays in eval mode whatever `.train()` says, except for the
     dropout of adapters (`blip2.models.language.lora`); gradients flow through it to the soft prompts. Prompts
-    may come in any dtype: they are cast to that of its embeddings.
+    of any dtype are cast to that of its embeddings.
 
     Args:
         model: transformers `...ForCausalLM` or `...ForConditionalGeneration`.
@@ -53,7 +53,7 @@ class LanguageModel(nn.Module):
     Attributes:
         hidden_size: width H of the input embeddings.
         vocab_size: rows of the input embeddings.
-        encoder_decoder: which of the two losses it takes.
+        encoder_decoder: whether it has an encoder, which decides between the two losses.
         gradient_checkpointing: recompute every block in the backward pass instead of keeping its
             activations; off by default. transformers' own works in train mode only, where a
             frozen model would apply dropout.
@@ -92,10 +92,10 @@ class LanguageModel(nn.Module):
         return self
 
     def chunk_head(self, rows: int | None) -> None:
-        """Hold so many rows of logits at a time in the losses; None holds all.
+        """Compute at most so many rows of logits at a time in the losses; None computes all at once.
 
         Raises:
-            ConfigError: this model makes more of its logits than its output head does.
+            ConfigError: the logits of this model are more than its output head computes.
         """
         if rows is not None and not self._head_is_plain():
             kind = self.model.config.model_type
@@ -103,7 +103,7 @@ class LanguageModel(nn.Module):
         self.head_chunk = rows
 
     def compile_blocks(self, **options: Any) -> None:
-        """Run compiled blocks where a gradient is wanted; options of `torch.compile`."""
+        """Compile the blocks for passes with gradients; takes the options of `torch.compile`."""
         blocks: list[Any] = _blocks(self.model)
         forwards = [block.forward.args[1] for block in blocks]
         self._compiled = {number: torch.compile(forward, **options) for number, forward in enumerate(forwards)}
@@ -301,7 +301,7 @@ class LanguageModel(nn.Module):
 
     @contextlib.contextmanager
     def _head_input(self) -> Iterator[list[Tensor]]:
-        """Catch what the output head would read, and let it read nothing."""
+        """Catch the input of the output head, and give the head an empty one."""
         caught: list[Tensor] = []
 
         def catch(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -315,7 +315,7 @@ class LanguageModel(nn.Module):
             handle.remove()
 
     def _length_groups(self, prompts: int, mask_BT: Tensor) -> list[Tensor]:
-        """Rows to run together: on a CPU, groups of similar length, for padding costs as much as text there."""
+        """Rows to run together: on a CPU, groups of similar length, since padding costs as much as text there."""
         if not self.split_lengths or self._compiled or mask_BT.device.type != "cpu":
             return [torch.arange(len(mask_BT), device=mask_BT.device)]
         lengths = to_list(prompts + mask_BT.sum(1))
@@ -324,7 +324,7 @@ class LanguageModel(nn.Module):
     def _bucketed(self, *texts_NT: Tensor) -> tuple[Tensor, ...]:
         """Texts with their masks, padded by a column or more to one of a few lengths where compiled blocks run.
 
-        By one at least: without any padding a model leaves its mask out, which is other code to compile.
+        By at least one: without padding a model leaves its mask out, which would compile other code.
         """
         if not self._compiled or not torch.is_grad_enabled():
             return texts_NT
@@ -378,8 +378,6 @@ def load_language_model(
         ConfigError: a T5 in float16, in which its activations overflow; `config.quantize` cannot
             be done on this device.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
     source = towers.folder(config.name)
     part, inside = towers.load_part_config(config.name, "text_config")
     options: dict[str, Any] = {"key_mapping": {r"^language_model\.": ""}} if inside else {}
@@ -387,11 +385,10 @@ def load_language_model(
         options["device_map"] = device_map
     if dtype == torch.float16 and "t5" in part.model_type:
         raise ConfigError(f"language.name is {config.name!r}: T5 overflows in float16, use bf16 or fp32")
-    kind = AutoModelForSeq2SeqLM if part.is_encoder_decoder else AutoModelForCausalLM
     dtype = dtype or fast_dtype(device)
     if config.quantize:
         options = quantize.loading_options(config.quantize, torch.device(device), dtype) | options
-    loaded = towers.load_model(kind, source, part, dtype, **options)
+    loaded = towers.load_model(auto_class(part), source, part, dtype, **options)
     if config.quantize:
         quantize.prepare(loaded, source)
     model = LanguageModel(loaded)
@@ -402,7 +399,7 @@ def load_language_model(
 def parameter_count(config: LanguageConfig) -> int:
     """About how many parameters a language model has, from its config: blocks of 12 width², and the embeddings.
 
-    A config that does not tell counts as a large one.
+    A config that does not say counts as a large one.
     """
     part, _ = towers.load_part_config(config.name, "text_config")
     layers, width, words = (getattr(part, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size"))
@@ -411,14 +408,18 @@ def parameter_count(config: LanguageConfig) -> int:
     return 12 * layers * width**2 * (2 if part.is_encoder_decoder else 1) + words * width
 
 
-def language_model_from_config(config: Any, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """Frozen language model with random weights; without memory inside `torch.device("meta")`."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+def auto_class(config: Any) -> Any:
+    """transformers' class of a language model by its config."""
+    import transformers
 
-    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    built = kind.from_config(config, dtype=dtype)
+    return transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+
+
+def language_model_from_config(config: Any) -> LanguageModel:
+    """Frozen language model with random float32 weights; without memory inside `torch.device("meta")`."""
+    built = auto_class(config).from_config(config, dtype=torch.float32)
     head, embeddings = built.get_output_embeddings(), built.get_input_embeddings()
-    # transformers ties every T5 that is not loaded; this setting marks those published with a head of their own
+    # transformers ties every T5 built from a config; this setting marks those published with a separate head
     if getattr(config, "scale_decoder_outputs", True) is False and head.weight is embeddings.weight:
         head.weight = nn.Parameter(head.weight.detach().clone())
     model = LanguageModel(built)
@@ -427,7 +428,7 @@ def language_model_from_config(config: Any, dtype: torch.dtype = torch.float32) 
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Transformer blocks: the members of the longest `nn.ModuleList`, of both when it is twice there."""
+    """Transformer blocks: the members of the longest `nn.ModuleList`, and of any other of the same block type."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     longest = max((len(m) for m in lists), default=0)
     kinds = {type(m[0]) for m in lists if len(m) == longest}

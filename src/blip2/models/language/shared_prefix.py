@@ -47,7 +47,7 @@ def states_before(decoder: Any, prefix: Prefix, rows_N: Tensor, embeds_NTH: Tens
     """Hidden states [N, T, H] that predict each token of N texts.
 
     Args:
-        rows_N: the prefix that each text goes on from.
+        rows_N: the prefix that each text continues.
         mask_NT: 1 or True on real tokens, which stand on the left.
     """
     before_NS = torch.ones(len(rows_N), prefix.length, dtype=torch.int64, device=mask_NT.device)

@@ -1,4 +1,4 @@
-"""What the Q-Former is made of: packed text, attention, feed-forwards, one layer.
+"""The parts of the Q-Former: packed text, attention, feed-forwards, one layer.
 
 Shape letters: N rows (pairs), B images, Q queries, T text tokens, M real text tokens, D width.
 """
@@ -15,12 +15,12 @@ KeyValue = tuple[Tensor, Tensor]
 
 
 class Packing:
-    """Where the real tokens of a right-padded batch stand.
+    """Positions of the real tokens of a right-padded batch.
 
     Args:
         mask_NT: bool, True on real tokens. Columns that are padding in every row are dropped.
-        bucketed: pad to one of a few lengths, and treat a batch without padding like all others: for
-            compiled layers, which would else be compiled again and again. The real tokens are the same.
+        bucketed: pad to one of a few lengths, and treat a batch without padding like all others, so
+            that layers are not compiled again and again. The real tokens are the same.
 
     Attributes:
         longest: tokens of the longest row.
@@ -190,10 +190,9 @@ class QFormerLayer(nn.Module):
         return out
 
     def _cross(self, x_NQD: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Cross-attention of N = R x B rows to B images: row n looks at image n mod B.
+        """Cross-attention of N = R x B rows to B images: row n attends to image n mod B.
 
-        Rows of one image are laid side by side as more queries of it, so that its keys and
-        values are read in place and never copied.
+        Rows of one image become more queries of it, so that its keys and values are never copied.
         """
         cross = self.cross_attention
         assert cross is not None

@@ -53,7 +53,7 @@ class ImageKV:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> ImageKV:
-        """From what `tensors` gave."""
+        """The inverse of `tensors`."""
         return cls(list(zip(tensors[::2], tensors[1::2], strict=True)))
 
 
@@ -155,9 +155,9 @@ class QFormer(nn.Module):
         self.reset_parameters()
 
     def lock_text(self) -> None:
-        """Take all that text alone goes through out of training: embeddings, self-attention, text feed-forwards.
+        """Freeze the text branch: embeddings, self-attention, text feed-forwards (LiT, arXiv 2111.07991).
 
-        The queries share the self-attention, and keep it as it is too (LiT, arXiv 2111.07991).
+        The queries share the self-attention, which is frozen for them too.
         """
         if self.embeddings is not None:
             self.embeddings.requires_grad_(False)
@@ -169,7 +169,7 @@ class QFormer(nn.Module):
         self.embedding_norm.requires_grad_(False)
 
     def compile_layers(self, **options: Any) -> None:
-        """Run compiled layers where a gradient is wanted; options of `torch.compile`."""
+        """Compile the layers for passes with gradients; takes the options of `torch.compile`."""
         methods = (QFormerLayer.queries, QFormerLayer.text, QFormerLayer.pair)
         self._compiled = {method.__name__: torch.compile(method, **options) for method in methods}
 
@@ -185,9 +185,9 @@ class QFormer(nn.Module):
     def project_image(self, features_BPC: Tensor, norm: nn.LayerNorm | None = None) -> ImageKV:
         """Keys and values of every cross-attention layer, once per image.
 
-        Features of a frozen encoder need no gradient, but a trained norm before the projections would ask
-        for one: a third of what projecting costs in training. There its scale and shift go into the
-        projections, with the same keys, values and gradients.
+        Features of a frozen encoder need no gradient, but a trained norm before the projections would need
+        one: a third of the cost of projecting in training. Its scale and shift are therefore folded into
+        the projections, with the same keys, values and gradients.
 
         Args:
             features_BPC: image features, normalised already where there is no `norm`.
@@ -319,7 +319,7 @@ class QFormer(nn.Module):
         return logits
 
     def _run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A layer's method: compiled, or computed again in the backward pass, where that is asked for."""
+        """A layer's method: compiled, or recomputed in the backward pass, where that is set."""
         if not torch.is_grad_enabled():
             return method(*args, **kwargs)
         method = self._compiled.get(method.__name__, method)
@@ -328,7 +328,7 @@ class QFormer(nn.Module):
         return method(*args, **kwargs)
 
     def _packing(self, mask_NT: Tensor) -> Packing:
-        """In one of a few lengths where compiled layers will run on it."""
+        """Padded to one of a few lengths where compiled layers run on it."""
         return Packing(mask_NT, bucketed=bool(self._compiled) and torch.is_grad_enabled())
 
     def _layers(self) -> list[QFormerLayer]:
@@ -359,6 +359,6 @@ def _normalised(x: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 def _after(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Weight and bias that do to `_normalised` features what the norm's scale and shift and `linear` do."""
+    """Weight and bias that apply the norm's scale and shift and `linear` to `_normalised` features."""
     # products of elements, not of matrices: autocast leaves them in the weights' precision
     return linear.weight * norm.weight, linear.bias + (linear.weight * norm.bias).sum(dim=1)

@@ -55,7 +55,7 @@ class VisionEncoder(nn.Module):
         layer: block whose output is used, as an index of a Python list; later blocks are dropped.
             None takes the model's `last_hidden_state`.
         pool: the patch grid is averaged over pool x pool squares, prefix tokens are kept in front.
-        mean, std: normalisation of the pixels, done by whoever prepares them.
+        mean, std: normalisation of the pixels, applied by the caller.
         name: of the weights, for `id`.
 
     Raises:
@@ -101,7 +101,7 @@ class VisionEncoder(nn.Module):
 
     @property
     def interpolated(self) -> str | None:
-        """What becomes of the position embeddings when images have another size than the model's own."""
+        """How the position embeddings are interpolated for another image size; None at the model's own."""
         native = getattr(getattr(self.model, "config", None), "image_size", None)
         if native is None or _side(native) == self.size:
             return None
@@ -114,7 +114,7 @@ class VisionEncoder(nn.Module):
         return not any(p.requires_grad for p in self.model.parameters())
 
     def unfreeze(self) -> None:
-        """Let all of it train that has a part in the features."""
+        """Make everything trainable that the features depend on."""
         for name, p in self.model.named_parameters():
             top = name.split(".")[0]
             final_norm = "norm" in top and not top.startswith("pre")
@@ -122,7 +122,7 @@ class VisionEncoder(nn.Module):
 
     @property
     def depths(self) -> dict[str, int]:
-        """How many blocks stand above each parameter: 0 for the last block and the norm behind it."""
+        """How many blocks follow each parameter: 0 for the last block and the norm after it."""
         blocks = _blocks(self.model)
         depth = {id(p): len(blocks) - 1 - n for n, block in enumerate(blocks) for p in block.parameters()}
         return {
@@ -190,9 +190,8 @@ def load_vision_encoder(config: VisionConfig, dtype: torch.dtype = torch.float32
         options["key_mapping"] = {r"^vision_model\.": ""}
     model = towers.load_model(kind, source, part, dtype, **options)
     mean, std = normalisation(part, source)
-    encoder = _wrap(model, part, config.name, config.layer, config.pool, config.image_size, mean, std)
-    freeze(encoder)
-    return encoder
+    options = {"layer": config.layer, "pool": config.pool, "size": config.image_size}
+    return _frozen_encoder(model, part, name=config.name, mean=mean, std=std, **options)
 
 
 def vision_encoder_from_config(
@@ -206,9 +205,7 @@ def vision_encoder_from_config(
     build = kind.from_config if hasattr(kind, "from_config") else kind._from_config
     model = build(part, **extra)
     mean, std = _NORMALISATION.get(part.model_type, (IMAGENET_MEAN, IMAGENET_STD))
-    encoder = _wrap(model, part, name, layer, pool, size, mean, std)
-    freeze(encoder)
-    return encoder
+    return _frozen_encoder(model, part, name=name, layer=layer, pool=pool, size=size, mean=mean, std=std)
 
 
 def _vision_part(config: Any, source: str) -> Any:
@@ -231,33 +228,17 @@ def _model_class(part: Any) -> tuple[Any, dict[str, Any]]:
     return transformers.AutoModel, {"add_pooling_layer": False} if pooled else {}
 
 
-def _wrap(
-    model: nn.Module,
-    part: Any,
-    name: str,
-    layer: int | None,
-    pool: int,
-    size: int | None,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> VisionEncoder:
-    """A `VisionEncoder` whose sizes follow the vision config."""
-    if part.model_type == "blip_2_vision_model" and layer is None:
+def _frozen_encoder(model: nn.Module, part: Any, **options: Any) -> VisionEncoder:
+    """A frozen `VisionEncoder` whose sizes follow the vision config; other `options` of it as they are."""
+    if part.model_type == "blip_2_vision_model" and options["layer"] is None:
         # its 39 blocks end at the second-last of 40, and its final norm is BLIP-2's own `ln_vision`
-        layer = -1
+        options["layer"] = -1
     prefix = 0 if part.model_type == "siglip_vision_model" else 1 + (getattr(part, "num_register_tokens", 0) or 0)
-    return VisionEncoder(
-        model,
-        width=part.hidden_size,
-        size=size or _side(part.image_size),
-        patch=_side(part.patch_size),
-        prefix=prefix,
-        layer=layer,
-        pool=pool,
-        mean=mean,
-        std=std,
-        name=name,
-    )
+    size = options.pop("size") or _side(part.image_size)
+    patch = _side(part.patch_size)
+    encoder = VisionEncoder(model, width=part.hidden_size, size=size, patch=patch, prefix=prefix, **options)
+    freeze(encoder)
+    return encoder
 
 
 def _side(value: Any) -> int:
