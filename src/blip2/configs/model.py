@@ -22,14 +22,13 @@ class VisionConfig:
             paper does for CLIP and ViT-g); None takes the model's own final, normalised output.
         pool: average-pool the patch grid by this factor on each side ([CLS] is kept).
         image_size: side of the square input in pixels; None takes the model's own.
-        norm_eps: eps of `ln_vision`, the trained norm behind the encoder: 1e-5 in LAVIS, the
-            encoder's own 1e-6 in transformers.
+        norm_eps: eps of `ln_vision`, the trained layer norm after the encoder: 1e-5 in LAVIS, 1e-6
+            (the encoder's own) in transformers.
         resize: `squash` scales both sides (as LAVIS and transformers do for BLIP-2), `crop` scales
             the shorter side and takes the centre.
-        train: train it too, as the paper's fine-tuning does (`optim.layer_decay` by depth).
-        token_drop: share of the patches that a training step hides from the Q-Former, others for every
-            image (as arXiv 2212.00794 does inside an encoder): augmentation that cached features can
-            have too. 0 hides none.
+        train: train the encoder as well, as the paper's fine-tuning does (`optim.layer_decay`).
+        token_drop: share of the patches hidden from the Q-Former in training, drawn anew for every image
+            (arXiv 2212.00794 does it inside the encoder); it augments cached features as well. 0 hides none.
     """
 
     name: str = "dinov2-s"
@@ -59,14 +58,14 @@ class QFormerConfig:
         dropout: on embeddings and on every sublayer's output, while training.
         attention_dropout: on attention weights, while training.
         max_text: longest text in tokens, [CLS] and [SEP] included.
-        text_pool: what of a text ITC compares: `cls`, the output at its first token (the paper), or the
-            `mean` over its tokens, which sentence encoders such as MiniLM were trained for.
-        lock_text: stage 1: do not train what text alone goes through (LiT, arXiv 2111.07991), so that
-            little data cannot spoil a good text encoder; the self-attention is shared with the queries.
-        question: stage 2: questions enter the Q-Former beside the queries (section 4.3), through the
-            text branch of stage 1; without, the language model alone reads them.
-        bridge: `qformer`, or `linear`: no Q-Former, but one linear layer on image tokens averaged
-            down to a square of `queries` (the baseline of `blip2 ablate`; stage 2 only).
+        text_pool: the text embedding of ITC: `cls`, the output at the first token (the paper), or the
+            `mean` over all tokens, which sentence encoders such as MiniLM were trained with.
+        lock_text: stage 1: freeze the text branch (LiT, arXiv 2111.07991), so that little data cannot
+            spoil a good text encoder; its self-attention, which the queries share, stays frozen as well.
+        question: stage 2: the Q-Former reads the question beside the queries (section 4.3), through the
+            text branch of stage 1; if false, only the language model reads it.
+        bridge: `qformer`, or `linear`: one linear layer on image tokens averaged down to a square of
+            `queries`, without a Q-Former (the baseline of `blip2 ablate`; stage 2 only).
     """
 
     init: str = "minilm-l6"
@@ -138,7 +137,7 @@ class LoraConfig:
 
     Args:
         rank: of the two matrices beside each adapted layer; 0 adds none.
-        alpha: their product counts alpha / rank.
+        alpha: their product is scaled by alpha / rank.
         dropout: on the input of the adapters, while training.
         targets: names of the adapted layers, separated by commas (`q_proj,v_proj`), or `all-linear`;
             None takes the attention projections that peft names for the type of language model (all

@@ -19,17 +19,17 @@ class DataConfig:
         train, dev: a named set (`flickr8k:train`), tar shards (path, glob or brace range), a folder
             of images with sidecar texts, or a JSONL file; or a weighted mixture (`a.tar*2+b.tar`).
         limit, dev_limit: use only the first N usable images (of each part of a mixture); None uses all.
-        texts: what is learned: `captions`, `questions` with their answers, or `both`, every fifth a
-            question (stage 2). One of an image's is drawn at each step, and of a question's answers one,
-            as often as people gave it. Of an image without questions `both` asks what its captions
-            agree on (`blip2.data.question_generation`).
-        texts_per_image: draw so many of an image's texts at each step instead (stage 2). Encoder,
-            Q-Former and soft prompts are computed once for all of them.
-        clean: captions as LAVIS cleans them, here and in use: lower case, without marks but the comma.
-        shots: stage 2: pairs go to the language model in sequences of `shots` + 1, image, text, image,
-            text, ..., so that it learns to read examples; 0 gives it one pair at a time.
-        augment: random resized crop and horizontal flip (needs the images: with a feature cache
-            it takes effect through `cache_views`).
+        texts: what is learned: `captions`, `questions` with their answers, or `both`, where one text in
+            five is a question (stage 2). Each step draws one text of an image, and one of a question's
+            answers, in proportion to how often people gave it. For an image without questions, `both`
+            makes them from what its captions agree on (`blip2.data.question_generation`).
+        texts_per_image: texts drawn of each image at each step (stage 2). Image features and soft
+            prompts are computed once for all of them.
+        clean: clean captions as LAVIS does, in training and in use: lower case, no punctuation but commas.
+        shots: stage 2: give the language model sequences of `shots` + 1 pairs (image, text, image,
+            text, ...), so that it learns to read examples; 0 gives it one pair at a time.
+        augment: random resized crop and horizontal flip; with a feature cache, which holds no images,
+            only through `cache_views`.
         crop_min: smallest share of the image's area that a random crop keeps.
         cache_features: encode every image once and keep the features on disk (memory-mapped).
         cache_views: views per image in the cache; view 0 is plain, further ones are augmented.
@@ -51,14 +51,8 @@ class DataConfig:
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        check(
-            self,
-            "data.",
-            train=given("a data set"),
-            limit=at_least(1),
-            dev_limit=at_least(1),
-            texts=one_of(("captions", "questions", "both")),
-        )
+        texts = one_of(("captions", "questions", "both"))
+        check(self, "data.", train=given("a data set"), limit=at_least(1), dev_limit=at_least(1), texts=texts)
         check(self, "data.", texts_per_image=at_least(1), shots=at_least(0), crop_min=UP_TO_ONE)
         check(self, "data.", cache_views=at_least(1), workers=at_least(0))
 
@@ -69,14 +63,14 @@ class LossConfig:
 
     Args:
         itc, itm, itg: weights of the stage-1 losses; 0 leaves one out.
-        temperature: start of the learned ITC temperature, which divides.
+        temperature: first value of the learned temperature that ITC's similarities are divided by.
         itc_smoothing, itg_smoothing: label smoothing.
         itm_hardness: negatives are drawn in proportion to softmax(hardness x similarity); 1 is the
             paper's, 0 draws them evenly.
-        itm_ramp: steps over which the hardness rises from 0: against hard negatives from the start
-            ITM learns nothing for hundreds of steps.
-        itc_one_sided: give the gathered side of ITC no gradient, as LAVIS does; False is the
-            gradient of the stated loss.
+        itm_ramp: steps over which the hardness rises from 0 to `itm_hardness`; with hard negatives from
+            the start, ITM learns nothing for hundreds of steps.
+        itc_one_sided: no gradient through the gathered side of ITC, as in LAVIS; False is the
+            gradient of the loss as stated.
     """
 
     itc: float = 1.0
@@ -102,15 +96,15 @@ class OptimConfig:
 
     Args:
         name: `adamw` (8 bytes of state a parameter), `adamw8bit` (2, needs torchao), `sgd` (4; the
-            first of `betas` is its momentum), or `adafactor` (next to nothing; learning rates are
+            first of `betas` is its momentum), or `adafactor` (almost none; its learning rates are
             relative to the size of a tensor's weights).
         lr, min_lr, warmup_lr: peak, final and first learning rate.
-        qformer_scale: of the learning rate of the Q-Former, relative to that of what else trains
+        qformer_scale: learning rate of the Q-Former as a multiple of that of the other trained parts
             (stage 2: the projection).
-        layer_decay: of an image encoder that trains: every block below its last has this times the
-            learning rate of the block above it (1 treats all alike).
+        layer_decay: learning rate of a block of a trained image encoder as a multiple of that of the
+            block above it; 1 gives all blocks the same.
         warmup: steps of linear warm-up.
-        betas, weight_decay: of AdamW; the latter of all.
+        betas, weight_decay: betas of AdamW; weight decay of every optimizer.
         clip: largest global gradient norm; None does not clip.
     """
 
@@ -126,15 +120,16 @@ class OptimConfig:
     name: str = "adamw"
 
     def __post_init__(self) -> None:
+        check(self, "optim.", name=one_of(("adamw", "adamw8bit", "adafactor", "sgd")), lr=POSITIVE)
         check(
             self,
             "optim.",
-            name=one_of(("adamw", "adamw8bit", "adafactor", "sgd")),
-            lr=POSITIVE,
             qformer_scale=at_least(0),
             layer_decay=UP_TO_ONE,
+            warmup=at_least(0),
+            weight_decay=at_least(0),
+            clip=POSITIVE,
         )
-        check(self, "optim.", warmup=at_least(0), weight_decay=at_least(0), clip=POSITIVE)
         require(0 <= self.min_lr <= self.lr, "optim.min_lr", self.min_lr, f"between 0 and optim.lr ({self.lr})")
         require(0 <= self.warmup_lr <= self.lr, "optim.warmup_lr", self.warmup_lr, "between 0 and optim.lr")
         require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
@@ -148,17 +143,17 @@ class TrainConfig:
         steps: optimizer steps of the whole run.
         batch: images per optimizer step, over all processes, each with one text
             (`data.texts_per_image`: more).
-        accumulate: micro-batches a step is split into; ITC and ITM see one micro-batch at a time.
+        accumulate: number of micro-batches in a step; ITC and ITM see one micro-batch at a time.
         precision: `auto` is bf16 autocast where the hardware multiplies it fast (CUDA, CPUs with
             AVX512-BF16 or AMX), else fp32. Weights and optimizer state stay fp32.
         parallel: `ddp` or `fsdp2`, under `torchrun`.
         eval_every, save_every, keep: steps between evaluations and checkpoints; checkpoints kept.
         seed: of initialisation, data order, dropout and negative sampling.
         device: `auto`, `cpu`, `cuda`.
-        checkpoint: compute the activations of Q-Former layers and language-model blocks again in the
+        checkpoint: recompute the activations of Q-Former layers and language-model blocks in the
             backward pass instead of keeping them.
         head_chunk: rows of logits of the output head (ITG, language model) held at a time, each chunk
-            computed again in the backward pass; None holds all.
+            recomputed in the backward pass; None holds all.
         early_backward: run the backward pass of a part of the loss as soon as the part is known, so that a step
             holds the activations of one part at a time: in stage 1 ITC with ITG, and each third of ITM; in
             stage 2 the language model's, on up to four pieces of the batch. The gradients are the same, and

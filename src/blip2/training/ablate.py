@@ -1,4 +1,4 @@
-"""`blip2 ablate`: what stage 1, ITM, ITG and the Q-Former are worth, on equal budgets; one table, one plot."""
+"""`blip2 ablate`: what stage 1, ITM, ITG and the Q-Former contribute on equal budgets, as a table and a plot."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TABLE, NUMBERS, PLOT = "ablations.md", "ablations.json", "ablations.png"
 
 @dataclass(frozen=True)
 class Row:
-    """What a variant came to.
+    """The results of a variant.
 
     Args:
         recall: mean of ITC's R@10 in both directions after stage 1, in percent; None without stage 1.
@@ -51,7 +51,7 @@ class Row:
 
 
 def ablate_command(options: argparse.Namespace) -> int:
-    """Run every variant, or go on where an earlier call was stopped; then write the table and the plot."""
+    """Run every variant, resuming those that an earlier call began; then write the table and the plot."""
     chosen = _chosen(options)
     folder, began = Path(options.out), time.monotonic()
     for number, variant in enumerate(chosen, 1):

@@ -1,9 +1,9 @@
 """Checkpoints of a run: `checkpoints/step-000100/` with weights, optimizer state and the step.
 
-Data order, augmentation, dropout and negatives are functions of (seed, step), so the step alone is
-the position in all of them. A checkpoint is written beside and renamed: one that exists is whole.
-Tensors are safetensors, the rest JSON; nothing is pickled. Under FSDP2 every process joins in the
-gathering, the first one writes, and the result is the same file, whatever the number of processes.
+Data order, augmentation, dropout and negatives are functions of (seed, step), so the step number alone
+says where to go on in all of them. A checkpoint is written under another name and then renamed, so one
+that exists is complete. Tensors are safetensors, the rest is JSON; nothing is pickled. Under FSDP2 all
+processes gather the tensors and the first one writes them: the files do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def newest(run: Path) -> Path | None:
 def save(
     run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], keep: int
 ) -> Path:
-    """Write the checkpoint of a run after `step` steps, and drop all but the newest `keep`.
+    """Write the checkpoint of a run after `step` steps, and delete all but the newest `keep`.
 
     Raises:
         CheckpointError: full disk, read-only folder; earlier checkpoints are untouched.
@@ -85,7 +85,7 @@ def _write(
     config: dict[str, Any],
     states: dict[str, dict[str, Any]],
 ) -> None:
-    """A folder with weights, optimizer state and JSON files, whole or not there."""
+    """Write a folder with weights, optimizer state and JSON files; on an error there is none."""
     try:
         with replacing(target, sync=True) as temporary:
             temporary.mkdir(parents=True)
@@ -155,7 +155,7 @@ def _restore_moments(model: nn.Module, optimizer: Any, flat: dict[str, Tensor], 
 
 
 def _gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors on the CPU of the first process; the others help to gather and keep nothing."""
+    """Unsharded tensors on the CPU of the first process; the others take part in gathering and keep nothing."""
     gathered: dict[str, Tensor] = {}
     for name, value in state.items():
         tensor = value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,4 +1,4 @@
-"""What a run starts from: a folder that is its own, and the weights that `init` names."""
+"""What a run starts from: its folder, and the weights that `init` names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from blip2.weights.loading import (
     new_adapters,
 )
 
-# Settings that a resumed run may change; any other would make it another run.
+# Settings that a resumed run may change; with any other changed it would be another run.
 CHANGEABLE = {
     "out",
     "train.steps",
@@ -46,10 +46,10 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def claim(folder: Path, config: RunConfig) -> None:
-    """Make the run folder, or check that the one there is of the same run.
+    """Make the run folder, or check that the existing one belongs to the same run.
 
     Raises:
-        ConfigError: the folder is another run's, or none's.
+        ConfigError: the folder belongs to another run, or is no run folder.
         RunError: it cannot be written.
     """
     known = folder / runs.CONFIG
@@ -97,7 +97,7 @@ def initialise(model: Stage1 | Stage2, config: RunConfig) -> list[str]:
 
 
 def _require_encoder(start: Checkpoint, config: RunConfig) -> None:
-    """A fine-tuned image encoder that comes along is used, or refused; never silently replaced."""
+    """Refuse a checkpoint whose fine-tuned image encoder would be replaced by the original one."""
     if start.vision:
         raise ConfigError(
             f"--init {config.init} brings a fine-tuned image encoder: run `blip2 convert {config.init} FOLDER --to "
@@ -108,7 +108,7 @@ def _require_encoder(start: Checkpoint, config: RunConfig) -> None:
 
 
 def _allowed(start: Checkpoint, config: RunConfig) -> Allowed:
-    """What starting this run from a checkpoint may leave out, start fresh and adapt."""
+    """Which tensors may be left out, start fresh or be adapted when this run starts from a checkpoint."""
     if config.stage == "stage1" and start.config.stage == "stage2":
         raise ConfigError(f"--init {config.init} is a stage-2 checkpoint: stage 1 starts from stage 1")
     onwards = config.stage == "stage2" and start.config.stage == "stage1"
@@ -121,7 +121,7 @@ def _allowed(start: Checkpoint, config: RunConfig) -> Allowed:
 
 
 def _same_towers(before: RunConfig, now: RunConfig) -> None:
-    """Other image features than it was trained on are refused, even of the same width.
+    """Refuse image features that differ from those of the checkpoint's training, even of the same width.
 
     Folders are not compared: they may have moved.
     """

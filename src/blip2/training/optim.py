@@ -1,4 +1,4 @@
-"""The optimizer, without decay on 1-D tensors, and the learning rate as a function of the step."""
+"""The optimizer, without weight decay on 1-D tensors, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """`config.name` over named parameters; biases, norms and other tensors of one axis or none do not decay.
 
-    Every group has a `scale`: `config.qformer_scale` for the Q-Former and what stands in front of it,
-    `config.layer_decay` to the power of its depth for what has one, else 1.
+    Every group has a `scale` of the learning rate: `config.qformer_scale` for the Q-Former and `ln_vision`,
+    `config.layer_decay` to the power of the depth where `depths` has one, else 1.
 
     Args:
-        depths: blocks above a parameter of an image encoder that trains, by name.
+        depths: number of blocks above each parameter of a trained image encoder, by name.
 
     Raises:
         ConfigError: what the optimizer needs is not installed.

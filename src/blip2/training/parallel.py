@@ -1,4 +1,4 @@
-"""Processes: plain torch, no launcher needed for one of them."""
+"""Several processes by DDP or FSDP2; a single one needs no launcher."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def shards(parallel: str) -> bool:
-    """Whether FSDP2 is at work; under `torchrun` in a single process too."""
+    """Whether FSDP2 is used; under `torchrun` also with a single process."""
     return parallel == "fsdp2" and dist.is_initialized()
 
 
 def wrap(objective: nn.Module, parallel: str, device: torch.device, unused: bool) -> nn.Module:
     """Wrap an objective for the processes there are; itself in a plain run.
 
-    FSDP2 shards every block of the frozen towers by itself, and all that trains as one group.
+    FSDP2 shards each block of the frozen towers by itself, and everything that trains as one group.
     """
     if distributed.world_size() == 1 and not shards(parallel):
         return objective
@@ -80,7 +80,7 @@ def unsharded(module: nn.Module) -> Iterator[None]:
     if not isinstance(module, FSDPModule):
         yield
         return
-    # Else a block of a tower that runs before the first training step takes itself for the root.
+    # Otherwise a tower block that runs before the first training step becomes the root.
     module._get_fsdp_state()._lazy_init()
     module.unshard()
     try:

@@ -1,4 +1,4 @@
-"""Settings that trade time for memory, or compile time for speed, put to work in a model."""
+"""Settings that trade time for memory, or compile time for speed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _RECOMPILES = 64
 
 
 def apply_settings(model: Stage1 | Stage2, config: TrainConfig) -> None:
-    """Switch on `train.checkpoint`, `train.head_chunk` and `train.compile`.
+    """Apply `train.checkpoint`, `train.head_chunk` and `train.compile` to a model.
 
     Raises:
         ConfigError: no C++ compiler, or a language model whose head cannot be run in chunks.
@@ -46,7 +46,7 @@ def apply_settings(model: Stage1 | Stage2, config: TrainConfig) -> None:
 
 
 def require_compiler(setting: str) -> None:
-    """Refuse a setting that compiles where there is nothing to compile with.
+    """Refuse a setting that needs a compiler where there is none.
 
     Raises:
         ConfigError: no C++ compiler.

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: `metrics.jsonl` always, TensorBoard where it is installed, a progress line."""
+"""The log of a run: `metrics.jsonl`, TensorBoard where it is installed, and a progress line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from blip2.io.atomic import write_text
 
 
 class RunLog:
-    """Numbers of one run; only the first process of a run makes one.
+    """Numbers of one run; only the first process has one.
 
     Args:
         folder: the run folder.
@@ -44,7 +44,7 @@ class RunLog:
                     self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        """Close everything; what a full disk could not take is given up (`write` has said so)."""
+        """Close everything; what could not be written to a full disk is lost (`write` has reported it)."""
         self.line.close()
         for output in (self._file, self._board):
             if output is not None:

@@ -1,8 +1,8 @@
-"""The one training loop. It knows no loss: an objective maps a batch to named losses.
+"""The training loop. It knows no loss: an objective maps a batch to named losses.
 
-Plain `python` trains in one process; under `torchrun` the same code runs DDP, or FSDP2 when asked.
-Every random thing of step N (data, augmentation, dropout, negatives) is seeded by (seed, N), which
-is what makes a resumed run repeat, step for step, one that was never stopped.
+Plain `python` trains in one process; under `torchrun` the same code runs DDP, or FSDP2 by its setting.
+Everything random in step N (data, augmentation, dropout, negatives) is seeded by (seed, N), so a resumed
+run repeats, step for step, one that was never stopped.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Trainer:
 
     Args:
         objective: module with `.model`; called as `objective(batch, step)`.
-        batches: gives the endless stream of this process's batches from a step on.
-        frozen: parts that must not change: no gradient, same weights at the end.
+        batches: from a step number to the endless stream of this process's batches from there on.
+        frozen: parts that must get no gradient and have the same weights at the end.
         evaluate: called with the number of steps done; returns numbers for the `dev` line, and
             under `captions` lines to show.
     """
@@ -157,7 +157,7 @@ class Trainer:
             log.line.show(self.step, {**losses, **speed})
 
     def _backward(self, batch: Batch) -> dict[str, float]:
-        """Losses of one step over its micro-batches, averaged over processes; gradients are left."""
+        """Accumulate the gradients of a step's micro-batches; returns its losses, averaged over processes."""
         parts = self.config.train.accumulate
         total: dict[str, Tensor] = {}
         for number, micro in enumerate(batch.split(parts) if parts > 1 else [batch]):
@@ -212,7 +212,7 @@ class Trainer:
                 log.line.say(f"  {caption}")
 
     def _keep_best(self, numbers: dict[str, Any]) -> None:
-        """Keep the weights where the dev number that the run goes by is higher than ever (a loss: lower)."""
+        """Save the weights when the dev number of `eval.best` is the best so far (highest; a loss: lowest)."""
         name = self.config.eval.best
         if name is None or name not in numbers:
             return
@@ -234,7 +234,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the step, save, and stop; a second one stops at once."""
+        """On Ctrl-C or SIGTERM finish the step, save and stop; on a second one stop at once."""
 
         def handle(number: int, frame: FrameType | None) -> None:
             if self._signal is not None:

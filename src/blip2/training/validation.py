@@ -1,4 +1,4 @@
-"""What a run measures of itself on dev: loss, recall, and captions of the same few images."""
+"""Evaluation on dev during training: loss, recall, and captions of the same few images."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class DevEvaluator:
     """Called by the trainer with the number of steps done; returns numbers for the `dev` line.
 
     Args:
-        model: the run's model behind the same interface that users have.
+        model: the run's model, with the interface that users have.
         objective: gives the dev loss, on the first caption of each image.
         collection: dev images, already limited.
         features: cached features of the same collection, or None.
@@ -52,7 +52,7 @@ class DevEvaluator:
         self.last_samples: list[dict[str, Any]] = []
 
     def __call__(self, step: int) -> dict[str, Any]:
-        """Dev numbers: mean losses, ITC recall (stage 1), the one that the run goes by; and two sample captions.
+        """Dev numbers: mean losses, ITC recall (stage 1), the number of `eval.best`; and two sample captions.
 
         The captions (or answers) of the sample images are written by the first process.
         """
@@ -84,7 +84,7 @@ class DevEvaluator:
         return numbers
 
     def _batches(self) -> Iterator[Batch]:
-        # of stage 1 the losses depend on it (negatives); captions come faster when many are decoded at a time
+        # the losses of stage 1 depend on it (negatives); in stage 2 captions are faster in large batches
         size = min(64, self.config.train.batch) if self.config.stage == "stage1" else DECODED
         return dev_batches(
             self.collection,
@@ -103,7 +103,7 @@ class DevEvaluator:
             return self.model.vision(batch.pixels.to(self.model.device))
 
     def _texts(self, batch: Batch, features_BPC: Tensor, count: int) -> list[dict[str, Any]]:
-        """What the model says of the first `count` images of a batch, beside what people said."""
+        """Captions or answers of the first `count` images of a batch, with their references."""
         keys, features, limits = batch.keys[:count], features_BPC[:count], self.config.eval
         if batch.questions is None:
             decoding = DecodingConfig(beams=limits.beams, min_tokens=limits.min_tokens, max_tokens=limits.max_tokens)
@@ -133,7 +133,7 @@ class DevEvaluator:
 
 
 class _Ranking:
-    """All dev images and their captions, to rank among each other; `rerank` keeps image features for ITM."""
+    """All dev images and captions, ranked against each other; `rerank` keeps image features for ITM."""
 
     def __init__(self, model: Blip2, *, rerank: bool) -> None:
         self.model, self.rerank = model, rerank
@@ -179,7 +179,7 @@ def _entry(key: str, text: str, references: Sequence[str]) -> dict[str, Any]:
 
 
 def write_thumbnail(sample: Sample, target: Path) -> None:
-    """A small JPEG of a sample, for the report; nothing where the image cannot be read any more."""
+    """Write a small JPEG of a sample for the report, unless the image can no longer be read."""
     try:
         image = decode_image(sample.read())
     except BadSampleError:

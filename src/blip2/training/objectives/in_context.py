@@ -1,4 +1,4 @@
-"""Stage 2 on sequences of several image-text pairs, so that the model learns from examples in its context.
+"""Stage 2 on sequences of several image-text pairs, for learning from examples in the context.
 
 Shape letters: B pairs, N texts (a multiple of B), Q queries, H language-model width.
 """
@@ -22,12 +22,12 @@ from blip2.training.objectives.stage2 import Stage2Objective, split_caption
 class InContextObjective(Stage2Objective):
     """Language modelling of the texts of `shots` + 1 pairs in one sequence: image, text, image, text, ...
 
-    The sequences are the batch's own pairs in their order, so that no image is encoded twice. Decoder-only:
+    The sequences consist of the batch's own pairs in order, so no image is encoded twice. Decoder-only:
     loss on every text and its end token, as in Flamingo (arXiv 2204.14198, section 2.4) and OpenFlamingo
     (arXiv 2308.01390): pair n of a sequence is learned with n - 1 examples before it. Encoder-decoder: the
-    sequence up to the last text's split is the encoder's, and only the rest of that text is learned.
+    encoder reads the sequence up to the last text's split, and only the rest of that text is learned.
 
-    Outside of training pairs stand alone, as in `Stage2Objective`: dev losses of runs compare.
+    In evaluation each pair stands alone, as in `Stage2Objective`, so that the dev losses of runs compare.
 
     Raises:
         ConfigError: in `forward`, a process's micro-batch is not a whole number of sequences.

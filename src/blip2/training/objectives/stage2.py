@@ -19,11 +19,11 @@ from blip2.models.stage2 import Stage2
 from blip2.ops import distributed
 from blip2.training.objectives.common import Losses, image_features
 
-# Ids and masks of texts [N, T] as the language model's tokenizer makes them; the last says what is predicted.
+# Ids and masks of texts [N, T] as the language model's tokenizer returns them; the last one marks what is predicted.
 Texts = Sequence[Tensor]
 
-# Pieces of a batch that the language model reads one after the other, and the fewest tokens of one: a processor
-# core is busy with few, an accelerator would wait for its next kernel.
+# The most pieces of a batch that the language model reads one after the other, and the fewest tokens of a piece:
+# few keep a processor core busy, with few an accelerator would wait for kernel launches.
 PIECES = 4
 ENOUGH_TOKENS = {"cpu": 64, "accelerator": 1024}
 
@@ -31,16 +31,16 @@ ENOUGH_TOKENS = {"cpu": 64, "accelerator": 1024}
 class Stage2Objective(nn.Module):
     """Language modelling of the caption given the soft prompts (section 3.3).
 
-    A batch of questions has their answers for captions and each question for prompt; a Q-Former that
-    reads questions sees it too (section 4.3). `questions` makes the ids of its text. Where an image has
-    several texts, its soft prompts are made once, and a decoder-only model reads them once.
+    In a batch of questions the answers are learned and the questions are part of the prompts; a Q-Former
+    that reads questions (section 4.3) gets them as well, through the tokenizer `questions`. The soft prompts
+    of an image with several texts are computed once, and a decoder-only model reads them once.
 
     Decoder-only: prompt + caption, loss on the caption and its end token. Encoder-decoder: the
     caption is split at a random word into a prefix for the encoder and a suffix for the decoder;
     the split of a pair is a pure function of (seed, step, key). `token_drop`: see `VisionConfig`.
 
     Attributes:
-        pieces: of a batch whose parts run backward by themselves; None chooses by its size (`piece_count`).
+        pieces: number of parts of a batch (`parts`); None chooses it by the batch's size (`piece_count`).
     """
 
     def __init__(
