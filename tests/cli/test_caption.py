@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from blip2.cli import caption
-from blip2.data.folders import find_images
+from blip2.data import image_files
+from blip2.data.folders import read_folder
 from blip2.errors import DataError
 from blip2.inference import loading
 from blip2.weights import runs
@@ -26,6 +27,10 @@ def photos(tmp_path: Path) -> Path:
         picture.save(folder / name, {"a.JPG": "JPEG"}.get(name))
     (folder / "notes.txt").write_text("not a picture")
     return folder
+
+
+def find_images(names: list[str]) -> list[str]:
+    return [str(path) for path in image_files.find_images(names).paths]
 
 
 def options(**values: object) -> argparse.Namespace:
@@ -79,6 +84,32 @@ def test_sidecars(photos: Path) -> None:
     assert (photos / "a.txt").read_text() == "one\ntwo\n"
     assert (photos / "b.txt").read_text() == "mine"
     assert not list(photos.glob(".*.tmp*"))
+
+
+def test_two_images_of_one_stem_have_a_sidecar_each(photos: Path) -> None:
+    (photos / "a.png").write_bytes((photos / "b.png").read_bytes())
+    (photos / "a.txt").write_text("of either")
+    paths = [path for path in find_images([str(photos)]) if Path(path).stem == "a"]
+    assert caption.not_done(paths, options(sidecar=True)) == paths
+    for path in paths:
+        caption.write_captions(path, [path], options(sidecar=True))
+    assert caption.not_done(paths, options(sidecar=True)) == []
+    collection = read_folder(photos)
+    assert [(s.key, s.captions) for s in collection.samples] == [("a.JPG", (paths[0],)), ("a.png", (paths[1],))]
+    assert len({sample.image_id for sample in collection.samples}) == 2
+
+
+@pytest.mark.parametrize("text", ["", " \n\t\r\n"])
+def test_a_blank_sidecar_is_none(photos: Path, text: str) -> None:
+    (photos / "b.txt").write_text(text)
+    assert str(photos / "b.png") in caption.not_done(find_images([str(photos)]), options(sidecar=True))
+
+
+def test_an_image_with_a_name_as_long_as_can_be(photos: Path) -> None:
+    path = photos / ("n" * 251 + ".png")
+    path.write_bytes((photos / "b.png").read_bytes())
+    caption.write_captions(str(path), ["a dog"], options(sidecar=True))
+    assert path.with_suffix(".txt").read_text() == "a dog\n"
 
 
 def test_lines_for_people_and_for_scripts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ def add_parser(commands: Commands) -> None:
     output = caption.add_mutually_exclusive_group()
     add_json(output, "one JSON object per image")
     output.add_argument("--out", metavar="FILE.jsonl", help="append to a file; images already in it are skipped")
-    output.add_argument("--sidecar", action="store_true", help="write IMAGE.txt beside each image that has none")
+    output.add_argument("--sidecar", action="store_true", help="write a text file beside each image that has none")
     add_beams(caption)
     add_shots(caption)
     add_model(caption)
@@ -46,15 +46,17 @@ def run(options: argparse.Namespace) -> int:
 
     from blip2.configs import DecodingConfig
     from blip2.data.few_shot import read_shots
-    from blip2.data.folders import find_images
+    from blip2.data.image_files import find_images
 
     fields = ("beams", "num", "min_tokens", "max_tokens", "repetition_penalty", "sample", "top_p", "rerank")
     decoding = DecodingConfig(**{name: getattr(options, name) for name in fields})
-    paths = find_images(options.images)
+    files = find_images(options.images)
+    paths = [str(path) for path in files.paths]
     todo = not_done(paths, options)
     if len(todo) < len(paths):
         print(f"{len(paths) - len(todo)} of {len(paths)} images are done already", file=sys.stderr)
     if not todo:
+        _say(files.note())
         return 0
     shots = read_shots(options.shots) if options.shots else []
     from blip2.inference.few_shot import Examples
@@ -72,8 +74,14 @@ def run(options: argparse.Namespace) -> int:
             bar.set_postfix(failed=len(failed), refresh=False)
     for line in failed:
         tqdm.write(f"blip2: {line}", file=sys.stderr)
+    _say(files.note())
     named = [line for line in failed if any(line.startswith(f"{n}: ") for n in options.images)]
     return 2 if named or len(failed) == len(todo) else 0
+
+
+def _say(note: str) -> None:
+    if note:
+        print(note, file=sys.stderr)
 
 
 def batches(paths: list[str], size: int, failed: list[str]) -> Iterator[tuple[list[str], list[Image.Image]]]:
@@ -99,13 +107,22 @@ def batches(paths: list[str], size: int, failed: list[str]) -> Iterator[tuple[li
 def not_done(paths: list[str], options: argparse.Namespace) -> list[str]:
     """Images without captions where the options write them."""
     from blip2.data.collection import printable
+    from blip2.data.image_files import text_to_write
 
     if options.sidecar:
-        return [p for p in paths if not Path(p).with_suffix(".txt").exists()]
+        return [p for p in paths if _blank(text_to_write(Path(p)))]
     if not options.out or not Path(options.out).exists():
         return paths
     done = {entry["image"] for entry in _complete_lines(Path(options.out))}
     return [p for p in paths if printable(p) not in done]
+
+
+def _blank(path: Path) -> bool:
+    """Whether a text file is not there, or has nothing but blanks in it."""
+    try:
+        return not path.read_bytes().strip()
+    except OSError:
+        return True
 
 
 def write_captions(image: str, captions: list[str], options: argparse.Namespace) -> None:
@@ -115,6 +132,7 @@ def write_captions(image: str, captions: list[str], options: argparse.Namespace)
         RunError: the file cannot be written.
     """
     from blip2.data.collection import printable
+    from blip2.data.image_files import text_to_write
     from blip2.io.atomic import write_text
 
     line = json.dumps({"image": printable(image), "captions": captions}, ensure_ascii=False)
@@ -122,7 +140,7 @@ def write_captions(image: str, captions: list[str], options: argparse.Namespace)
         lines = [line] if options.json else [f"{printable(image)}: {text}" for text in captions]
         print(*lines, sep="\n", flush=True)
         return
-    target = Path(image).with_suffix(".txt") if options.sidecar else Path(options.out)
+    target = text_to_write(Path(image)) if options.sidecar else Path(options.out)
     with os_error_as(RunError, f"{target}: cannot be written"):
         if options.sidecar:
             write_text(target, "".join(f"{text}\n" for text in captions))

@@ -28,6 +28,7 @@ class CheckReport:
         sides: smallest, median and largest (width, height), by area.
         caption_words: mean length of a caption.
         duplicates: images whose bytes an earlier image has.
+        note: on files that were not looked at.
     """
 
     name: str
@@ -37,6 +38,7 @@ class CheckReport:
     questions: int = 0
     caption_words: float = 0.0
     duplicates: int = 0
+    note: str = ""
     sides: list[tuple[int, int]] = field(default_factory=list)
     bad: list[BadSample] = field(default_factory=list)
 
@@ -52,7 +54,7 @@ def check_collection(spec: str, progress: bool = True) -> CheckReport:
         DataError: the data set itself cannot be found or read.
     """
     collection = index(spec)
-    report = CheckReport(collection.name, bad=list(collection.bad))
+    report = CheckReport(collection.name, bad=list(collection.bad), note=collection.note)
     sizes: list[tuple[int, int]] = []
     good: list[Sample] = []
     seen: set[bytes] = set()
@@ -94,6 +96,7 @@ def format_report(report: CheckReport) -> str:
         lines += [f"             {bad.key}  ({printable(bad.path)})" for bad in named[:_LISTED]]
         if count > _LISTED:
             lines.append(f"             and {count - _LISTED} more (--json lists all)")
+    lines += [f"  {report.note}"] if report.note else []
     return "\n".join(lines)
 
 

@@ -109,12 +109,14 @@ class Collection:
     Args:
         mixture: (number of samples, weight) of each data set that was mixed, in order; empty where
             nothing is mixed.
+        note: a line for people about files that were not looked at; empty where there were none.
     """
 
     name: str
     samples: list[Sample]
     bad: list[BadSample] = field(default_factory=list)
     mixture: tuple[tuple[int, float], ...] = ()
+    note: str = ""
 
     def limited(self, count: int | None) -> Collection:
         """The first `count` samples (of each part of a mixture); all where it is None."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,13 @@ def image_id_of(entry: dict[str, Any], default: str) -> str:
 
 def lines_of(text: str) -> dict[str, Any]:
     """The text fields of a sidecar: a caption per line."""
-    return texts_of({"captions": text.splitlines()})
+    return texts_of({"captions": text_lines(text)})
+
+
+def text_lines(text: str) -> list[str]:
+    r"""The lines of a file: they end at \n, \r\n or \r alone, where `str.splitlines` also cuts at U+2028 and others."""
+    parts = re.split(r"\r\n|\n|\r", text)
+    return parts if parts[-1] else parts[:-1]
 
 
 def decode_text(data: bytes) -> str:

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from blip2.data.collection import BadSample, BadSampleError, Collection, Sample, printable
+from blip2.data.collection import BadSample, BadSampleError, Collection, Sample
 from blip2.data.entries import decode_text, image_id_of, lines_of, numbered_lines, parse_json, texts_of
-from blip2.data.image_formats import SUFFIXES
-from blip2.errors import DataError
-
-
-def images_below(folder: Path) -> list[Path]:
-    """Every image file in a folder and below it, in a stable order."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+from blip2.data.image_files import images_below, keys_below, text_beside
 
 
 def read_folder(folder: Path) -> Collection:
-    """Every image below a folder, with the captions in the `.txt` of its name, one per line."""
-    collection = Collection(str(folder), [])
-    for path in images_below(folder):
-        key = printable(path.relative_to(folder).with_suffix("").as_posix())
+    """Every image below a folder, with the captions in the text file beside it (`text_beside`), one per line."""
+    files = images_below(folder)
+    collection = Collection(str(folder), [], note=files.note())
+    for path, key in zip(files.paths, keys_below(folder, files.paths), strict=True):
         try:
-            texts = lines_of(decode_text(_sidecar(path.with_suffix(".txt"))))
+            texts = lines_of(decode_text(_sidecar(text_beside(path))))
             _not_empty(path)
             collection.samples.append(Sample(key, key, path=str(path), **texts))
         except BadSampleError as error:
@@ -70,24 +64,3 @@ def _not_empty(path: Path) -> None:
         raise BadSampleError("image file cannot be read") from None
     if size == 0:
         raise BadSampleError("zero-byte image")
-
-
-def find_images(names: list[str]) -> list[str]:
-    """Image files named, and those below named folders, in a stable order and without doubles.
-
-    Raises:
-        DataError: a name does not exist, or a folder holds no image.
-    """
-    paths: dict[str, None] = {}
-    for name in names:
-        path = Path(name)
-        if path.is_dir():
-            inside = images_below(path)
-            if not inside:
-                raise DataError(f"{name}: no image in this folder ({', '.join(sorted(SUFFIXES))})")
-            paths |= dict.fromkeys(map(str, inside))
-        elif path.exists():
-            paths[name] = None
-        else:
-            raise DataError(f"{name}: no such file or folder")
-    return list(paths)

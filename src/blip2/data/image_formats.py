@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -11,30 +12,35 @@ class ImageFormat(NamedTuple):
 
     Args:
         name: Pillow's.
-        suffixes: in lower case; files of these are found in folders.
+        suffix: that shards give their members of it.
         media_type: of those that shards keep as they are and that the server takes.
         signature: what their bytes begin with.
     """
 
     name: str
-    suffixes: tuple[str, ...] = ()
+    suffix: str = ""
     media_type: str = ""
     signature: bytes = b""
 
 
 # Rasters only: Pillow hands EPS to Ghostscript, which no downloaded file should reach.
 FORMATS = (
-    ImageFormat("JPEG", (".jpg", ".jpeg"), "image/jpeg", rb"\xff\xd8\xff"),
-    ImageFormat("PNG", (".png",), "image/png", rb"\x89PNG\r\n\x1a\n"),
-    ImageFormat("WEBP", (".webp",), "image/webp", rb"RIFF....WEBP"),
-    ImageFormat("GIF", (".gif",)),
-    ImageFormat("BMP", (".bmp",)),
-    ImageFormat("TIFF", (".tif", ".tiff")),
-    *map(ImageFormat, ("MPO", "DIB", "JPEG2000", "PPM", "TGA", "ICO", "AVIF")),
+    ImageFormat("JPEG", ".jpg", "image/jpeg", rb"\xff\xd8\xff"),
+    ImageFormat("PNG", ".png", "image/png", rb"\x89PNG\r\n\x1a\n"),
+    ImageFormat("WEBP", ".webp", "image/webp", rb"RIFF....WEBP"),
+    *map(ImageFormat, ("GIF", "BMP", "TIFF", "MPO", "DIB", "JPEG2000", "PPM", "TGA", "ICO", "AVIF")),
 )
-SUFFIXES = tuple(suffix for kind in FORMATS for suffix in kind.suffixes)
 SHARD_FORMATS = tuple(kind for kind in FORMATS if kind.media_type)
 MEDIA_TYPES = tuple(kind.media_type for kind in SHARD_FORMATS)
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """Suffixes of image files (`.jpg`), in lower case: all that this Pillow has for these formats."""
+    from PIL import Image
+
+    names = {kind.name for kind in FORMATS}
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in names)
 
 
 def format_of(data: bytes) -> ImageFormat | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from blip2.configs.checks import require
 from blip2.data.collection import Collection
+from blip2.data.entries import text_lines
 from blip2.data.few_shot import Shot, draw_shots
 from blip2.data.sources import open_collection
 from blip2.errors import ConfigError, DataError
@@ -40,7 +41,7 @@ def read_lines(path: str, missing: str) -> list[str]:
         DataError: it cannot be read, or all its lines are blank.
     """
     try:
-        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in text_lines(Path(path).read_text("utf-8")) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not lines:

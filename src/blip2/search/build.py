@@ -27,8 +27,8 @@ from blip2.configs import DecodingConfig
 from blip2.data import sources
 from blip2.data.collection import BadSample, BadSampleError, Sample, printable
 from blip2.data.entries import decode_text, lines_of
-from blip2.data.folders import find_images
-from blip2.data.image_formats import SUFFIXES
+from blip2.data.image_files import find_images, keys_below, text_beside
+from blip2.data.image_formats import suffixes
 from blip2.data.images import decode_image, plain_view
 from blip2.errors import DataError
 from blip2.inference import Blip2
@@ -79,10 +79,10 @@ def list_samples(names: Iterable[str]) -> tuple[list[Sample], list[BadSample]]:
     for name in names:
         path = Path(name).expanduser()
         if path.is_dir() and not any(path.glob("*.tar")):
-            files = find_images([str(path)])
-            samples += [_file_sample(file, Path(file).relative_to(path)) for file in files]
-        elif path.suffix.lower() in SUFFIXES and path.exists():
-            samples.append(_file_sample(str(path), Path(path.name)))
+            files = find_images([str(path)]).paths
+            samples += map(_file_sample, files, keys_below(path, files))
+        elif path.suffix.lower() in suffixes() and path.exists():
+            samples.append(_file_sample(path, printable(path.stem)))
         else:
             collection = sources.index(name)
             samples += [replace(s, path=os.path.abspath(s.path)) for s in collection.samples]
@@ -93,11 +93,10 @@ def list_samples(names: Iterable[str]) -> tuple[list[Sample], list[BadSample]]:
     return samples, bad
 
 
-def _file_sample(path: str, below: Path) -> Sample:
+def _file_sample(path: Path, key: str) -> Sample:
     captions: tuple[str, ...] = ()
     with contextlib.suppress(OSError, BadSampleError):  # an image needs no caption to be indexed
-        captions = lines_of(decode_text(Path(path).with_suffix(".txt").read_bytes()))["captions"]
-    key = printable(below.with_suffix("").as_posix())
+        captions = lines_of(decode_text(text_beside(path).read_bytes()))["captions"]
     return Sample(key, key, captions, os.path.abspath(path))
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import webdataset
+from PIL import Image
 
 from blip2.data.collection import BadSampleError, Collection, Question
+from blip2.data.images import decode_image
 from blip2.data.shards.reader import read_shards
 from blip2.errors import DataError
 
@@ -48,7 +50,40 @@ def test_grouping_follows_webdataset(tmp_path: Path, write_shard: Write, jpeg: C
     theirs = {sample["__key__"] for sample in webdataset.WebDataset([str(path)], shardshuffle=False)}
     assert theirs == {"a/b.c/one", "two"}
     assert [sample.key for sample in found.samples] == ["a/b.c/one"]
-    assert reasons(found) == {"two": "no image"}
+    rule = "no image: the extension is .small.jpg, as WebDataset's keys end at a file name's first dot"
+    assert reasons(found) == {"two": rule}
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "gif", "tiff", "jfif", "jpe", "PNG", "ppm"])
+def test_every_image_that_can_be_decoded(tmp_path: Path, suffix: str) -> None:
+    kind = {"jfif": "JPEG", "jpe": "JPEG"}.get(suffix, suffix)
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 7), "red").save(buffer, kind)
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, data in {f"a.{suffix}": buffer.getvalue(), "a.txt": "eins\u2028zwei\r\ndrei".encode()}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    (sample,) = read_shards("set", [path]).samples
+    assert decode_image(sample.read()).size == (9, 7)
+    assert sample.captions == ("eins\u2028zwei", "drei")
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["22.05.jpg"], "no image: the extension is .05.jpg, as WebDataset's keys end at a file name's first dot"),
+        (["a.mp4", "a.txt"], "no image, but .mp4"),
+        (["a.txt"], "no image"),
+    ],
+)
+def test_what_a_key_has_in_place_of_an_image(tmp_path: Path, names: list[str], reason: str) -> None:
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+    assert list(reasons(read_shards("set", [path])).values()) == [reason]
 
 
 @pytest.mark.parametrize(

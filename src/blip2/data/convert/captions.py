@@ -11,6 +11,7 @@ from typing import Any
 from blip2.data.collection import RawSample
 from blip2.data.convert.locate import Images, annotation, expecting, images_of, load_json
 from blip2.data.convert.records import Request, Unit, clean_key, merge_by_image, split_into_units
+from blip2.data.entries import text_lines
 from blip2.errors import DataError
 
 DOMAINS = {"in-domain": "in", "near-domain": "near", "out-domain": "out", "in": "in", "near": "near", "out": "out"}
@@ -118,7 +119,7 @@ def _tokens(path: Path) -> Iterator[tuple[str, str]]:
         next(rows, None)
         yield from ((row[0].strip(), row[-1].strip()) for row in rows if row)
         return
-    for line in text.splitlines():
+    for line in text_lines(text):
         if line.strip():
             name, caption = line.split("\t")
             yield name.rpartition("#")[0], caption

@@ -10,8 +10,8 @@ from typing import Any
 from blip2.data.collection import BadSampleError, RawSample
 from blip2.data.convert.locate import Images, images_of
 from blip2.data.convert.records import Request, Unit, clean_key, split_into_units
-from blip2.data.entries import decode_text, numbered_lines, parse_json
-from blip2.data.folders import find_images
+from blip2.data.entries import decode_text, numbered_lines, parse_json, text_lines
+from blip2.data.image_files import find_images, keys_below, text_beside
 from blip2.errors import DataError
 
 
@@ -24,7 +24,9 @@ def read_image_folder(request: Request) -> list[Unit]:
     folder = request.source
     if not folder.is_dir():
         raise DataError(f"{folder}: no such file or folder")
-    return split_into_units((_with_sidecar(Path(path), folder) for path in find_images([str(folder)])), request.size)
+    paths = find_images([str(folder)]).paths
+    keys = map(clean_key, keys_below(folder, paths))
+    return split_into_units((_with_sidecar(path, key) for path, key in zip(paths, keys, strict=True)), request.size)
 
 
 def read_json_lines(request: Request) -> list[Unit]:
@@ -38,16 +40,15 @@ def read_json_lines(request: Request) -> list[Unit]:
     return split_into_units(_lines(request.source, images_of(request, request.source)), request.size)
 
 
-def _with_sidecar(path: Path, folder: Path) -> RawSample:
+def _with_sidecar(path: Path, key: str) -> RawSample:
     """An image with its sidecar; a broken one leaves the texts empty, which the scan reports."""
-    key = clean_key(path.relative_to(folder).with_suffix("").as_posix())
     entry: dict[str, Any] = {}
+    structured, plain = text_beside(path, ".json"), text_beside(path)
     try:
-        if path.with_suffix(".json").is_file():
-            entry = parse_json(path.with_suffix(".json").read_bytes())
-        if not entry.get("captions", entry.get("caption")) and "qa" not in entry and path.with_suffix(".txt").is_file():
-            text = decode_text(path.with_suffix(".txt").read_bytes())
-            entry = {**entry, "captions": text.splitlines()}
+        if structured.is_file():
+            entry = parse_json(structured.read_bytes())
+        if not entry.get("captions", entry.get("caption")) and "qa" not in entry and plain.is_file():
+            entry = {**entry, "captions": text_lines(decode_text(plain.read_bytes()))}
     except (BadSampleError, OSError):
         entry = {}
     return RawSample(key, {"image_id": key, **entry}, str(path))

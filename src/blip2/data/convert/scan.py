@@ -10,8 +10,8 @@ from pathlib import Path
 from blip2.data.collection import BadSample, BadSampleError, RawSample, Sample
 from blip2.data.convert.records import Unit
 from blip2.data.entries import image_id_of, texts_of
-from blip2.data.folders import images_below
 from blip2.data.hashes import perceptual_hash
+from blip2.data.image_files import images_below
 from blip2.data.images import decode_image
 from blip2.data.sources import index
 from blip2.errors import DataError
@@ -63,7 +63,7 @@ def hashes_of(spec: str, workers: int, progress: bool) -> dict[str, int]:
     """
     folder = Path(spec).expanduser()
     if folder.is_dir() and not any(folder.glob("*.tar")):
-        samples = [Sample(p.relative_to(folder).as_posix(), "", (), str(p)) for p in images_below(folder)]
+        samples = [Sample(p.relative_to(folder).as_posix(), "", (), str(p)) for p in images_below(folder).paths]
     else:
         samples = index(spec).samples
     if not samples:

@@ -17,6 +17,7 @@ from blip2.data.collection import BadSample, RawSample
 from blip2.data.convert.folders import read_image_folder
 from blip2.data.convert.locate import expecting, images_of, load_json
 from blip2.data.convert.records import Request, Unit, clean_key, split_into_units
+from blip2.data.entries import text_lines
 from blip2.data.shards.reader import read_raw
 from blip2.errors import DataError
 
@@ -112,7 +113,7 @@ def _rows(path: Path) -> Iterator[tuple[str, str]]:
 
 def _sbu_texts(folder: Path) -> Iterator[tuple[str, str]]:
     try:
-        urls, captions = ((folder / name).read_text("utf-8").splitlines() for name in _SBU)
+        urls, captions = (text_lines((folder / name).read_text("utf-8")) for name in _SBU)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{folder}: needs both {' and '.join(_SBU)} ({error})") from error
     if len(urls) != len(captions):

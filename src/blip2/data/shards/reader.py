@@ -16,20 +16,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 from blip2.data.collection import BadSample, BadSampleError, Collection, RawSample, printable
-from blip2.data.entries import decode_text, image_id_of, parse_json, to_sample
-from blip2.data.image_formats import SHARD_FORMATS
+from blip2.data.entries import decode_text, image_id_of, parse_json, text_lines, to_sample
+from blip2.data.image_formats import suffixes
 from blip2.errors import DataError
 
-_IMAGES = tuple(suffix[1:] for kind in SHARD_FORMATS for suffix in kind.suffixes)
 _BLOCK = tarfile.BLOCKSIZE
 
 
 @dataclass
 class _Members:
-    """What a key has in a shard."""
+    """What a key has in a shard: its first image, its texts, and the extensions of what is neither."""
 
     image: tuple[int, int] | None = None
     texts: dict[str, bytes] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
 
 
 def read_raw(path: Path) -> Iterator[RawSample | BadSample]:
@@ -99,11 +99,13 @@ def _add(members: dict[str, _Members], name: str, member: tarfile.TarInfo, handl
     if not key or not extension:
         return
     parts = members.setdefault(key, _Members())
-    if extension in _IMAGES and parts.image is None:
+    if f".{extension}" in suffixes() and parts.image is None:
         parts.image = (member.offset_data, member.size)
     elif extension in ("json", "txt"):
         handle.seek(member.offset_data)
         parts.texts[extension] = handle.read(member.size)
+    else:
+        parts.others.append(extension)
 
 
 def _closed(handle: BinaryIO, offset: int) -> bool:
@@ -124,9 +126,17 @@ def _split(name: str) -> tuple[str, str]:
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
 
 
+def _no_image(extensions: list[str]) -> str:
+    """Why a key has no image; where a name has several dots, with WebDataset's rule."""
+    dotted = next((ext for ext in extensions if f".{ext.rpartition('.')[2]}" in suffixes()), None)
+    if dotted:
+        return f"no image: the extension is .{dotted}, as WebDataset's keys end at a file name's first dot"
+    return "no image" + (f", but .{', .'.join(extensions)}" if extensions else "")
+
+
 def _raw(key: str, parts: _Members, path: Path) -> RawSample:
     if parts.image is None:
-        raise BadSampleError("no image")
+        raise BadSampleError(_no_image(parts.others))
     offset, size = parts.image
     if size == 0:
         raise BadSampleError("zero-byte image")
@@ -134,7 +144,7 @@ def _raw(key: str, parts: _Members, path: Path) -> RawSample:
         raise BadSampleError("no text")
     entry = parse_json(parts.texts["json"]) if "json" in parts.texts else {}
     if "captions" not in entry and "caption" not in entry and "txt" in parts.texts:
-        entry = {**entry, "captions": decode_text(parts.texts["txt"]).splitlines()}
+        entry = {**entry, "captions": text_lines(decode_text(parts.texts["txt"]))}
     if "captions" not in entry and "caption" in entry:
         entry = {**entry, "captions": entry["caption"]}
     return RawSample(key, {**entry, "image_id": image_id_of(entry, key)}, str(path), offset, size)

@@ -75,7 +75,7 @@ def stored_image(data: bytes) -> tuple[str, bytes]:
     """
     kind = format_of(data)
     if kind is not None:
-        return kind.suffixes[0], data
+        return kind.suffix, data
     buffer = io.BytesIO()
     try:
         decode_image(data).save(buffer, "PNG")
