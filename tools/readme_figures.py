@@ -69,9 +69,9 @@ def copy_images() -> list[str]:
     IMAGES.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, source in SOURCES.items():
-        image = Image.open(Path(package.submodule_search_locations[0]) / "data" / source).convert("RGB")
+        original = Image.open(Path(package.submodule_search_locations[0]) / "data" / source).convert("RGB")
         path = IMAGES / f"{name}.jpg"
-        seen(image, "crop", SIDE).save(path, quality=90)
+        seen(original, "crop", SIDE).save(path, quality=90)
         paths.append(str(path))
     return paths
 
