@@ -139,8 +139,7 @@ def _write(path: Path, model: Blip2, described: list[Described], searches: dict[
 
 def _entry(model: Blip2, described: Described, jpeg: str) -> dict[str, Any]:
     """An image as the page shows it."""
-    from blip2.io.figures import overlay, png, seen
-    from blip2.ops.devices import to_numpy
+    from blip2.io.figures import seen
 
     attention = described.attention
     assert attention.words is not None
@@ -148,7 +147,7 @@ def _entry(model: Blip2, described: Described, jpeg: str) -> dict[str, Any]:
     view = seen(described.image, model.image_spec.resize, _LARGE)
     small = view.resize((_SMALL, _SMALL))
     words = [
-        (word.strip(), png(overlay(small, to_numpy(attention.heatmap(map_P)))))
+        (word.strip(), attention.overlay(small, map_P))
         for word, map_P in zip(attention.words, attention.word_maps, strict=True)
         if len(word.strip()) > 2 and word.strip() not in _SMALL_WORDS
     ]
@@ -157,7 +156,7 @@ def _entry(model: Blip2, described: Described, jpeg: str) -> dict[str, Any]:
         "jpeg": jpeg,
         "caption": described.caption,
         "answers": list(zip(QUESTIONS, described.answers, strict=True)),
-        "queries": png(overlay(view, to_numpy(attention.heatmap(attention.queries.mean(dim=(0, 1)))))),
+        "queries": attention.overlay(view, attention.queries.mean(dim=(0, 1))),
         "words": words[:_WORDS_SHOWN],
     }
 

@@ -7,7 +7,6 @@ takes. It is imported by lmms-eval alone, and is the one module here that needs 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -55,35 +54,39 @@ class Blip2Lmms(lmms):  # type: ignore[misc]
         **unknown: Any,
     ) -> None:
         super().__init__()
-        given = [name for name, value in unknown.items() if value is not None and name != "max_batch_size"]
-        if given:
+        names = [name for name, value in unknown.items() if value is not None and name != "max_batch_size"]
+        if names:
             raise ConfigError(
-                f"--model_args {given[0]} is unknown: pretrained, device, dtype, quantize, template are known"
+                f"--model_args {names[0]} is unknown: pretrained, device, dtype, quantize, template are known"
             )
         if template not in ("none", "question"):
             raise ConfigError(f"--model_args template is {template!r}: it must be none or question")
-        where = "auto" if device == "cuda" and not torch.cuda.is_available() else device
-        self.model: Blip2 = load(pretrained, device=where, dtype=dtype, quantize=quantize)
+        if device == "cuda" and not torch.cuda.is_available():
+            device = "auto"
+        self.model: Blip2 = load(pretrained, device=device, dtype=dtype, quantize=quantize)
         self.model.batch = self.batch_size = int(batch_size)
         self.template = template
 
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
         """Texts written after each request's prompt, cut at the first of its stop texts."""
-        answers: dict[int, str] = {}
-        for settings, members in _grouped(requests):
-            decoding, until = decoding_of(settings)
+        groups: dict[str, list[int]] = {}  # requests with the same settings are decoded together
+        for n, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items())), []).append(n)
+        answers = [""] * len(requests)
+        for members in groups.values():
+            decoding, until = decoding_of(requests[members[0]].args[1])
             for chunk in tqdm(list(_chunks(members, self.batch_size)), desc="blip2", disable=self.rank > 0):
-                images, prompts, questions = zip(*(self._asked(requests[n].args) for n in chunk), strict=True)
-                written = self.model.generate(self.model.features(images), list(prompts), decoding, questions=questions)
-                for n, texts in zip(chunk, written, strict=True):
-                    answers[n] = cut(texts[0], until)
-        return [answers[n] for n in range(len(requests))]
+                images, prompts, questions = zip(*(self._inputs(requests[n].args) for n in chunk), strict=True)
+                texts = self.model.generate(self.model.features(images), list(prompts), decoding, questions=questions)
+                for n, (best, *_) in zip(chunk, texts, strict=True):
+                    answers[n] = cut(best, until)
+        return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """(log-probability of each continuation, whether greedy decoding would write it)."""
         out: list[tuple[float, bool]] = []
         for chunk in _chunks(list(range(len(requests))), self.batch_size):
-            parts = [self._asked(requests[n].args) for n in chunk]
+            parts = [self._inputs(requests[n].args) for n in chunk]
             continuations = [self._continuation(requests[n].args) for n in chunk]
             images, prompts, questions = (list(part) for part in zip(*parts, strict=True))
             features = self.model.features(images)
@@ -96,7 +99,7 @@ class Blip2Lmms(lmms):  # type: ignore[misc]
         """Refused: BLIP-2 is trained on one image and one text at a time."""
         raise ConfigError("BLIP-2 answers one question about one image: tasks of several rounds are not for it")
 
-    def _asked(self, arguments: tuple[Any, ...]) -> tuple[Any, str, str]:
+    def _inputs(self, arguments: tuple[Any, ...]) -> tuple[Any, str, str]:
         """(image, prompt, bare question) of a request."""
         context, _, to_visual, number, task, split = arguments
         images = to_visual(self.task_dict[task][split][number])
@@ -114,31 +117,20 @@ class Blip2Lmms(lmms):  # type: ignore[misc]
 
 def decoding_of(settings: dict[str, Any]) -> tuple[DecodingConfig, list[str]]:
     """How a task wants its text, and where it ends."""
-    known = {ours: settings[theirs] for theirs, ours in _SETTINGS.items() if settings.get(theirs) is not None}
-    sample = bool(settings.get("do_sample")) and known.get("temperature", 1.0) > 0
+    options = {ours: settings[theirs] for theirs, ours in _SETTINGS.items() if settings.get(theirs) is not None}
+    sample = bool(settings.get("do_sample")) and options.get("temperature", 1.0) > 0
     if not sample:
-        known.pop("temperature", None)
-        known.pop("top_p", None)
+        options.pop("temperature", None)
+        options.pop("top_p", None)
     until = settings.get("until") or []
-    usual = {"beams": 1, "min_tokens": 0, "max_tokens": _LENGTH}
-    return DecodingConfig(**{**usual, **known, "sample": sample}), [until] if isinstance(until, str) else list(until)
+    defaults = {"beams": 1, "min_tokens": 0, "max_tokens": _LENGTH, "sample": sample}
+    return DecodingConfig(**{**defaults, **options}), [until] if isinstance(until, str) else list(until)
 
 
 def cut(text: str, until: Sequence[str]) -> str:
     """A text up to the first of its stop texts."""
     ends = [text.index(stop) for stop in until if stop and stop in text]
     return text[: min(ends)].strip() if ends else text
-
-
-def _grouped(requests: Sequence[Any]) -> Iterable[tuple[dict[str, Any], list[int]]]:
-    """Positions of requests that are decoded alike, with their settings."""
-
-    def key(n: int) -> str:
-        return repr(sorted(requests[n].args[1].items()))
-
-    for _, members in groupby(sorted(range(len(requests)), key=key), key):
-        listed = list(members)
-        yield requests[listed[0]].args[1], listed
 
 
 def _chunks(positions: list[int], size: int) -> Iterable[list[int]]:

@@ -8,8 +8,8 @@ from PIL import Image
 
 from blip2.data.collection import BadSampleError, printable
 from blip2.data.images import decode_image
+from blip2.io import html
 from blip2.io.figures import jpeg
-from blip2.io.html import environment, write
 from blip2.search.query import Hit, read
 
 THUMB = 320
@@ -25,7 +25,6 @@ def write_page(path: Path, hits: list[Hit], text: str | None, image: Image.Image
     Raises:
         RunError: it cannot be written.
     """
-    template = environment(Path(__file__).parent).get_template("hits.html.j2")
     shown = [
         {
             "hit": hit,
@@ -35,8 +34,8 @@ def write_page(path: Path, hits: list[Hit], text: str | None, image: Image.Image
         }
         for hit in hits
     ]
-    page = template.render(hits=shown, text=text, query=jpeg(image, THUMB) if image else None, what=printable(subtitle))
-    write(path, page)
+    query, template = jpeg(image, THUMB) if image else None, Path(__file__).with_name("hits.html.j2")
+    html.write_page(path, template, hits=shown, text=text, query=query, what=printable(subtitle))
 
 
 def _thumbnail(hit: Hit) -> str | None:
