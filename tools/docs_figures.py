@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import shutil
 import subprocess
@@ -19,6 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 IMAGES = Path("docs/images")
 PORT = 8765
@@ -48,7 +51,7 @@ def shoot_report(browser: Any, report: Path, scheme: str) -> None:
     """The curves of a report."""
     page = browser.new_page(viewport={"width": 1000, "height": 900}, color_scheme=scheme)
     page.goto(report.resolve().as_uri())
-    page.locator("section", has_text="Curves").first.screenshot(path=IMAGES / f"report-{scheme}.png")
+    save(page.locator("section", has_text="Curves").first.screenshot(), f"report-{scheme}.png")
     page.close()
 
 
@@ -66,8 +69,14 @@ def shoot_page(browser: Any, address: str, scheme: str) -> None:
     page.keyboard.press("Enter")
     page.wait_for_selector("#heatmap:visible")
     page.evaluate("scrollTo(0, 0)")
-    page.screenshot(path=IMAGES / f"page-{scheme}.png", full_page=True)
+    save(page.screenshot(full_page=True), f"page-{scheme}.png")
     page.close()
+
+
+def save(screenshot: bytes, name: str) -> None:
+    """Fewer bytes: a page has few colours."""
+    colours = Image.open(io.BytesIO(screenshot)).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    colours.save(IMAGES / name, optimize=True)
 
 
 @contextmanager
