@@ -105,7 +105,7 @@ def chat(folder: Path, opt: Path, counter: Counter) -> None:
     body = {"model": "x", "messages": [{"role": "user", "content": [part, {"type": "text", "text": "what is it?"}]}]}
     model = blip2.load(opt, device="cpu")
     with counter:  # threads are watched from their start only
-        app = create_app(model, Settings(), name="x")
+        app = create_app([("x", model, None)], Settings())
         with TestClient(app, base_url="http://127.0.0.1:8000") as client:
             counter.seen.clear()
             client.post("/v1/chat/completions", json=body).raise_for_status()

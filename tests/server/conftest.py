@@ -72,7 +72,7 @@ def serve(both: Blip2) -> Iterator[Callable[..., Any]]:
     opened = []
 
     def client(*, model: Blip2 | None = None, index: Any = None, others: Any = (), **settings: Any) -> TestClient:
-        app = create_app(model or both, Settings(**settings), name="tiny", index=index, others=others)
+        app = create_app([("tiny", model or both, index), *others], Settings(**settings))
         found = TestClient(app, base_url="http://127.0.0.1:8000")
         found.__enter__()
         opened.append(found)
@@ -92,7 +92,7 @@ def _listening(model: Blip2, *, index: Any = None, others: Any = (), **settings:
     from blip2.server.app import create_app
     from blip2.server.settings import Settings
 
-    app = create_app(model, Settings(**settings), name="tiny", index=index, others=others)
+    app = create_app([("tiny", model, index), *others], Settings(**settings))
     bound = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=60))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)

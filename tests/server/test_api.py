@@ -56,7 +56,7 @@ def assert_refused(answer: Any, status: int | None = None) -> dict[str, Any]:
 @contextmanager
 def held(app: Any) -> Iterator[list[int]]:
     """The model does not answer inside; gives the sizes of the batches that it has begun."""
-    gate, batcher, begun = threading.Event(), app.state.server.batcher, []
+    gate, batcher, begun = threading.Event(), app.state.server.models[0].batcher, []
     run = batcher._run
 
     def waiting(kind: Any, items: Any) -> Any:
@@ -405,7 +405,7 @@ def test_batched_answers_equal_those_one_at_a_time(both: Blip2, listening: Any) 
             body = {"image": url(job[0]), "question": job[1]}
             return str(httpx.post(f"{address}/ask", json=body, timeout=60).json()["answer"])
 
-        batcher = app.state.server.batcher
+        batcher = app.state.server.models[0].batcher
         with held(app):
             first = pool.submit(ask, work[0])
             while not (batcher.alive and app.state.server.metrics.registry.get_sample_value("blip2_batch_size_count")):
@@ -443,7 +443,7 @@ def test_a_client_that_leaves_frees_its_place(both: Blip2, listening: Any) -> No
     import httpx
 
     with listening(both) as (address, _, app), ThreadPoolExecutor(1) as pool:
-        batcher = app.state.server.batcher
+        batcher = app.state.server.models[0].batcher
         with held(app):
             first = pool.submit(httpx.post, f"{address}/caption", json={"image": url()}, timeout=60)
             while not app.state.server.metrics.registry.get_sample_value("blip2_batch_size_count"):
@@ -468,7 +468,7 @@ def test_shutdown_answers_what_was_taken(both: Blip2, listening: Any) -> None:
                 pool.submit(httpx.post, f"{address}/caption", json={"image": url(seed)}, timeout=60)
                 for seed in range(4)
             ]
-            batcher = app.state.server.batcher
+            batcher = app.state.server.models[0].batcher
             while batcher.waiting + sum(begun) < 4:
                 time.sleep(0.01)
             server.should_exit = True

@@ -99,7 +99,7 @@ def test_a_visit(browser: Any, axe: str, address: str, view: str, scheme: str) -
     page.keyboard.press("Enter")
     page.wait_for_selector("#captions li:nth-child(3)")
     best = page.inner_text("#captions li:first-child").rpartition(" fits ")[0]
-    assert page.get_attribute("#photo", "alt").split() == best.split()
+    assert page.get_attribute("#image", "alt").split() == best.split()
     for number, question in enumerate(("what is it?", "where is it?"), 1):
         page.fill("#question", question)
         page.keyboard.press("Enter")
@@ -172,7 +172,7 @@ def test_a_mistake_is_said(browser: Any, axe: str, address: str) -> None:
     page.goto(address)
     page.set_input_files("#file", {"name": "x.jpg", "mimeType": "image/jpeg", "buffer": b"not a picture"})
     page.wait_for_selector("#message:visible")
-    assert "cannot read that picture" in page.inner_text("#message")
+    assert "cannot read that image" in page.inner_text("#message")
     assert faults(page, axe) == []
     page.close()
 

@@ -387,7 +387,7 @@ def test_the_server(reference: dict[str, Path], models: tuple[Blip2, Blip2], dat
     here, there = models
     picture = data.parent / "1.png"
     image = f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
-    with TestClient(create_app(here, Settings(), name="tiny"), base_url="http://127.0.0.1:8000") as client:
+    with TestClient(create_app([("tiny", here, None)], Settings()), base_url="http://127.0.0.1:8000") as client:
 
         def post(path: str, **body: Any) -> Any:
             answer = client.post(path, json={"image": image, **body})

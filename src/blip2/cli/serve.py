@@ -153,10 +153,8 @@ def _serve(options: argparse.Namespace, settings: Settings, listening: socket.so
     loaded = [load_model(argparse.Namespace(**{**vars(options), "model": name})) for name in named]
     names = model_names([name for _, name in loaded])
     indexes = _indexes(store, [model for model, _ in loaded])
-    (name, model, index), *others = [
-        (name, model, index) for name, (model, _), index in zip(names, loaded, indexes, strict=True)
-    ]
-    app = create_app(model, settings, name=name, index=index, others=others)
+    models = [(name, model, index) for name, (model, _), index in zip(names, loaded, indexes, strict=True)]
+    app = create_app(models, settings)
     config = uvicorn.Config(
         app,
         log_level="warning",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from blip2.errors import RunError
-from blip2.server.errors import overloaded, too_late
+from blip2.server.errors import RequestError, overloaded
 
 _log = logging.getLogger("blip2.serve")
 
@@ -24,7 +24,7 @@ Run = Callable[[Hashable, Sequence[Any]], Sequence[Any]]
 
 @dataclass(eq=False)
 class _Entry:
-    kind: Hashable
+    task: Hashable
     item: Any
     size: int
     future: Future[Any] = field(default_factory=Future)
@@ -34,10 +34,10 @@ class Batcher:
     """A bounded queue before one worker thread.
 
     Args:
-        run: maps a kind and the items of one batch to one result per item.
+        run: maps a task and the items of one batch to one result per item.
         queue: entries that may wait.
         max_batch: items that go together; an entry may count as several.
-        on_batch: told the size of every batch.
+        on_batch: called with the size of every batch.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class Batcher:
         """Whether the worker takes requests."""
         return self._thread.is_alive() and not self._closed
 
-    async def submit(self, kind: Hashable, item: Any, *, timeout: float, size: int = 1) -> Any:
+    async def submit(self, task: Hashable, item: Any, *, timeout: float, size: int = 1) -> Any:
         """The result for `item`; a cancelled or late request leaves the queue.
 
         Args:
-            kind: entries of equal kind may share a batch.
+            task: entries of equal tasks may share a batch.
             timeout: seconds, waiting included.
             size: items that it counts as.
 
@@ -72,7 +72,7 @@ class Batcher:
             RequestError: 429 the queue is full; 504 too late.
             RunError: the server is shutting down.
         """
-        entry = _Entry(kind, item, size)
+        entry = _Entry(task, item, size)
         with self._changed:
             if self._closed:
                 raise RunError("the server is shutting down")
@@ -84,9 +84,13 @@ class Batcher:
             async with asyncio.timeout(timeout):
                 return await asyncio.wrap_future(entry.future)
         except TimeoutError:
-            raise too_late(timeout) from None
+            message = f"no answer within {timeout:g} s: the server is busy, or asked for too much at once"
+            raise RequestError(504, message, code="timeout") from None
         finally:
-            self._forget(entry)
+            entry.future.cancel()
+            with self._changed:
+                if entry in self._waiting:
+                    self._waiting.remove(entry)
 
     def close(self) -> None:
         """Take nothing more, answer what waits, and end the thread."""
@@ -94,12 +98,6 @@ class Batcher:
             self._closed = True
             self._changed.notify()
         self._thread.join()
-
-    def _forget(self, entry: _Entry) -> None:
-        entry.future.cancel()
-        with self._changed:
-            if entry in self._waiting:
-                self._waiting.remove(entry)
 
     def _work(self) -> None:
         while True:
@@ -114,41 +112,33 @@ class Batcher:
                 self._answer(batch)
 
     def _take(self) -> list[_Entry]:
-        """The oldest entry and those of its kind behind it, as many as fit."""
-        first = self._waiting[0]
-        taken, room = [], self._max_batch
+        """The oldest entry and those of its task behind it, as many as fit."""
+        first, room = self._waiting[0], self._max_batch
+        batch: list[_Entry] = []
+        others: deque[_Entry] = deque()
         for entry in self._waiting:
-            if entry.kind == first.kind and (entry is first or entry.size <= room):
-                taken.append(entry)
+            if entry.task == first.task and (entry is first or entry.size <= room):
+                batch.append(entry)
                 room -= entry.size
-            if room <= 0:
-                break
-        chosen = set(map(id, taken))
-        self._waiting = deque(entry for entry in self._waiting if id(entry) not in chosen)
-        return taken
+            else:
+                others.append(entry)
+        self._waiting = others
+        return batch
 
     def _answer(self, batch: list[_Entry]) -> None:
         """Run a batch; where it fails each entry is tried alone, so that none fails for another's sake."""
         if self._on_batch:
             self._on_batch(sum(entry.size for entry in batch))
         try:
-            results = self._run(batch[0].kind, [entry.item for entry in batch])
-            if len(results) != len(batch):
-                raise RuntimeError(f"{len(results)} results for {len(batch)} requests")
+            results = self._run(batch[0].task, [entry.item for entry in batch])
+            answers = list(zip(batch, results, strict=True))
         except Exception as error:
             if len(batch) == 1:
-                _set(batch[0].future, error=error)
+                batch[0].future.set_exception(error)
                 return
             _log.warning("a batch of %d failed (%s): each is tried alone", len(batch), type(error).__name__)
             for entry in batch:
                 self._answer([entry])
             return
-        for entry, result in zip(batch, results, strict=True):
-            _set(entry.future, result)
-
-
-def _set(future: Future[Any], result: Any = None, error: Exception | None = None) -> None:
-    if error is not None:
-        future.set_exception(error)
-    else:
-        future.set_result(result)
+        for entry, result in answers:
+            entry.future.set_result(result)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
-class RequestError(Exception):
+class RequestError(HTTPException):
     """A request that is refused or could not be answered.
 
     Args:
@@ -25,21 +30,10 @@ class RequestError(Exception):
         *,
         code: str | None = None,
         param: str | None = None,
-        headers: dict[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
-        self.headers = headers or {}
-
-    def body(self) -> dict[str, Any]:
-        """The answer's JSON."""
-        return problem_body(self.status, self.message, self.code, self.param)
-
-
-def problem_body(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """An error in OpenAI's shape."""
-    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        super().__init__(status, message, dict(headers or {}))
+        self.status, self.code, self.param = status, code, param
 
 
 def bad(message: str, param: str | None = None, code: str | None = None) -> RequestError:
@@ -47,38 +41,26 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> Requ
     return RequestError(400, message, param=param, code=code)
 
 
-def overloaded(seconds: int = 1) -> RequestError:
+def overloaded() -> RequestError:
     """Too many requests are waiting: 429, and when to try again."""
-    return RequestError(
-        429,
-        f"the server is busy: try again in {seconds} s",
-        code="queue_full",
-        headers={"Retry-After": str(seconds)},
-    )
+    return RequestError(429, "the server is busy: try again in 1 s", code="queue_full", headers={"Retry-After": "1"})
 
 
-def other_index() -> RequestError:
-    """The index on the disk is another model's by now: 503."""
-    return RequestError(
-        503,
-        "the index of this server was built anew with another model: start the server again with that model, or put "
-        "the old index back (the server's log names both models)",
-        code="index_of_another_model",
-    )
+def from_validation(errors: list[Any]) -> RequestError:
+    """The first of pydantic's errors as a 400."""
+    first = errors[0]
+    field = ".".join(str(part) for part in first["loc"] if part != "body")
+    message = f"{field}: {first['msg']}" if field else str(first["msg"])
+    return bad(message[:500], field[:200] or None, "invalid_value")
 
 
-def broken_index() -> RequestError:
-    """The index is gone, or a file of it is damaged or another one: 503."""
-    return RequestError(
-        503,
-        "the index of this server is gone, or one of its files was damaged or replaced: put it back, or build it again "
-        "with `blip2 index build` (the server's log names the file)",
-        code="index_damaged",
-    )
-
-
-def too_late(seconds: float) -> RequestError:
-    """The time limit of a request has passed: 504."""
-    return RequestError(
-        504, f"no answer within {seconds:g} s: the server is busy, or asked for too much at once", code="timeout"
-    )
+def error_response(error: StarletteHTTPException) -> JSONResponse:
+    """An error in OpenAI's shape."""
+    status = error.status_code
+    content = {
+        "message": str(error.detail),
+        "type": _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error"),
+        "param": getattr(error, "param", None),
+        "code": getattr(error, "code", None),
+    }
+    return JSONResponse({"error": content}, status, error.headers)

@@ -6,7 +6,11 @@ Shape letters: N inputs, Q queries, E contrastive width.
 from __future__ import annotations
 
 import base64
+import json
+import re
 import time
+import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,41 +18,40 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from torch import Tensor
 
-from blip2.configs import DecodingConfig
 from blip2.ops.devices import to_list, to_numpy
-from blip2.server.chat import Completion, conversation
 from blip2.server.errors import bad
 from blip2.server.images import view_of
-from blip2.server.schemas import ChatRequest, EmbeddingRequest
-from blip2.server.state import Server
-from blip2.server.worker import Kind, Prompt, Write
+from blip2.server.schemas import ChatRequest, Decoding, EmbeddingRequest, ImageUrl, Message
+from blip2.server.state import ServedModel, Server
+from blip2.server.worker import Generated, Generation, Prompt, Task
 
 CHAT_TOKENS = 30  # of an answer where the client names no number
+_WORD = re.compile(r"\s*\S+")
 
 
 def register_routes(app: FastAPI, server: Server) -> None:
     """Add the routes."""
     begun = int(time.time())
 
-    def card(here: Server) -> dict[str, Any]:
-        worker = here.worker
+    def card(model: ServedModel) -> dict[str, Any]:
+        worker = model.worker
         able = {"ask": worker.asks, "match": worker.matches, "judge": worker.judges, "attend": worker.attends}
         images = None if worker.index is None else len(worker.index)
         return {
-            "id": here.name,
+            "id": model.name,
             "object": "model",
             "created": begun,
             "owned_by": "blip2",
             "blip2": {**able, "indexed_images": images},
         }
 
-    @app.get("/v1/models", tags=["OpenAI"], summary="The model that is served, and what it can do")
+    @app.get("/v1/models", tags=["OpenAI"], summary="The models that are served, and what each can do")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card(each) for each in server.all]}
+        return {"object": "list", "data": [card(model) for model in server.models]}
 
     @app.get("/v1/models/{model:path}", tags=["OpenAI"], summary="One model")
     async def one_model(model: str) -> dict[str, Any]:
-        return card(server.of(model))
+        return card(server.model(model))
 
     @app.post(
         "/v1/chat/completions",
@@ -57,87 +60,180 @@ def register_routes(app: FastAPI, server: Server) -> None:
         responses={200: {"content": {"text/event-stream": {}}}},
     )
     async def chat(request: Request, body: ChatRequest) -> Response:
-        here = server.of(body.model)
-        talk = conversation(body.messages)
-        kind = _kind(body, bool(talk.question), here)
-        item = Prompt(await here.view(talk.image, param="messages"), talk.question or None, talk.turns)
-        written = await here.run(request, kind, item)
-        server.metrics.tokens.labels("prompt").inc(written.prompt_tokens)
-        server.metrics.tokens.labels("completion").inc(sum(written.tokens))
-        completion = Completion(body, here.name, written, kind.decoding.max_tokens)
+        model = server.model(body.model)
+        image, turns, question = conversation(body.messages)
+        generation = Generation.of(
+            Decoding(  # beam search unless a temperature is given
+                beams=body.beams,
+                max_tokens=body.max_completion_tokens or body.max_tokens or CHAT_TOKENS,
+                sample=bool(body.temperature),
+                temperature=max(body.temperature or 1.0, 0.01),
+                top_p=1.0 if body.top_p is None else max(body.top_p, 1e-3),
+                seed=body.seed,
+            ),
+            server.settings.max_tokens,
+            answers=bool(question),
+            num=body.n or 1,
+        )
+        prompt = Prompt(await server.view(model, image, param="messages"), question or None, turns)
+        generated = await model.run(request, generation, prompt)
+        server.metrics.count_tokens(generated)
+        completion = Completion(body, model.name, generated, generation.decoding.max_tokens)
         if body.stream:
             return StreamingResponse(completion.events(), media_type="text/event-stream")
-        return JSONResponse(completion.whole())
+        return JSONResponse(completion.as_dict())
 
     @app.post("/v1/embeddings", tags=["OpenAI"], summary="Vectors of texts and images (data URLs)")
     async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
-        here = server.of(body.model)
-        if not here.worker.matches:
+        model = server.model(body.model)
+        if not model.worker.matches:
             raise bad("this model has no stage 1 at hand: embeddings need one", "model")
-        inputs = [body.input] if isinstance(body.input, str) else body.input
-        vectors, tokens = await _vectors(request, inputs, body, here)
+        vectors, tokens = await _vectors(request, body, model, server)
         if body.dimensions is not None and body.dimensions != vectors[0].shape[-1]:
             raise bad(f"dimensions is {body.dimensions}: this model has {vectors[0].shape[-1]}", "dimensions")
-        data = [_entry(n, vector, body.encoding_format) for n, vector in enumerate(vectors)]
+        data = [_embedding(n, vector, body.encoding_format) for n, vector in enumerate(vectors)]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return JSONResponse({"object": "list", "data": data, "model": here.name, "usage": usage})
+        return JSONResponse({"object": "list", "data": data, "model": model.name, "usage": usage})
+
+
+# -- chat -----------------------------------------------------------------------------------------
+
+
+def conversation(messages: list[Message]) -> tuple[str, tuple[tuple[str, str], ...], str]:
+    """The last image's URL, the earlier questions and answers about it, and the question; "" asks for a caption.
+
+    System messages are left out: the language model of BLIP-2 follows no instructions about its role.
+
+    Raises:
+        RequestError: 400, no image, several in one message, or no question at the end.
+    """
+    image, turns, question = None, [], ""
+    messages = [message for message in messages if message.role not in ("system", "developer")]
+    if not messages or messages[-1].role != "user":
+        raise bad("messages: the last one must be the user's", "messages")
+    for message in messages:
+        text, images = _parts(message)
+        if message.role == "assistant":
+            if question:
+                turns.append((question, text))
+            question = ""
+        elif message.role == "user":
+            if images:
+                image, turns, question = images[0], [], ""
+            question = f"{question} {text}".strip()
+        else:
+            raise bad("messages: this model uses no tools", "messages")
+    if image is None:
+        raise bad("messages: none has an image: BLIP-2 answers questions about an image", "messages", "image_missing")
+    return image, tuple(turns), question
+
+
+def _parts(message: Message) -> tuple[str, list[str]]:
+    """The text of a message, and the URLs of its images."""
+    if message.content is None or isinstance(message.content, str):
+        return (message.content or "").strip(), []
+    texts, images = [], []
+    for part in message.content:
+        if part.type == "text" and part.text is not None:
+            texts.append(part.text.strip())
+        elif part.type == "image_url" and part.image_url is not None:
+            images.append(part.image_url.url if isinstance(part.image_url, ImageUrl) else part.image_url)
+        else:
+            raise bad(
+                f"messages: a part of type {part.type[:40]!r} cannot be used: send text and image_url", "messages"
+            )
+    if len(images) > 1:
+        raise bad("messages: several images in one message: send one at a time", "messages", "too_many_images")
+    if images and message.role != "user":
+        raise bad("messages: images come from the user", "messages")
+    return " ".join(texts), images
+
+
+class Completion:
+    """One answer in OpenAI's shapes, at once or in pieces."""
+
+    def __init__(self, request: ChatRequest, model: str, generated: Generated, max_tokens: int) -> None:
+        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+        self.choices: list[tuple[str, str]] = []  # texts and why each ended
+        for text, tokens in zip(generated.texts, generated.tokens, strict=True):
+            end = min((text.find(stop) for stop in stops if stop and stop in text), default=None)
+            reason = "stop" if end is not None or tokens < max_tokens else "length"
+            self.choices.append((text if end is None else text[:end].rstrip(), reason))
+        total = sum(generated.tokens)
+        self.usage = {
+            "prompt_tokens": generated.prompt_tokens,
+            "completion_tokens": total,
+            "total_tokens": generated.prompt_tokens + total,
+        }
+        self.streams_usage = bool(request.stream_options and request.stream_options.include_usage)
+
+    def as_dict(self) -> dict[str, Any]:
+        """`chat.completion`."""
+        choices = [
+            {
+                "index": n,
+                "message": {"role": "assistant", "content": text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": reason,
+            }
+            for n, (text, reason) in enumerate(self.choices)
+        ]
+        return {**self.head, "object": "chat.completion", "choices": choices, "usage": self.usage}
+
+    def events(self) -> Iterator[str]:
+        """`chat.completion.chunk`s as server-sent events, a word each, then `[DONE]`."""
+        usage = {"usage": None} if self.streams_usage else {}
+        for n, (text, reason) in enumerate(self.choices):
+            words = [{"content": word} for word in _WORD.findall(text)]
+            for delta in [{"role": "assistant", "content": ""}, *words, {}]:
+                choice = {"index": n, "delta": delta, "logprobs": None, "finish_reason": None if delta else reason}
+                yield self._event({"choices": [choice], **usage})
+        if self.streams_usage:
+            yield self._event({"choices": [], "usage": self.usage})
+        yield "data: [DONE]\n\n"
+
+    def _event(self, values: dict[str, Any]) -> str:
+        return f"data: {json.dumps({**self.head, 'object': 'chat.completion.chunk', **values})}\n\n"
+
+
+# -- embeddings -----------------------------------------------------------------------------------
 
 
 async def _vectors(
-    request: Request, inputs: list[str], body: EmbeddingRequest, server: Server
+    request: Request, body: EmbeddingRequest, model: ServedModel, server: Server
 ) -> tuple[list[Tensor], int]:
     """One vector [E] per input (an image's [Q, E] where all are wanted), and the tokens that were read."""
-    pictures = [n for n, given in enumerate(inputs) if _is_image(given)]
-    if len(pictures) > server.settings.max_batch:
+    inputs = [body.input] if isinstance(body.input, str) else body.input
+    images = [
+        n for n, text in enumerate(inputs) if text[:11].lower().startswith(("data:image/", "http://", "https://"))
+    ]
+    texts = [n for n in range(len(inputs)) if n not in set(images)]
+    if len(images) > server.settings.max_batch:
         raise bad(f"input: at most {server.settings.max_batch} images at a time", "input")
-    if any(not given.strip() or (n not in pictures and len(given) > 4000) for n, given in enumerate(inputs)):
+    if any(not inputs[n].strip() or len(inputs[n]) > 4000 for n in texts):
         raise bad("input: texts must have 1 to 4000 characters", "input")
-    texts = [n for n in range(len(inputs)) if n not in set(pictures)]
-    out: dict[int, Tensor] = {}
+    vectors: dict[int, Tensor] = {}
     tokens = 0
-    if pictures:
-        raw = [await server.intake.image(inputs[n], param="input") for n in pictures]
-        views = await server.intake.aside(lambda: [view_of(data, server.spec) for data in raw])
-        found_NQE = await server.run(request, Kind("images"), views, size=len(views))
+    if images:
+        raw = [await server.image(inputs[n], param="input") for n in images]
+        views = await server.decode(lambda: [view_of(data, model.spec) for data in raw])
+        images_NQE = await model.run(request, Task(model.worker.embed_images), views, size=len(views))
         if body.pooling == "mean":
-            found_NQE = F.normalize(found_NQE.mean(dim=1), dim=-1)
-        out.update(zip(pictures, found_NQE, strict=True))
-        tokens += len(pictures) * server.worker._queries
+            images_NQE = F.normalize(images_NQE.mean(dim=1), dim=-1)
+        vectors.update(zip(images, images_NQE, strict=True))
+        tokens += len(images) * model.worker.queries
     if texts:
-        found_NE, read = await server.run(request, Kind("texts"), [inputs[n] for n in texts])
-        out.update(zip(texts, found_NE, strict=True))
+        texts_NE, read = await model.run(request, Task(model.worker.embed_texts), [inputs[n] for n in texts])
+        vectors.update(zip(texts, texts_NE, strict=True))
         tokens += read
-    return [out[n] for n in range(len(inputs))], tokens
+    return [vectors[n] for n in range(len(inputs))], tokens
 
 
-def _is_image(given: str) -> bool:
-    return given[:11].lower() == "data:image/" or given[:8].lower().startswith(("http://", "https://"))
-
-
-def _entry(number: int, vector: Tensor, encoding: str | None) -> dict[str, Any]:
+def _embedding(number: int, vector: Tensor, encoding: str | None) -> dict[str, Any]:
     flat = vector.flatten().contiguous()
     value: Any = to_list(flat)
     if encoding == "base64":
         value = base64.b64encode(to_numpy(flat).astype("<f4").tobytes()).decode()
     shape = {"shape": list(vector.shape)} if vector.dim() > 1 else {}
     return {"object": "embedding", "index": number, "embedding": value, **shape}
-
-
-def _kind(body: ChatRequest, asks: bool, server: Server) -> Write:
-    """How to write: beam search unless a temperature is given; answers as the paper's for VQA, but longer."""
-    wanted = body.max_completion_tokens or body.max_tokens or CHAT_TOKENS
-    longest = min(wanted, server.settings.max_tokens)
-    num = body.n or 1
-    drawn = bool(body.temperature)
-    decoding = DecodingConfig(
-        beams=max(body.beams, num),
-        num=num,
-        min_tokens=min(1 if asks else 8, longest),
-        max_tokens=longest,
-        length_penalty=-1.0 if asks else 1.0,
-        sample=drawn,
-        temperature=max(body.temperature or 1.0, 0.01),
-        top_p=1.0 if body.top_p is None else max(body.top_p, 1e-3),
-    )
-    seeded = drawn and body.seed is not None
-    return Write(decoding, asks, seed=body.seed if seeded else None, alone=server.alone() if seeded else 0)

@@ -8,8 +8,8 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
+from prometheus_client import generate_latest
 
-from blip2.configs import DecodingConfig
 from blip2.data.collection import BadSampleError, printable
 from blip2.search.query import read
 from blip2.server.errors import RequestError, bad
@@ -21,17 +21,13 @@ from blip2.server.schemas import (
     Caption,
     CaptionRequest,
     CaptionResponse,
-    Decoding,
     Given,
     SearchHit,
     SearchRequest,
     SearchResponse,
 )
 from blip2.server.state import Server
-from blip2.server.worker import Kind, Prompt, Query, Write, Written
-
-# Decoding as the paper has it where a request does not say: (min_tokens, max_tokens, length_penalty).
-_CAPTION, _ANSWER = (8, 30, 1.0), (1, 10, -1.0)
+from blip2.server.worker import Generation, Prompt, Task
 
 
 def register_routes(app: FastAPI, server: Server) -> None:
@@ -41,9 +37,9 @@ def register_routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/healthz", tags=["server"], summary="Whether the model takes requests")
     async def healthz(response: Response) -> dict[str, str]:
-        alive = all(each.batcher.alive for each in server.all)
+        alive = all(model.batcher.alive for model in server.models)
         response.status_code = 200 if alive else 503
-        return {"status": "ok" if alive else "stopping", "model": server.name}
+        return {"status": "ok" if alive else "stopping", "model": server.models[0].name}
 
     @app.get(
         "/metrics",
@@ -53,22 +49,22 @@ def register_routes(app: FastAPI, server: Server) -> None:
         response_class=Response,
     )
     async def metrics() -> Response:
-        return Response(server.metrics.text(), media_type=server.metrics.content_type)
+        return Response(generate_latest(server.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _add_text(app: FastAPI, server: Server) -> None:
     @app.post("/caption", tags=["blip2"], summary="Captions of an image", openapi_extra=_body(CaptionRequest))
     async def caption(request: Request) -> CaptionResponse:
-        asked, upload = await server.intake.fields(request, CaptionRequest)
-        here = server.of(asked.model)
-        kind = _write(asked, _CAPTION, here, num=asked.num, scored=True)
-        view = await here.view(asked.image, upload)
-        written = await here.run(request, kind, Prompt(view, asked.prompt))
-        _count(server, written)
-        nothing = [None] * len(written.texts)
-        told = zip(written.texts, written.scores or nothing, written.itc_scores or nothing, strict=True)
-        captions = [Caption(text=text, score=score, similarity=itc_scores) for text, score, itc_scores in told]
-        return CaptionResponse(model=here.name, captions=captions)
+        fields, upload = await server.fields(request, CaptionRequest)
+        model = server.model(fields.model)
+        generation = Generation.of(fields, server.settings.max_tokens, num=fields.num, scored=True)
+        view = await server.view(model, fields.image, upload)
+        generated = await model.run(request, generation, Prompt(view, fields.prompt))
+        server.metrics.count_tokens(generated)
+        nothing = [None] * len(generated.texts)
+        scored = zip(generated.texts, generated.scores or nothing, generated.itc_scores or nothing, strict=True)
+        captions = [Caption(text=text, score=score, similarity=similarity) for text, score, similarity in scored]
+        return CaptionResponse(model=model.name, captions=captions)
 
     @app.post(
         "/ask",
@@ -77,57 +73,56 @@ def _add_text(app: FastAPI, server: Server) -> None:
         openapi_extra=_body(AskRequest),
     )
     async def ask(request: Request) -> AskResponse:
-        asked, upload = await server.intake.fields(request, AskRequest)
-        if not asked.question.strip():
+        fields, upload = await server.fields(request, AskRequest)
+        if not fields.question.strip():
             raise bad("question: it is empty", "question")
-        here = server.of(asked.model)
-        kind = _write(asked, _ANSWER, here, asks=True)
-        turns = tuple((turn.question.strip(), turn.answer) for turn in asked.history)
-        view = await here.view(asked.image, upload)
-        written = await here.run(request, kind, Prompt(view, asked.question, turns))
-        _count(server, written)
-        return AskResponse(model=here.name, question=asked.question, answer=written.texts[0])
+        model = server.model(fields.model)
+        generation = Generation.of(fields, server.settings.max_tokens, answers=True)
+        turns = tuple((turn.question.strip(), turn.answer) for turn in fields.history)
+        view = await server.view(model, fields.image, upload)
+        generated = await model.run(request, generation, Prompt(view, fields.question, turns))
+        server.metrics.count_tokens(generated)
+        return AskResponse(model=model.name, question=fields.question, answer=generated.texts[0])
 
     @app.post(
         "/attend", tags=["blip2"], summary="Where the queries look, and what the scores with a text depend on",
         openapi_extra=_body(AttendRequest),
     )  # fmt: skip
     async def attend(request: Request) -> dict[str, Any]:
-        asked, upload = await server.intake.fields(request, AttendRequest)
-        data = await server.picture(asked.image, upload)
-        text = (asked.text or "").strip() or None
-        here = server.of(asked.model)
-        found: dict[str, Any] = await here.run(request, Kind("attend", here.alone()), Query(text, data))
-        return found
+        fields, upload = await server.fields(request, AttendRequest)
+        model = server.model(fields.model)
+        image = await server.decodable(model, fields.image, upload)
+        text = (fields.text or "").strip() or None
+        maps: dict[str, Any] = await model.run(request, Task(model.worker.attend, alone=object()), (text, image))
+        return maps
 
 
 def _add_search(app: FastAPI, server: Server) -> None:
     @app.post("/search", tags=["blip2"], summary="Search the server's index", openapi_extra=_body(SearchRequest))
     async def search(request: Request) -> SearchResponse:
-        asked, upload = await server.intake.fields(request, SearchRequest)
-        here = server.searching
-        index = here.worker.index
-        if index is None:
+        fields, upload = await server.fields(request, SearchRequest)
+        model = next((model for model in server.models if model.worker.index is not None), None)
+        if model is None or model.worker.index is None:
             raise RequestError(404, "this server has no index: start it with --index INDEX", code="no_index")
-        text = (asked.text or "").strip() or None
-        if text is None and not asked.image:
+        fields.text = (fields.text or "").strip() or None
+        if fields.text is None and not fields.image:
             raise bad("nothing to search for: give a text, an image, or both", "text")
-        data = await server.picture(asked.image, upload) if asked.image else None
-        query = Query(text, data, asked.k, asked.rerank, asked.within)
-        hits = await here.run(request, Kind("search", here.alone()), query)
-        found = [
+        image = await server.decodable(model, fields.image, upload) if fields.image else None
+        hits = await model.run(request, Task(model.worker.search, alone=object()), (fields, image))
+        server.allow_thumbnails(hits)
+        shown = [
             SearchHit(
-                id=image,
+                id=hit.row.digest,
                 name=printable(Path(hit.path).name if hit.row.size < 0 else hit.key),
                 score=hit.score,
                 parts=hit.parts,
                 captions=[printable(text) for text in hit.captions],
                 state=hit.state,
-                thumbnail=f"/thumbnails/{image}" if hit.state == "ok" else None,
+                thumbnail=f"/thumbnails/{hit.row.digest}" if hit.state == "ok" else None,
             )
-            for image, hit in zip(server.show(hits), hits, strict=True)
+            for hit in hits
         ]
-        return SearchResponse(hits=found, images=len(index))
+        return SearchResponse(hits=shown, images=len(model.worker.index))
 
     @app.get(
         "/thumbnails/{image}",
@@ -137,56 +132,20 @@ def _add_search(app: FastAPI, server: Server) -> None:
         response_class=Response,
     )
     async def thumbnails(image: str) -> Response:
-        row = server.shown(image)
-        data, state = await asyncio.to_thread(read, row)
+        data, state = await asyncio.to_thread(read, server.row(image))
         if data is None:
             raise RequestError(404, f"this image is {state} since it was indexed", code=state)
         try:
-            small = await server.intake.aside(lambda: thumbnail(data))
+            small = await server.decode(lambda: thumbnail(data))
         except BadSampleError:
             raise RequestError(404, "this image cannot be decoded any more", code="changed") from None
         return Response(small, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=600"})
-
-
-def _write(
-    asked: Decoding,
-    defaults: tuple[int, int, float],
-    server: Server,
-    *,
-    num: int = 1,
-    asks: bool = False,
-    scored: bool = False,
-) -> Write:
-    shortest, longest, penalty = defaults
-    most = min(asked.max_tokens or longest, server.settings.max_tokens)
-    least = shortest if asked.min_tokens is None else asked.min_tokens
-    decoding = DecodingConfig(
-        beams=max(asked.beams, num),
-        num=num,
-        min_tokens=min(least, most),
-        max_tokens=most,
-        length_penalty=penalty if asked.length_penalty is None else asked.length_penalty,
-        repetition_penalty=asked.repetition_penalty,
-        sample=asked.sample,
-        top_p=asked.top_p,
-        temperature=asked.temperature,
-    )
-    seeded = asked.sample and asked.seed is not None
-    seed, alone = (asked.seed, server.alone()) if seeded else (None, 0)
-    return Write(decoding, asks, scored, seed, alone)
-
-
-def _count(server: Server, written: Written) -> None:
-    server.metrics.tokens.labels("prompt").inc(written.prompt_tokens)
-    server.metrics.tokens.labels("completion").inc(sum(written.tokens))
 
 
 def _body(shape: type[Given]) -> dict[str, Any]:
     """OpenAPI's description of a body that is JSON, or a form whose `image` is a file."""
     schema = shape.model_json_schema(ref_template="#/components/schemas/{model}")
     schema.pop("$defs", None)
-    fields = dict(schema["properties"])
-    fields["image"] = {"type": "string", "format": "binary"}
-    form = {**schema, "properties": fields}
+    form = {**schema, "properties": {**schema["properties"], "image": {"type": "string", "format": "binary"}}}
     content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": form}}
     return {"requestBody": {"required": True, "content": content}}

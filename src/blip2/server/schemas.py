@@ -36,21 +36,21 @@ class ErrorBody(BaseModel):
 class Chosen(Given):
     """A request that one of the served models answers."""
 
-    model: str | None = Field(None, max_length=200, description="default: the first one")
+    model: str | None = Field(default=None, max_length=200, description="default: the first one")
 
 
 class Decoding(Chosen):
     """How text is generated; beam search unless `sample`."""
 
-    beams: int = Field(5, ge=1, le=BEAMS)
-    min_tokens: int | None = Field(None, ge=0, le=128)
-    max_tokens: int | None = Field(None, ge=1, description="longer than the server allows is cut to that")
-    length_penalty: float | None = Field(None, ge=-10, le=10)
-    repetition_penalty: float = Field(1.0, ge=0.1, le=10)
+    beams: int = Field(default=5, ge=1, le=BEAMS)
+    min_tokens: int | None = Field(default=None, ge=0, le=128)
+    max_tokens: int | None = Field(default=None, ge=1, description="longer than the server allows is cut to that")
+    length_penalty: float | None = Field(default=None, ge=-10, le=10)
+    repetition_penalty: float = Field(default=1.0, ge=0.1, le=10)
     sample: bool = False
-    top_p: float = Field(0.9, gt=0, le=1)
-    temperature: float = Field(1.0, ge=0.01, le=10)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    top_p: float = Field(default=0.9, gt=0, le=1)
+    temperature: float = Field(default=1.0, ge=0.01, le=10)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
 
 
 class CaptionRequest(Decoding):

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
-from urllib.parse import urlsplit
 
-from blip2.server.errors import RequestError, overloaded, problem_body
-from blip2.server.metrics import Metrics
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from blip2.server.errors import RequestError, error_response, overloaded
 from blip2.server.settings import Settings, is_loopback
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+from blip2.server.state import Metrics
 
 _log = logging.getLogger("blip2.serve")
 _OPEN = {"/", "/healthz", "/static/page.css", "/static/page.js"}  # without a key
 _BODY_SECONDS = 30.0
-_HELD = 512 * 2**20  # bytes of all bodies together
+_BODIES = 512 * 2**20  # bytes of all bodies together
 HEADERS = {
+    "cache-control": "no-store",
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -42,10 +38,10 @@ class Guard:
     here and requests that a browser sends for another page are refused.
     """
 
-    def __init__(self, app: Any, *, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, settings: Settings, metrics: Metrics) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
-        self._open = self._held = 0
-        metrics.watch_open(lambda: self._open)
+        self._open = self._bytes = 0  # requests with a body, and the bytes of these
+        metrics.open.set_function(lambda: self._open)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -54,21 +50,35 @@ class Guard:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
-        answer = _Answer(send)
-        begun = time.monotonic()
+        status, begun = 0, time.monotonic()
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
         try:
-            await self._answered(scope, receive, answer)
-        except RequestError as problem:
-            await answer.problem(problem)
-        except Exception:
-            _log.exception("a request failed")
-            await answer.problem(RequestError(500, "the server failed; its log says why"))
+            await self._pass_on(scope, receive, answer)
+        except Exception as error:
+            if not isinstance(error, RequestError):
+                _log.exception("a request failed")
+                error = RequestError(500, "the server failed; its log says why")
+            if not status:  # else the answer has begun, and nothing can be said any more
+                response = error_response(error)
+                if error.status in (408, 413, 429):
+                    response.headers["connection"] = "close"  # the rest of the body is not read
+                await response(scope, receive, answer)
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            self.metrics.request(route, answer.status, time.monotonic() - begun)
+            self.metrics.requests.labels(route, str(status)).inc()
+            self.metrics.seconds.labels(route).observe(time.monotonic() - begun)
 
-    async def _answered(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+    async def _pass_on(self, scope: Scope, receive: Receive, answer: Send) -> None:
+        headers = Headers(scope=scope)
         self._require_origin(headers)
         self._require_key(scope["path"], headers)
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
@@ -80,21 +90,22 @@ class Guard:
         body = b""
         try:
             body = await self._body(headers, receive)
-            self._held += len(body)
+            self._bytes += len(body)
             await self.app(scope, _replayed(body, receive), answer)
         finally:
             self._open -= 1
-            self._held -= len(body)
+            self._bytes -= len(body)
 
-    def _require_origin(self, headers: dict[str, str]) -> None:
-        host = headers.get("host", "")
-        if self.settings.api_key is None and not is_loopback(_name(host)):
+    def _require_origin(self, headers: Headers) -> None:
+        host = headers.get("host", "").lower()
+        name = host.partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+        if self.settings.api_key is None and not is_loopback(name):
             raise RequestError(403, "this server answers to 127.0.0.1 and localhost only", code="host_refused")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and origin.partition("://")[2].lower() != host:
             raise RequestError(403, "requests of other web pages are refused", code="origin_refused")
 
-    def _require_key(self, path: str, headers: dict[str, str]) -> None:
+    def _require_key(self, path: str, headers: Headers) -> None:
         if self.settings.api_key is None or path in _OPEN:
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -107,7 +118,7 @@ class Guard:
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
-    async def _body(self, headers: dict[str, str], receive: Receive) -> bytes:
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
         limit = self.settings.max_body
         too_large = RequestError(
             413, f"the request has more than {limit // 2**20} MiB: send a smaller image", code="body_too_large"
@@ -125,7 +136,7 @@ class Guard:
                     data += message.get("body", b"")
                     if len(data) > limit:
                         raise too_large
-                    if len(data) + self._held > _HELD:
+                    if len(data) + self._bytes > _BODIES:
                         raise overloaded()
                     if not message.get("more_body"):
                         return bytes(data)
@@ -133,49 +144,11 @@ class Guard:
             raise RequestError(408, "the request's body did not arrive in time", code="timeout") from None
 
 
-class _Answer:
-    """`send` with the headers of every answer; notes the status."""
-
-    def __init__(self, send: Send) -> None:
-        self._send, self.status = send, 0
-
-    async def __call__(self, message: MutableMapping[str, Any]) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            have = {name.lower() for name, _ in message["headers"]}
-            extra = {"cache-control": "no-store", **HEADERS}
-            added = [(n.encode(), v.encode()) for n, v in extra.items() if n.encode() not in have]
-            message = {**message, "headers": [*message["headers"], *added]}
-        await self._send(message)
-
-    async def problem(self, problem: RequestError) -> None:
-        if self.status:  # begun already: nothing can be said any more
-            return
-        body = json.dumps(problem_body(problem.status, problem.message, problem.code, problem.param)).encode()
-        plain = {"content-type": "application/json", "content-length": str(len(body)), **problem.headers}
-        if problem.status in (408, 413, 429):
-            plain["connection"] = "close"  # the rest of the body is not read
-        headers = [(name.lower().encode(), value.encode()) for name, value in plain.items()]
-        await self({"type": "http.response.start", "status": problem.status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
-
-
 def _replayed(body: bytes, receive: Receive) -> Receive:
     """The whole body at once, then whatever comes (that the client left)."""
-    given = False
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def again() -> MutableMapping[str, Any]:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+    async def next_message() -> Message:
+        return messages.pop() if messages else await receive()
 
-    return again
-
-
-def _name(host: str) -> str:
-    """A Host header without its port."""
-    if host.startswith("["):
-        return host.partition("]")[0] + "]"
-    return host.partition(":")[0].lower()
+    return next_message

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 
+from blip2.configs.checks import require
 from blip2.errors import ConfigError
 
 
@@ -14,7 +15,7 @@ class Settings:
 
     Args:
         host, port: where it listens.
-        api_key: asked of every request but for the page's own files and `/healthz`; needed off loopback.
+        api_key: required of every request but for the page's own files and `/healthz`; needed off loopback.
         url_hosts: hosts from which image URLs are fetched; none by default.
         queue: requests that may wait for the model.
         timeout: seconds that a request may take, waiting included.
@@ -39,13 +40,10 @@ class Settings:
     max_tokens: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("queue", "max_batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be 1 or more")
-        if not self.timeout > 0:
-            raise ConfigError(f"--timeout is {self.timeout}: it must be positive seconds")
-        if not 0 <= self.port < 65536:
-            raise ConfigError(f"--port is {self.port}: it must be from 0 (any free port) to 65535")
+        require(self.queue >= 1, "--queue", self.queue, "1 or more")
+        require(self.max_batch >= 1, "--max-batch", self.max_batch, "1 or more")
+        require(self.timeout > 0, "--timeout", self.timeout, "positive seconds")
+        require(0 <= self.port < 65536, "--port", self.port, "from 0 (any free port) to 65535")
         if self.api_key is not None and (not self.api_key.isascii() or not self.api_key.strip()):
             raise ConfigError("--api-key must be ASCII characters, and not empty")
         if not self.api_key and not is_loopback(self.host):

@@ -17,6 +17,7 @@ from blip2.server.errors import RequestError, bad
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _CHUNK = 65536
+_PORTS = {"http": 80, "https": 443}
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _PROTOCOL = ipaddress.ip_network("192.0.0.0/24")  # parts of it count as global
 _CONNECT = 5.0  # seconds
@@ -50,23 +51,15 @@ def allowed(url: str, hosts: tuple[str, ...]) -> tuple[SplitResult, str, int]:
     refused = bad("image's URL cannot be read: send http(s)://host/path, or a data URL", "image", "invalid_image")
     try:
         parts = urlsplit(url)
-        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        port = parts.port or _PORTS[parts.scheme]
         host = (parts.hostname or "").encode("idna").decode("ascii").lower()
     except (ValueError, KeyError):
         raise refused from None
-    if (
-        not host
-        or parts.username is not None
-        or parts.password is not None
-        or not url.isascii()
-        or not url.isprintable()
-    ):
+    if not host or "@" in parts.netloc or not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
         raise refused
-    if " " in url or "\\" in url:
-        raise refused
-    plain = port == {"http": 80, "https": 443}[parts.scheme]
+    usual = port == _PORTS[parts.scheme]
     named = {name.lower() for name in hosts}
-    if f"{host}:{port}" not in named and not (plain and host in named):
+    if f"{host}:{port}" not in named and not (usual and host in named):
         raise RequestError(
             403,
             f"this server fetches no images from {host}: send the image as a data URL, or start the server with "
@@ -84,10 +77,9 @@ def public_address(host: str, port: int) -> str:
         RequestError: 403 a private, loopback or link-local one is among them; 400 no such host.
     """
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     except (OSError, UnicodeError):
         raise bad(f"image cannot be fetched from {host}: no such host", "image", "image_not_fetched") from None
-    addresses = [str(entry[4][0]) for entry in found]
     if not addresses or not all(is_public(address) for address in addresses):
         raise RequestError(403, f"{host} is not a public address", code="host_not_allowed", param="image")
     return addresses[0]

@@ -5,7 +5,7 @@ const $ = (id) => document.getElementById(id);
 const KEPT = ["image/jpeg", "image/png", "image/webp"];
 const LARGEST = 1600, AS_IT_IS = 2 << 20;
 const narrow = matchMedia("(max-width: 760px)"); // as in page.css
-const state = { photo: null, turns: new Map(), attention: new Map(), models: [], key: sessionStorage.getItem("blip2-key") };
+const state = { image: null, turns: new Map(), attention: new Map(), models: [], key: sessionStorage.getItem("blip2-key") };
 
 // -- talking to the server -----------------------------------------------------------------------
 
@@ -20,8 +20,8 @@ async function request(path, body) {
   }
   if (answer.ok) return answer;
   if (answer.status === 401) $("key-form").hidden = false;
-  const told = await answer.json().catch(() => null);
-  throw new Error(told?.error?.message ?? `The server answered ${answer.status}.`);
+  const error = await answer.json().catch(() => null);
+  throw new Error(error?.error?.message ?? `The server answered ${answer.status}.`);
 }
 
 const ask = async (path, fields) => {
@@ -30,13 +30,13 @@ const ask = async (path, fields) => {
   return (await request(path, form)).json();
 };
 
-// The models that are asked, of those that can: the one that was chosen, or all side by side.
+// The models that answer, of those that can: the chosen one, or all side by side.
 function chosen(can = () => true) {
   const wanted = $("chosen").value;
   return state.models.filter((model) => can(model.blip2) && (!wanted || wanted === model.id)).map((model) => model.id);
 }
 
-// One answer per model, by name; asked at the same time.
+// One answer per model, by name; the requests are made at the same time.
 async function askEach(names, path, fields) {
   if (!names.length) throw new Error("This model cannot do that: choose another.");
   const answers = await Promise.all(names.map((model) => ask(path, { ...fields(model), model })));
@@ -82,15 +82,15 @@ function item(parent, text, className) {
   return made;
 }
 
-// -- the photograph --------------------------------------------------------------------------------
+// -- the image -------------------------------------------------------------------------------------
 
-// Large pictures, and what the server does not take (other types, a film behind the picture), are drawn anew here.
+// Large images, and what the server does not take (other types, a film behind the image), are encoded again here.
 async function prepared(file) {
   const [a, b] = new Uint8Array(await file.slice(-2).arrayBuffer());
-  const whole = file.type !== "image/jpeg" || (a === 0xff && b === 0xd9);
-  if (KEPT.includes(file.type) && file.size <= AS_IT_IS && whole) return file;
+  const complete = file.type !== "image/jpeg" || (a === 0xff && b === 0xd9);
+  if (KEPT.includes(file.type) && file.size <= AS_IT_IS && complete) return file;
   const bitmap = await createImageBitmap(file).catch(() => null);
-  if (!bitmap) throw new Error("This browser cannot read that picture: choose a JPEG, PNG or WebP.");
+  if (!bitmap) throw new Error("This browser cannot read that image: choose a JPEG, PNG or WebP.");
   const scale = Math.min(1, LARGEST / Math.max(bitmap.width, bitmap.height));
   const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.round(bitmap.width * scale));
@@ -106,16 +106,16 @@ async function take(file) {
   if (!file) return;
   say(null);
   try {
-    state.photo = await prepared(file);
+    state.image = await prepared(file);
   } catch (error) {
     say(error.message);
     return;
   }
-  URL.revokeObjectURL($("photo").src);
-  $("photo").src = URL.createObjectURL(state.photo);
-  $("photo").alt = "The photograph you chose; its caption is being written";
+  URL.revokeObjectURL($("image").src);
+  $("image").src = URL.createObjectURL(state.image);
+  $("image").alt = "The image you chose; its caption is being written";
   $("frame").hidden = false;
-  $("pick-text").textContent = "Another photograph";
+  $("pick-text").textContent = "Another image";
   $("captions").replaceChildren();
   forget();
   hideMap();
@@ -141,17 +141,17 @@ document.addEventListener("paste", (event) => {
 // -- captions and questions ------------------------------------------------------------------------
 
 onSubmit("caption-form", async () => {
-  const photo = state.photo, wanted = $("chosen").value;
-  const answers = await askEach(chosen(), "/caption", () => ({ image: photo, num: $("num").value }));
-  if (photo !== state.photo || wanted !== $("chosen").value) return;
+  const image = state.image, wanted = $("chosen").value;
+  const answers = await askEach(chosen(), "/caption", () => ({ image, num: $("num").value }));
+  if (image !== state.image || wanted !== $("chosen").value) return;
   $("captions").replaceChildren();
-  for (const [name, found] of answers) {
+  for (const [name, answer] of answers) {
     const list = answers.size > 1 ? item($("captions"), "") : $("captions");
     if (answers.size > 1) heading(list, name);
-    for (const { text, score, similarity } of found.captions) {
+    for (const { text, score, similarity } of answer.captions) {
       const line = answers.size > 1 ? list.appendChild(document.createElement("div")) : item(list, "");
       line.textContent = text;
-      if (similarity !== null && found.captions.length > 1) {
+      if (similarity !== null && answer.captions.length > 1) {
         const part = document.createElement("span");
         part.className = "soft small";
         part.textContent = score === null ? `  similarity ${similarity.toFixed(2)}` : `  fits ${(100 * score).toFixed(0)} %`;
@@ -160,7 +160,7 @@ onSubmit("caption-form", async () => {
     }
   }
   const [first] = answers.values();
-  $("photo").alt = first.captions[0].text || "The photograph you chose";
+  $("image").alt = first.captions[0].text || "The image you chose";
 });
 
 function forget() {
@@ -174,7 +174,7 @@ onSubmit("ask-form", async () => {
   if (!question) return;
   const turns = state.turns;
   const before = (name) => JSON.stringify(turns.get(name) ?? []);
-  const fields = (name) => ({ image: state.photo, question, history: before(name), max_tokens: 30 });
+  const fields = (name) => ({ image: state.image, question, history: before(name), max_tokens: 30 });
   const answers = await askEach(chosen((can) => can.ask), "/ask", fields);
   if (turns !== state.turns) return;
   const line = item($("talk"), "");
@@ -204,33 +204,33 @@ $("forget").addEventListener("click", () => {
 
 onSubmit("attend-form", async () => {
   const text = $("text").value, able = (can) => can.attend && (can.match || !text.trim());
-  const photo = state.photo;
-  const answers = await askEach(chosen(able), "/attend", () => ({ image: photo, text }));
-  if (photo !== state.photo) return;
+  const image = state.image;
+  const answers = await askEach(chosen(able), "/attend", () => ({ image, text }));
+  if (image !== state.image) return;
   state.attention = answers;
-  const all = [...answers.values()], [found] = all;
+  const all = [...answers.values()], [first] = all;
   const choices = [];
-  if (found.itm_map) choices.push(["itm_map", "What the match depends on (ITM)"]);
-  if (found.itc_map) choices.push(["itc_map", "What the similarity depends on (ITC)"]);
+  if (first.itm_map) choices.push(["itm_map", "What the match depends on (ITM)"]);
+  if (first.itc_map) choices.push(["itc_map", "What the similarity depends on (ITC)"]);
   choices.push(["queries", "One query, one layer"]);
-  const words = all.length === 1 ? found.words ?? [] : []; // models write different ones
+  const words = all.length === 1 ? first.words ?? [] : []; // models write different ones
   words.forEach((word, n) => choices.push([`word-${n}`, `While writing “${word.trim()}”`]));
   fill("which", choices);
   const layers = Math.min(...all.map((each) => each.layers.length));
-  fill("layer", found.layers.slice(0, layers).map((layer, n) => [n, layer]));
+  fill("layer", first.layers.slice(0, layers).map((layer, n) => [n, layer]));
   $("layer").value = layers - 1;
   $("query").max = Math.min(...all.map((each) => each.queries[0].length)) - 1;
-  $("query").value = found.winner ?? 0;
-  $("scores").textContent = [...answers].map(([name, each]) => told(name, each, answers.size > 1)).join("\n");
+  $("query").value = first.winner ?? 0;
+  $("scores").textContent = [...answers].map(([name, answer]) => scoreLine(name, answer, answers.size > 1)).join("\n");
   $("maps").hidden = false;
   showMap();
 });
 
-function told(name, found, named) {
+function scoreLine(name, answer, named) {
   const parts = named ? [`${name}:`] : [];
-  if (found.itm !== null) parts.push(`Belong together: ${(100 * found.itm).toFixed(0)} %.`);
-  if (found.winner !== null) parts.push(`Query ${found.winner} is nearest to the text.`);
-  if (found.caption) parts.push(`Caption: ${found.caption}`);
+  if (answer.itm !== null) parts.push(`Belong together: ${(100 * answer.itm).toFixed(0)} %.`);
+  if (answer.winner !== null) parts.push(`Query ${answer.winner} is nearest to the text.`);
+  if (answer.caption) parts.push(`Caption: ${answer.caption}`);
   return parts.join(" ");
 }
 
@@ -238,55 +238,55 @@ function fill(id, choices) {
   $(id).replaceChildren(...choices.map(([value, text]) => new Option(text, value)));
 }
 
-function chosenMap(found) {
+function chosenMap(answer) {
   const which = $("which").value;
-  if (which === "queries") return found.queries[$("layer").value][$("query").value];
-  return which.startsWith("word-") ? found.word_maps[which.slice(5)] : found[which];
+  if (which === "queries") return answer.queries[$("layer").value][$("query").value];
+  return which.startsWith("word-") ? answer.word_maps[which.slice(5)] : answer[which];
 }
 
-// On the photograph; on copies of it, side by side, for several models, and where the photograph is out of sight.
+// On the image; on copies of it, side by side, for several models, and where the image is out of sight.
 function showMap() {
   $("query-fields").hidden = $("which").value !== "queries";
   $("query-number").textContent = $("query").value;
-  const [found] = state.attention.values(), apart = state.attention.size > 1 || narrow.matches;
+  const [first] = state.attention.values(), apart = state.attention.size > 1 || narrow.matches;
   $("side").hidden = !apart;
   $("heatmap").hidden = apart;
-  if (!apart) draw($("heatmap"), chosenMap(found), found.resize);
+  if (!apart) draw($("heatmap"), chosenMap(first), first.resize);
   else $("side").replaceChildren(...[...state.attention].map(([name, each]) => mapFigure(name, each)));
 }
 
-function mapFigure(name, found) {
+function mapFigure(name, answer) {
   const figure = document.createElement("figure"), frame = document.createElement("div");
-  const picture = document.createElement("img"), canvas = document.createElement("canvas");
+  const copy = document.createElement("img"), canvas = document.createElement("canvas");
   const caption = document.createElement("figcaption");
   frame.className = "frame";
-  picture.src = $("photo").src;
-  picture.alt = `Map of ${name} over the photograph`;
+  copy.src = $("image").src;
+  copy.alt = `Map of ${name} over the image`;
   caption.textContent = name;
-  draw(canvas, chosenMap(found), found.resize);
-  frame.append(picture, canvas);
+  draw(canvas, chosenMap(answer), answer.resize);
+  frame.append(copy, canvas);
   figure.append(frame);
   if (state.attention.size > 1) figure.append(caption);
   return figure;
 }
 
-// The map over the part of the photograph that the model saw: all of it, or its centre.
+// The map over the part of the image that the model saw: all of it, or its centre.
 function draw(canvas, map, resize) {
-  const photo = $("photo"), [rows, columns] = [map.length, map[0].length];
+  const image = $("image"), [rows, columns] = [map.length, map[0].length];
   const flat = map.flat().map((value) => Math.max(0, value)), most = Math.max(...flat) || 1;
   const small = document.createElement("canvas");
   [small.width, small.height] = [columns, rows];
   const pixels = new ImageData(columns, rows);
   flat.forEach((value, n) => pixels.data.set(colour(value / most), 4 * n));
   small.getContext("2d").putImageData(pixels, 0, 0);
-  [canvas.width, canvas.height] = [photo.naturalWidth, photo.naturalHeight];
+  [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
   const side = Math.min(canvas.width, canvas.height), context = canvas.getContext("2d");
   const [wide, high] = resize === "crop" ? [side, side] : [canvas.width, canvas.height];
   context.imageSmoothingQuality = "high";
   context.drawImage(small, (canvas.width - wide) / 2, (canvas.height - high) / 2, wide, high);
 }
 
-// Dark blue over red to yellow; little attention darkens the photograph.
+// Dark blue over red to yellow; little attention darkens the image.
 function colour(value) {
   const stops = [[10, 14, 50], [120, 25, 110], [230, 80, 50], [255, 235, 90]];
   const at = Math.min(2.999, 3 * value), n = Math.floor(at), part = at - n;
@@ -306,12 +306,12 @@ $("no-map").addEventListener("click", hideMap);
 // -- search --------------------------------------------------------------------------------------------
 
 onSubmit("search-form", async () => {
-  const text = $("wanted").value.trim(), image = $("like").checked ? state.photo : null;
-  if (!text && !image) throw new Error("Say what to look for, or search by the photograph.");
-  const found = await ask("/search", { text, image, k: 24, rerank: $("rerank").checked ? 16 : 0 });
-  $("found").textContent = `${found.hits.length} of ${found.images} images, best first`;
+  const text = $("wanted").value.trim(), image = $("like").checked ? state.image : null;
+  if (!text && !image) throw new Error("Say what to look for, or search by the image.");
+  const result = await ask("/search", { text, image, k: 24, rerank: $("rerank").checked ? 16 : 0 });
+  $("count").textContent = `${result.hits.length} of ${result.images} images, best first`;
   for (const old of $("hits").querySelectorAll("img")) URL.revokeObjectURL(old.src);
-  $("hits").replaceChildren(...found.hits.map(hitFigure));
+  $("hits").replaceChildren(...result.hits.map(hitFigure));
 });
 
 function hitFigure(hit) {
@@ -319,13 +319,13 @@ function hitFigure(hit) {
   const caption = document.createElement("figcaption");
   caption.textContent = hit.captions[0] ?? hit.name;
   if (hit.thumbnail) {
-    const picture = document.createElement("img");
-    picture.alt = hit.captions[0] ?? `Found photograph ${hit.name}`;
+    const thumbnail = document.createElement("img");
+    thumbnail.alt = hit.captions[0] ?? `Image ${hit.name}`;
     request(hit.thumbnail)
       .then((answer) => answer.blob())
-      .then((blob) => (picture.src = URL.createObjectURL(blob)))
+      .then((blob) => (thumbnail.src = URL.createObjectURL(blob)))
       .catch(() => (caption.textContent += " (cannot be shown)"));
-    figure.append(picture);
+    figure.append(thumbnail);
   } else {
     const none = document.createElement("div");
     none.className = "none";
@@ -341,7 +341,7 @@ $("chosen").addEventListener("change", () => {
   forget();
   hideMap();
   $("maps").hidden = true;
-  if (state.photo) $("caption-form").requestSubmit();
+  if (state.image) $("caption-form").requestSubmit();
 });
 
 // -- start ---------------------------------------------------------------------------------------------
