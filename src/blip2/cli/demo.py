@@ -142,15 +142,9 @@ def _entry(model: Blip2, described: Described, jpeg: str) -> dict[str, Any]:
     from blip2.io.figures import seen
 
     attention = described.attention
-    assert attention.words is not None
-    assert attention.word_maps is not None
     view = seen(described.image, model.image_spec.resize, _LARGE)
-    small = view.resize((_SMALL, _SMALL))
-    words = [
-        (word.strip(), attention.overlay(small, map_P))
-        for word, map_P in zip(attention.words, attention.word_maps, strict=True)
-        if len(word.strip()) > 2 and word.strip() not in _SMALL_WORDS
-    ]
+    overlays = attention.word_overlays(view.resize((_SMALL, _SMALL)))
+    words = [(word, overlay) for word, overlay in overlays if len(word) > 2 and word not in _SMALL_WORDS]
     return {
         "name": described.sample.key,
         "jpeg": jpeg,

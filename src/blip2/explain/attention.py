@@ -90,6 +90,13 @@ class Attention(PatchMaps):
         """The query whose cosine with the text is the image's score."""
         return None if self.itc is None else int(self.itc.argmax())
 
+    def word_overlays(self, view: Image.Image) -> list[tuple[str, str]]:
+        """Each word of the caption with its map over the view of the encoder, as an inline PNG."""
+        if self.words is None or self.word_maps is None:
+            return []
+        pairs = zip(self.words, self.word_maps, strict=True)
+        return [(word.strip(), self.overlay(view, map_P)) for word, map_P in pairs]
+
 
 def attend(model: LoadedModel, features_1PC: Tensor, text: str | None, caption: str | None) -> Attention:
     """See `Blip2.attend`.

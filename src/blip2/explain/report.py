@@ -61,6 +61,7 @@ def write_attention(
     """
     view = seen(picture, resize, LARGE)
     small = view.resize((SMALL, SMALL))
+    shares = [] if attention.word_prompts is None else to_list(attention.word_prompts.sum(dim=1))
     write_page(
         path,
         Path(__file__).with_name("explain.html.j2"),
@@ -71,7 +72,7 @@ def write_attention(
         on_prefix=_on_prefix(attention, attention.queries),
         scores=_scores(view, small, attention),
         queries=_queries(small, attention),
-        words=_words(small, attention),
+        words=list(zip(attention.word_overlays(small), shares, strict=True)),
     )
 
 
@@ -105,14 +106,4 @@ def _queries(small: Image.Image, attention: Attention) -> list[dict[str, Any]]:
             "maps": [attention.overlay(small, map_QP[q]) for map_QP in attention.queries],
         }
         for q in (range(Q) if itc is None else to_list(itc.argsort(descending=True)))
-    ]
-
-
-def _words(small: Image.Image, attention: Attention) -> list[dict[str, Any]]:
-    if attention.words is None or attention.word_maps is None or attention.word_prompts is None:
-        return []
-    rows = zip(attention.words, attention.word_maps, attention.word_prompts, strict=True)
-    return [
-        {"word": word.strip() or "_", "image": attention.overlay(small, map_P), "share": float(prompts_Q.sum())}
-        for word, map_P, prompts_Q in rows
     ]

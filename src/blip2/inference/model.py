@@ -104,9 +104,8 @@ class Blip2(LoadedModel):
         else:
             unique, image_of = distinct(images)
         answers = [""] * len(questions)
-        for start, features_BPC in zip(
-            range(0, len(unique), self.batch), self.batches(unique, apart=True), strict=True
-        ):
+        for number, features_BPC in enumerate(self.batches(unique, apart=True)):
+            start = number * self.batch
             soft_BQH = self.soft_prompts(features_BPC, questions[start : start + self.batch])
             rows = [n for n, image in enumerate(image_of) if start <= image < start + self.batch]
             for first in range(0, len(rows), _QUESTIONS * self.batch):

@@ -25,14 +25,19 @@ def environment(folder: Path) -> jinja2.Environment:
     )
 
 
-def write_page(path: Path, template: Path, **values: Any) -> None:
-    """Fill a template and write the page; see `write`.
+def render(template: Path, **values: Any) -> str:
+    """A template filled.
 
     Args:
         template: a jinja2 file; what it includes lies beside it or in this room.
         values: what its names stand for.
     """
-    write(path, environment(template.parent).get_template(template.name).render(**values))
+    return environment(template.parent).get_template(template.name).render(**values)
+
+
+def write_page(path: Path, template: Path, **values: Any) -> None:
+    """Write a page of a template; arguments and errors as of `render` and `write`."""
+    write(path, render(template, **values))
 
 
 def write(path: Path, page: str) -> None:

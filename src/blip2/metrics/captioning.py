@@ -1,8 +1,9 @@
 """Caption metrics in plain Python: BLEU, CIDEr, ROUGE-L.
 
-All take one candidate per image and that image's references, and answer in percent as papers
-print them (BLEU-4 43.7, CIDEr 145.8). The formulas are those of pycocoevalcap 1.2; only its
-tokeniser, a Java program, is replaced by `tokenize`.
+All take `candidates`, one caption per image, and `references`, one or more captions per image, and return percent as
+papers print them (BLEU-4 43.7, CIDEr 145.8). They raise ValueError for no images, different numbers of images, or an
+image without references. The formulas are those of pycocoevalcap 1.2; only its tokeniser, a Java program, is replaced
+by `tokenize`.
 """
 
 from __future__ import annotations
@@ -44,15 +45,8 @@ def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> dict
     Counts are summed over the corpus before dividing. Per image the reference length nearest to
     the candidate's is taken, the shorter of two equally near.
 
-    Args:
-        candidates: one caption per image.
-        references: one or more captions per image.
-
     Returns:
         `bleu1`, `bleu2`, `bleu3`, `bleu4`, each in [0, 100].
-
-    Raises:
-        ValueError: no images, different numbers of images, or an image without references.
     """
     pairs = _tokenized(candidates, references)
     guessed, correct = [0] * 4, [0] * 4
@@ -86,13 +80,6 @@ def cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> flo
     from `references`, so a score depends on the whole set and is 0 for a single image.
     On Flickr8k dev, 1,000 images with 4 references each, every image's score equals that of
     pycocoevalcap's scorer on the same tokens to 2e-13; so do BLEU-1 to 4 and ROUGE-L.
-
-    Args:
-        candidates: one caption per image.
-        references: one or more captions per image.
-
-    Raises:
-        ValueError: no images, different numbers of images, or an image without references.
     """
     return float(np.mean(cider_per_image(candidates, references)))
 
@@ -115,13 +102,6 @@ def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> f
     """ROUGE-L in percent: F-measure (beta 1.2) of the longest common subsequence, averaged over images.
 
     As in pycocoevalcap, precision and recall are each the best over an image's references.
-
-    Args:
-        candidates: one caption per image.
-        references: one or more captions per image.
-
-    Raises:
-        ValueError: no images, different numbers of images, or an image without references.
     """
     total = 0.0
     for candidate, refs in _tokenized(candidates, references):
