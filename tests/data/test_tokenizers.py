@@ -184,3 +184,11 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path: Path, text: str) -> None:
 )
 def test_clean_captions(text: str, clean: str) -> None:
     assert clean_caption(text) == clean
+
+
+@pytest.mark.parametrize("text", ["caf\udce9?", "\ud83d", "a \udfff b"])
+def test_text_that_is_no_unicode_is_told(tmp_path: Path, bert: str, text: str) -> None:
+    language = LanguageTokenizer(build(tmp_path), end=None, max_text=8, encoder_decoder=False)
+    for read in (QFormerTokenizer(bert, 8), language.prompts, lambda texts: language.targets(texts, ["a"])):
+        with pytest.raises(ConfigError, match="text is not valid Unicode"):
+            read([text])

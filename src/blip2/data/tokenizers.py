@@ -31,6 +31,19 @@ def clean_caption(text: str) -> str:
     return re.sub(r"\s+(,|$)", r"\1", re.sub(r"\s+", " ", text)).strip(" ,")
 
 
+def checked_text(text: str) -> str:
+    """The text as it is.
+
+    Raises:
+        ConfigError: it is no valid Unicode: half of a surrogate pair, or bytes of a command line that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"text is not valid Unicode (UTF-8): {shorten(text, 60)!r}") from None
+    return text
+
+
 class QFormerTokenizer:
     """Tokenizer of a BERT-type checkpoint, with [DEC] as one more word.
 
@@ -50,7 +63,7 @@ class QFormerTokenizer:
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Right-padded ids [B, T] int64 and mask [B, T] bool, trimmed to the longest."""
-        rows = self._tokenizer(list(texts), truncation=True, max_length=self.max_text)["input_ids"]
+        rows = self._tokenizer(list(map(checked_text, texts)), truncation=True, max_length=self.max_text)["input_ids"]
         return _pad(rows, self.pad_id)
 
     def decode(self, ids: list[int]) -> str:
@@ -126,7 +139,7 @@ class LanguageTokenizer:
         """Ids with the special tokens that the model was trained with (OPT's `</s>` in front)."""
         if not self.encoder_decoder:
             return self._front + self._plain(text)
-        ids: list[int] = self._tokenizer(text)["input_ids"]
+        ids: list[int] = self._tokenizer(checked_text(text))["input_ids"]
         return ids
 
     def _leading(self) -> list[int]:
@@ -151,7 +164,7 @@ class LanguageTokenizer:
         return end
 
     def _plain(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self._tokenizer(checked_text(text), add_special_tokens=False)["input_ids"]
         return ids
 
 
