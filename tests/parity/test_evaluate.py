@@ -264,6 +264,27 @@ def test_samples_are_left_out_only_when_asked(
     assert (result["n"], result["settings"]["left_out"]) == (1, 1)
 
 
+@pytest.mark.parametrize("task", ["caption", "vqa", "retrieval"])
+def test_an_image_that_breaks_at_decoding_is_named_or_left_out(
+    task: str, hf: HF, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = data.parent / "cut.png"
+    cut.write_bytes((data.parent / "0.png").read_bytes()[:-40])
+    path = data.parent / "cut.jsonl"
+    line = {"captions": ["a"], "question": "q", "answers": ["a"]}
+    path.write_text("\n".join(json.dumps({"image": n, **line}) for n in ("0.png", "cut.png", "1.png")))
+    model = str(hf("itm" if task == "retrieval" else "opt")[0])
+    short = ["-k", "2"] if task == "retrieval" else SHORT
+    command = ["evaluate", task, "--model", model, "--data", str(path), *short, "--dtype", "fp32"]
+    assert main([*command, "--out", str(tmp_path / "e")]) == 2
+    told = capsys.readouterr().err
+    assert "1 of 3 samples cannot be used, the first: 2-cut: image is truncated" in told
+    assert str(cut) in told
+    assert main([*command, "--out", str(tmp_path / "e"), "--skip-bad", "--json"]) == 0
+    result = last(capsys)
+    assert (result["n"], result["settings"]["left_out"], result["settings"]["images"]) == (2, 1, 2)
+
+
 def test_the_papers_values() -> None:
     assert published("vqa", "Salesforce/blip2-flan-t5-xl", "gqa/testdev.tar") == {"accuracy": 44.2}
     assert published("caption", "blip2-opt-2.7b-coco", "coco:test")["cider"] == 145.8

@@ -92,6 +92,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     """One model on one data set."""
+    from blip2.data.check import decodable
     from blip2.evaluation.captioning import Captioning
     from blip2.evaluation.inputs import open_data
     from blip2.evaluation.prediction_log import Folder
@@ -107,6 +108,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     tasks: dict[str, type[Captioning] | type[VQA] | type[Retrieval]]
     tasks = {"caption": Captioning, "vqa": VQA, "retrieval": Retrieval}
     data = open_data(options)
+    _refuse_bad(data, skip=options.skip_bad)
+    tasks[options.task](options, data)  # before the images are decoded, which takes a while
+    data = decodable(data, progress=distributed.rank() == 0)
     _refuse_bad(data, skip=options.skip_bad)
     task = tasks[options.task](options, data)
     model, name = load_model(options)
@@ -137,11 +141,15 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _refuse_bad(data: Collection, *, skip: bool) -> None:
     """A number over fewer samples than the data set has is another number: not without being asked for."""
+    from blip2.data.collection import printable
+
+    if not data.samples and data.bad:
+        skip = False
     if data.bad and not skip:
         first, total = data.bad[0], len(data.bad) + len(data.samples)
         raise DataError(
-            f"{data.name}: {len(data.bad)} of {total} samples cannot be used, the first: {first.key}: {first.reason}; "
-            "--skip-bad leaves them out, `blip2 data check` lists them"
+            f"{data.name}: {len(data.bad)} of {total} samples cannot be used, the first: {first.key}: {first.reason} "
+            f"({printable(first.path)}); --skip-bad leaves them out, `blip2 data check` lists them"
         )
 
 

@@ -77,6 +77,21 @@ def check_collection(spec: str, progress: bool = True) -> CheckReport:
     return report
 
 
+def decodable(collection: Collection, progress: bool = True) -> Collection:
+    """The same data set with every image decoded once: those that cannot be are among its bad samples.
+
+    What must know its samples before it begins (an evaluation) asks for this; others skip as they go. Weights of a
+    mixture are left out.
+    """
+    good, bad = [], list(collection.bad)
+    for sample, result in _decoded(collection, progress):
+        if isinstance(result, str):
+            bad.append(BadSample(sample.key, sample.path, result))
+        else:
+            good.append(sample)
+    return Collection(collection.name, good, bad, note=collection.note)
+
+
 def format_report(report: CheckReport) -> str:
     """The report for people; the first bad samples of every reason are named."""
     lines = [f"{report.name}: {report.samples} usable samples of {report.images} images, {report.captions} captions"]
