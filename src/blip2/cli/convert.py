@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
+from pathlib import Path
 
 from blip2.cli.options import Commands, add_json, add_towers
+
+_NAMES = {"blip2": "a run of ours", "hf": "a Hugging Face checkpoint", "lavis": "a LAVIS checkpoint"}
 
 
 def add_parser(commands: Commands) -> None:
@@ -33,6 +38,32 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Convert, read back and compare."""
-    from blip2.weights.convert.pipeline import convert_command
+    from tqdm import tqdm
 
-    return convert_command(options)
+    from blip2.weights.convert.pipeline import convert, require_possible
+    from blip2.weights.formats import open_checkpoint
+
+    checkpoint = open_checkpoint(options.source, vision=options.vision, language=options.language)
+    require_possible(checkpoint, Path(options.target), options.to)
+    print(f"{checkpoint.source}: {_NAMES[checkpoint.format]}, {checkpoint.config.stage}", file=sys.stderr)
+    with tqdm(unit="B", unit_scale=True, desc="writing and reading back") as bar:
+        written = convert(
+            checkpoint, options.target, options.to, bar.update, words=options.words, stage1=options.stage1
+        )
+    if options.json:
+        summary = {
+            "source": str(options.source),
+            "target": str(written.target),
+            "from": checkpoint.format,
+            "to": options.to,
+            "stage": checkpoint.config.stage,
+            "tensors": written.tensors,
+            "bytes": written.nbytes,
+            "notes": list(written.notes),
+        }
+        print(json.dumps(summary))
+        return 0
+    print(f"{written.target}: {written.tensors} tensors, {written.nbytes / 1e6:.1f} MB, each read back and equal")
+    for note in written.notes:
+        print(f"  {note}")
+    return 0

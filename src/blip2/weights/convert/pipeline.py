@@ -6,10 +6,8 @@ target and renamed when it is whole.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from blip2.configs import RunConfig, to_dict
 from blip2.data.sources import open_collection
@@ -97,7 +94,7 @@ def convert(
     """
     target = Path(target)
     found = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    _require_possible(found, target, to)
+    require_possible(found, target, to)
     found = with_own_encoder(found) if to in ("hf", "lavis") else found
     writers = {"blip2": _write_blip2, "hf": write_huggingface, "lavis": _write_lavis}
     with os_error_as(CheckpointError, f"{target}: cannot be written"), replacing(target) as place:
@@ -112,7 +109,7 @@ def convert(
     return Converted(target, count, size, tuple(notes))
 
 
-def _require_possible(found: Checkpoint, target: Path, to: Format | Literal["slim"]) -> None:
+def require_possible(found: Checkpoint, target: Path, to: Format | Literal["slim"]) -> None:
     """What can be known to fail fails before anything is written."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointError(f"{target}: exists already: give another name, or remove it")
@@ -322,38 +319,3 @@ def _eva_values(found: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any] | 
         values[f"visual_encoder.blocks.{n}.attn.q_bias"] = q.clone()
         values[f"visual_encoder.blocks.{n}.attn.v_bias"] = v.clone()
     return values, tower.config.to_dict()
-
-
-# -- the command ----------------------------------------------------------------------------------
-
-
-def convert_command(options: argparse.Namespace) -> int:
-    """`blip2 convert SRC DST --to FORMAT`."""
-    found = open_checkpoint(options.source, vision=options.vision, language=options.language)
-    _require_possible(found, Path(options.target), options.to)
-    print(f"{found.source}: {_NAMES[found.format]}, {found.config.stage}", file=sys.stderr)
-    with tqdm(unit="B", unit_scale=True, desc="writing and reading back") as bar:
-        done = convert(found, options.target, options.to, bar.update, words=options.words, stage1=options.stage1)
-    if options.json:
-        print(
-            json.dumps(
-                {
-                    "source": str(options.source),
-                    "target": str(done.target),
-                    "from": found.format,
-                    "to": options.to,
-                    "stage": found.config.stage,
-                    "tensors": done.tensors,
-                    "bytes": done.nbytes,
-                    "notes": list(done.notes),
-                }
-            )
-        )
-        return 0
-    print(f"{done.target}: {done.tensors} tensors, {done.nbytes / 1e6:.1f} MB, each read back and equal")
-    for note in done.notes:
-        print(f"  {note}")
-    return 0
-
-
-_NAMES = {"blip2": "a run of ours", "hf": "a Hugging Face checkpoint", "lavis": "a LAVIS checkpoint"}
