@@ -23,9 +23,9 @@ def test_a_question_follows_the_earlier_ones(tiny_opt: Path, photos: Path) -> No
     form = model.config.language.question
     first = chat.ask("what is it?")
     assert first == model.ask([photos / "p01.png"], "what is it?", decoding=decoding)[0]
-    wanted = f"{form.format('what is it?')} {first.rstrip('.')}. {form.format('where?')}"
-    assert chat.prompt("where?") == wanted
-    assert chat.ask("where?") == model.generate(features, [wanted], decoding)[0][0].strip()
+    expected = f"{form.format('what is it?')} {first.rstrip('.')}. {form.format('where?')}"
+    assert chat.prompt("where?") == expected
+    assert chat.ask("where?") == model.generate(features, [expected], decoding)[0][0].strip()
     chat.turns = [(f"q{n}", "a.") for n in range(20)]
     prompt = chat.prompt("last")
     assert (prompt.count("Question"), "q13 " in prompt, "q14 " in prompt, ".." in prompt) == (
@@ -61,10 +61,10 @@ def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "pip install peft" in next(line for line in out.splitlines() if line.strip().startswith("peft"))
     assert "pip install faiss-cpu" in out
     assert main(["doctor", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert {"peft", "faiss-cpu"} <= found["missing"].keys()
-    assert found["packages"]["torch"] == real("torch")
-    assert found["devices"]["cpus"] >= 1
+    report = json.loads(capsys.readouterr().out)
+    assert {"peft", "faiss-cpu"} <= report["missing"].keys()
+    assert report["packages"]["torch"] == real("torch")
+    assert report["devices"]["cpus"] >= 1
     monkeypatch.setattr(doctor, "version", lambda name: None if name == "safetensors" else real(name))
     assert main(["doctor"]) == 1
     assert "pip install safetensors" in capsys.readouterr().out

@@ -42,16 +42,16 @@ def bash(scripts: Path, line: str) -> set[str]:
         'source ./bash; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_blip2 blip2 "${COMP_WORDS[COMP_CWORD]}"; '
         'printf "%s\\n" "${COMPREPLY[@]}"'
     )
-    found = subprocess.run([needs("bash"), "-c", code, "-", *words], cwd=scripts, capture_output=True, text=True)
-    assert found.stderr == ""
-    return set(found.stdout.split())
+    done = subprocess.run([needs("bash"), "-c", code, "-", *words], cwd=scripts, capture_output=True, text=True)
+    assert done.stderr == ""
+    return set(done.stdout.split())
 
 
 def fish(scripts: Path, line: str) -> set[str]:
     command = [needs("fish"), "--no-config", "-c", f"source ./fish; complete -C '{line}'"]
-    found = subprocess.run(command, cwd=scripts, capture_output=True, text=True, check=True)
-    assert found.stderr == ""
-    return {entry.split("\t")[0] for entry in found.stdout.splitlines()}
+    done = subprocess.run(command, cwd=scripts, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return {entry.split("\t")[0] for entry in done.stdout.splitlines()}
 
 
 OFFERED = [
@@ -72,9 +72,9 @@ OFFERED = [
 
 @pytest.mark.parametrize(("line", "offered", "others"), OFFERED)
 def test_bash(scripts: Path, line: str, offered: set[str], others: set[str]) -> None:
-    found = bash(scripts, line)
-    assert offered <= found
-    assert not others & found
+    completions = bash(scripts, line)
+    assert offered <= completions
+    assert not others & completions
 
 
 def test_bash_offers_nothing_for_a_number(scripts: Path) -> None:
@@ -83,9 +83,9 @@ def test_bash_offers_nothing_for_a_number(scripts: Path) -> None:
 
 @pytest.mark.parametrize(("line", "offered", "others"), OFFERED)
 def test_fish(scripts: Path, line: str, offered: set[str], others: set[str]) -> None:
-    found = {entry.rstrip("/") for entry in fish(scripts, line)}
-    assert offered <= found
-    assert not others & found
+    completions = {entry.rstrip("/") for entry in fish(scripts, line)}
+    assert offered <= completions
+    assert not others & completions
 
 
 def zsh(scripts: Path, line: str) -> set[str]:
@@ -120,9 +120,9 @@ def read_until_quiet(terminal: int, expected: str) -> str:
 
 @pytest.mark.parametrize(("line", "offered", "others"), OFFERED)
 def test_zsh(scripts: Path, line: str, offered: set[str], others: set[str]) -> None:
-    found = zsh(scripts, line)
-    assert offered <= found
-    assert not others & found
+    completions = zsh(scripts, line)
+    assert offered <= completions
+    assert not others & completions
 
 
 def test_every_command_and_option_is_known(scripts: Path) -> None:

@@ -28,7 +28,7 @@ def mutations() -> Callable[[bytes, int], list[bytes]]:
 
     def four(whole: bytes, seed: int) -> list[bytes]:
         rng = np.random.default_rng(seed)
-        found = []
+        mutated = []
         for how in range(4):
             data = bytearray(whole)
             at, size = int(rng.integers(0, len(data))), int(rng.integers(1, 40))
@@ -41,8 +41,8 @@ def mutations() -> Callable[[bytes, int], list[bytes]]:
                 data[at:at] = data[at : at + size]
             else:
                 data[at : at + 4] = b"\xff\xff\xff\xff"
-            found.append(bytes(data))
-        return found
+            mutated.append(bytes(data))
+        return mutated
 
     return four
 
@@ -73,10 +73,10 @@ def serve(both: Blip2) -> Iterator[Callable[..., Any]]:
 
     def client(*, model: Blip2 | None = None, index: Any = None, others: Any = (), **settings: Any) -> TestClient:
         app = create_app([("tiny", model or both, index), *others], Settings(**settings))
-        found = TestClient(app, base_url="http://127.0.0.1:8000")
-        found.__enter__()
-        opened.append(found)
-        return found
+        http = TestClient(app, base_url="http://127.0.0.1:8000")
+        http.__enter__()
+        opened.append(http)
+        return http
 
     yield client
     for each in opened:

@@ -118,16 +118,16 @@ def test_openai_follow_up_is_folded_into_the_prompt(openai: Any, both: Blip2) ->
     from blip2.configs import DecodingConfig
 
     decoding = DecodingConfig(min_tokens=1, max_tokens=10, length_penalty=-1.0)
-    wanted = both.generate(both.features([encoded()]), [prompt], decoding, questions=["where?"])
-    assert answer.choices[0].message.content == wanted[0][0]
+    expected = both.generate(both.features([encoded()]), [prompt], decoding, questions=["where?"])
+    assert answer.choices[0].message.content == expected[0][0]
 
 
 def test_openai_embeddings_of_texts_and_images(openai: Any, both: Blip2) -> None:
-    found = openai.embeddings.create(model="tiny", input=["a dog", url(), "two cats"])  # base64 on the wire
-    got = torch.tensor([entry.embedding for entry in found.data])
+    response = openai.embeddings.create(model="tiny", input=["a dog", url(), "two cats"])  # base64 on the wire
+    vectors = torch.tensor([entry.embedding for entry in response.data])
     image = F.normalize(both.embed_images([encoded()]).mean(dim=1), dim=-1)
-    wanted = torch.cat([both.embed_texts(["a dog"]), image, both.embed_texts(["two cats"])])
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    expected = torch.cat([both.embed_texts(["a dog"]), image, both.embed_texts(["two cats"])])
+    torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=1e-5)
     every = openai.embeddings.create(model="tiny", input=url(), extra_body={"pooling": "all"}, encoding_format="float")
     torch.testing.assert_close(
         torch.tensor(every.data[0].embedding).view(every.data[0].shape), both.embed_images([encoded()])[0]
@@ -207,17 +207,17 @@ def test_history_without_room_loses_its_oldest_turns(serve: Serve) -> None:
 
 
 def test_attend_gives_maps_over_the_patches(serve: Serve, both: Blip2) -> None:
-    found = serve().post("/attend", json={"image": url(), "text": "a dog"}).json()
-    wanted = both.attend(encoded(), "a dog")
-    np.testing.assert_allclose(found["queries"], wanted.heatmap(wanted.queries), atol=1e-5)
-    np.testing.assert_allclose(found["itm_map"], wanted.heatmap(wanted.itm_maps.sum(0)), atol=1e-5)
-    assert len(found["words"]) == len(found["word_maps"])
+    answer = serve().post("/attend", json={"image": url(), "text": "a dog"}).json()
+    attention = both.attend(encoded(), "a dog")
+    np.testing.assert_allclose(answer["queries"], attention.heatmap(attention.queries), atol=1e-5)
+    np.testing.assert_allclose(answer["itm_map"], attention.heatmap(attention.itm_maps.sum(0)), atol=1e-5)
+    assert len(answer["words"]) == len(answer["word_maps"])
 
 
 def test_a_stage_1_captions_and_answers_nothing(serve: Serve, stage1_only: Blip2) -> None:
     client = serve(model=stage1_only)
-    found = client.post("/caption", json={"image": url(), "max_tokens": 5}).json()["captions"]
-    assert found[0]["text"] == stage1_only.caption([encoded()], min_tokens=5, max_tokens=5)[0]
+    captions = client.post("/caption", json={"image": url(), "max_tokens": 5}).json()["captions"]
+    assert captions[0]["text"] == stage1_only.caption([encoded()], min_tokens=5, max_tokens=5)[0]
     assert "stage 1" in assert_refused(client.post("/ask", json={"image": url(), "question": "what?"}), 400)["message"]
 
 
@@ -226,11 +226,11 @@ def test_several_models_each_answer_by_their_name(serve: Serve, both: Blip2, sta
     listed = client.get("/v1/models").json()["data"]
     assert [(model["id"], model["blip2"]["ask"]) for model in listed] == [("tiny", True), ("second", False)]
     short = {"image": url(), "max_tokens": 5}
-    wanted = {"tiny": both, "second": stage1_only, None: both, "blip2": both}
-    for name, model in wanted.items():
-        found = client.post("/caption", json={**short, "model": name}).json()
-        assert found["model"] == ("tiny" if name in (None, "blip2") else name)
-        assert found["captions"][0]["text"] == model.caption([encoded()], min_tokens=5, max_tokens=5)[0]
+    models = {"tiny": both, "second": stage1_only, None: both, "blip2": both}
+    for name, model in models.items():
+        answer = client.post("/caption", json={**short, "model": name}).json()
+        assert answer["model"] == ("tiny" if name in (None, "blip2") else name)
+        assert answer["captions"][0]["text"] == model.caption([encoded()], min_tokens=5, max_tokens=5)[0]
     form = {"files": {"image": encoded()}, "data": {"model": "second", "max_tokens": "5"}}
     assert client.post("/caption", **form).json()["model"] == "second"
     assert client.post("/attend", json={"image": url(), "model": "second"}).json()["caption"] is None
@@ -261,17 +261,17 @@ def test_search_serves_thumbnails_of_its_hits_only(
     client = serve(model=stage1_only, index=index)
     digest = next(row.digest for _, row in store.items())
     assert_refused(client.get(f"/thumbnails/{digest}"), 404)  # not found yet
-    found = client.post("/search", json={"text": "a dog on the grass", "k": 12}).json()
-    wanted = index.search("a dog on the grass", k=12, rerank=0)
-    assert [hit["name"] for hit in found["hits"]] == [Path(hit.path).name for hit in wanted]
-    assert str(photos) not in json.dumps(found)
-    small = client.get(found["hits"][0]["thumbnail"])
+    answer = client.post("/search", json={"text": "a dog on the grass", "k": 12}).json()
+    hits = index.search("a dog on the grass", k=12, rerank=0)
+    assert [hit["name"] for hit in answer["hits"]] == [Path(hit.path).name for hit in hits]
+    assert str(photos) not in json.dumps(answer)
+    small = client.get(answer["hits"][0]["thumbnail"])
     assert small.headers["content-type"] == "image/jpeg"
     assert Image.open(io.BytesIO(small.content)).size == (60, 48)
     for name in ("%2e%2e%2f%2e%2e%2fmanifest.json", "..%2fmanifest.json", "0" * 32, "%2fetc%2fpasswd", "%00", "//etc"):
         assert_refused(client.get(f"/thumbnails/{name}"))
-    Path(wanted[0].path).write_bytes(b"another file in its place")
-    assert_refused(client.get(found["hits"][0]["thumbnail"]), 404)
+    Path(hits[0].path).write_bytes(b"another file in its place")
+    assert_refused(client.get(answer["hits"][0]["thumbnail"]), 404)
     by_image = client.post("/search", files={"image": encoded(kind="PNG")}, data={"k": "3"})
     assert len(by_image.json()["hits"]) == 3
     assert_refused(client.post("/search", json={}), 400)
@@ -398,7 +398,7 @@ def test_batched_answers_equal_those_one_at_a_time(both: Blip2, listening: Any) 
 
     questions = ["what is it?", "where?", "what is the dog on the grass doing?", "a bird?"]
     work = [(seed, questions[seed % 4]) for seed in range(12)]
-    wanted = [both.ask([encoded(seed)], [question])[0] for seed, question in work]
+    expected = [both.ask([encoded(seed)], [question])[0] for seed, question in work]
     with listening(both) as (address, _, app), ThreadPoolExecutor(12) as pool:
 
         def ask(job: tuple[int, str]) -> str:
@@ -413,7 +413,7 @@ def test_batched_answers_equal_those_one_at_a_time(both: Blip2, listening: Any) 
             rest = [pool.submit(ask, job) for job in work[1:]]
             while batcher.waiting < 11:
                 time.sleep(0.01)
-        assert [answer.result() for answer in (first, *rest)] == wanted
+        assert [answer.result() for answer in (first, *rest)] == expected
         metrics = httpx.get(f"{address}/metrics").text
     assert "blip2_batch_size_count 2.0" in metrics
     assert "blip2_batch_size_sum 12.0" in metrics
@@ -464,7 +464,7 @@ def test_shutdown_answers_what_was_taken(both: Blip2, listening: Any) -> None:
 
     with listening(both) as (address, server, app), ThreadPoolExecutor(4) as pool:
         with held(app) as begun:
-            asked = [
+            answers = [
                 pool.submit(httpx.post, f"{address}/caption", json={"image": url(seed)}, timeout=60)
                 for seed in range(4)
             ]
@@ -473,6 +473,6 @@ def test_shutdown_answers_what_was_taken(both: Blip2, listening: Any) -> None:
                 time.sleep(0.01)
             server.should_exit = True
             time.sleep(0.3)
-        assert [answer.result().status_code for answer in asked] == [200] * 4
+        assert [answer.result().status_code for answer in answers] == [200] * 4
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{address}/healthz")

@@ -61,7 +61,7 @@ def built(model: Blip2, photos: Path, path: Path) -> Store:
     return store
 
 
-def found(address: str, k: int = 200) -> dict[str, float]:
+def search(address: str, k: int = 200) -> dict[str, float]:
     """Names and scores of all that a search finds."""
     answer = httpx.post(f"{address}/search", json={"text": TEXT, "k": k}, timeout=60)
     assert answer.status_code == 200, answer.text
@@ -74,9 +74,9 @@ def truth(model: Blip2, photos: Path) -> dict[str, float]:
     return {p.name: float(s) for p, s in zip(paths, model.similarity(list(map(str, paths)), TEXT)[:, 0], strict=True)}
 
 
-def assert_same(scores: dict[str, float], wanted: dict[str, float]) -> None:
-    assert scores.keys() == wanted.keys()
-    np.testing.assert_allclose([scores[name] for name in wanted], list(wanted.values()), atol=1e-3)
+def assert_same(scores: dict[str, float], expected: dict[str, float]) -> None:
+    assert scores.keys() == expected.keys()
+    np.testing.assert_allclose([scores[name] for name in expected], list(expected.values()), atol=1e-3)
 
 
 def test_kill_9_while_a_served_index_is_added_to(
@@ -87,24 +87,24 @@ def test_kill_9_while_a_served_index_is_added_to(
     store = built(stage1_only, photos, path)
     more(photos, 120)
     with listening(stage1_only, index=Index(store, stage1_only)) as (address, _, _):
-        assert_same(found(address), first)
+        assert_same(search(address), first)
         command = [sys.executable, "-c", ADDING, str(tiny), str(path), str(photos)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
             assert child.stdout is not None
             assert child.stdout.readline() == b"ready\n"
             seen, start = 12, time.monotonic()
             while seen < 20 and child.poll() is None and time.monotonic() - start < 100:
-                now = len(found(address))  # every answer on the way is whole
+                now = len(search(address))  # every answer on the way is whole
                 assert now >= seen
                 seen = now
             child.send_signal(signal.SIGKILL)
         assert 20 <= seen < 132
-        left = found(address)
+        left = search(address)
         assert len(left) == len(Store(path))
-        wanted = truth(stage1_only, photos)
-        assert_same(left, {name: wanted[name] for name in left})
+        expected = truth(stage1_only, photos)
+        assert_same(left, {name: expected[name] for name in left})
         assert main(["index", "add", str(path), str(photos), "--model", str(tiny)]) == 0
-        assert_same(found(address), wanted)
+        assert_same(search(address), expected)
 
 
 @contextlib.contextmanager
@@ -139,10 +139,10 @@ def test_a_full_disk_under_a_served_index(
             assert "No space left on device" in said
             assert "what was there before is whole" in said
             assert (disk / "i" / "manifest.json").read_bytes() == before
-            assert_same(found(address), first)
+            assert_same(search(address), first)
             ballast.unlink()
             assert main(["index", "add", str(disk / "i"), str(photos), "--model", str(tiny)]) == 0
-            assert_same(found(address), truth(stage1_only, photos))
+            assert_same(search(address), truth(stage1_only, photos))
 
 
 @pytest.mark.slow
@@ -164,9 +164,9 @@ def test_a_write_that_the_system_cuts_short(
         assert limited.returncode == 2, limited.stderr
         said = limited.stderr.splitlines()[-1]
         assert "index cannot be written: File too large; what was there before is whole" in said
-        assert_same(found(address), first)
+        assert_same(search(address), first)
         assert main(adding) == 0
-        assert_same(found(address), truth(stage1_only, photos))
+        assert_same(search(address), truth(stage1_only, photos))
 
 
 def refused(address: str, code: str) -> str:
@@ -184,7 +184,7 @@ def test_another_index_or_none_in_its_place(
     path = tmp_path / "i"
     store = built(stage1_only, photos, path)
     with listening(stage1_only, index=Index(store, stage1_only)) as (address, _, _):
-        first = found(address)
+        first = search(address)
         manifest = path / "manifest.json"
         good = manifest.read_text()
         manifest.write_text(good[: len(good) // 2])
@@ -205,7 +205,7 @@ def test_another_index_or_none_in_its_place(
         assert embedded.status_code == 200  # what needs no index is answered
         (tmp_path / "away").rename(path)
         manifest.write_text(good)
-        assert found(address) == first  # put back, it is searched again
+        assert search(address) == first  # put back, it is searched again
 
 
 @pytest.mark.parametrize("name", ["vectors.f16", "captions.f16", "rows.jsonl"])
@@ -229,7 +229,7 @@ def test_a_file_of_the_index_replaced_under_it(
             handle.truncate(5)
 
     with listening(stage1_only, index=Index(store, stage1_only)) as (address, _, _):
-        first = found(address)
+        first = search(address)
         for fault in (cut, lambda: file.write_bytes(good[::-1]), file.unlink):
             fault()
             assert "build it again" in refused(address, "index_damaged")
@@ -241,7 +241,7 @@ def test_a_file_of_the_index_replaced_under_it(
                 assert f"{file.parent}: segment is damaged" in err
                 assert "put the file back" in err
             file.write_bytes(good)
-            assert found(address) == first
+            assert search(address) == first
 
 
 def test_an_index_of_another_model_is_not_served(
@@ -270,7 +270,7 @@ def test_mutated_photographs_over_http(
     ]
     statuses: Counter[int] = Counter()
     with listening(stage1_only, index=Index(store, stage1_only)) as (address, _, _), httpx.Client(timeout=60) as client:
-        first = found(address)
+        first = search(address)
         for seed, picture in enumerate(pictures):
             for data, turn in zip(mutations(picture, seed), range(4), strict=True):
                 way, fields = ways[(seed + turn) % len(ways)]
@@ -285,7 +285,7 @@ def test_mutated_photographs_over_http(
                 statuses[answer.status_code] += 1
         assert sum(statuses.values()) == 200
         assert statuses[200] < 200  # all whole would mean that nothing is looked at
-        assert found(address) == first
+        assert search(address) == first
 
 
 @pytest.mark.slow
@@ -305,7 +305,7 @@ def test_kill_9_while_serving(stage1_only: Blip2, tiny: Path, photos: Path, tmp_
                     if httpx.get(f"{address}/healthz").status_code == 200:
                         break
                 time.sleep(0.1)
-            answers.append(found(address))
+            answers.append(search(address))
             with httpx.stream("POST", f"{address}/search", json={"text": TEXT, "rerank": 12}, timeout=60):
                 os.kill(server.pid, signal.SIGKILL)
         assert server.returncode == -signal.SIGKILL

@@ -34,9 +34,9 @@ def browser() -> Iterator[Any]:
     if chromium is None:
         pytest.skip("no Chromium: install one, or say where in BLIP2_CHROMIUM")
     with playwright.sync_playwright() as running:
-        found = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield found
-        found.close()
+        browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ def address(both: Blip2, listening: Any, photos: Path, tmp_path: Path) -> Iterat
     """A server with a language model, a stage 1 and an index."""
     store = Store.create(tmp_path / "index", identify(both, "tiny"), "exact", "data")
     Builder(store, both, progress=False).add(list_samples([str(photos)])[0])
-    with listening(both, index=Index(store, both)) as (found, _, _):
-        yield found
+    with listening(both, index=Index(store, both)) as (address, _, _):
+        yield address
 
 
 def photo() -> dict[str, Any]:
@@ -67,10 +67,10 @@ def photo() -> dict[str, Any]:
 def faults(page: Any, axe: str) -> list[str]:
     """Serious and critical faults that axe-core finds in the page as it is."""
     page.evaluate(axe)
-    found = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")["violations"]
+    faults = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")["violations"]
     return [
         f"{fault['id']} ({fault['impact']}): {fault['help']}: {node['html'][:120]} {node.get('failureSummary', '')}"
-        for fault in found
+        for fault in faults
         if fault["impact"] in ("serious", "critical")
         for node in fault["nodes"]
     ]
@@ -84,10 +84,10 @@ def test_a_visit(browser: Any, axe: str, address: str, view: str, scheme: str) -
     page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
     page.set_default_timeout(60_000)
     said: list[str] = []
-    asked: list[str] = []
+    requested: list[str] = []
     page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
+    page.on("request", lambda request: requested.append(request.url))
     page.goto(address)
     page.wait_for_selector("#search-section:visible")
     assert faults(page, axe) == []
@@ -126,7 +126,7 @@ def test_a_visit(browser: Any, axe: str, address: str, view: str, scheme: str) -
     assert faults(page, axe) == []
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert said == []
-    assert {url for url in asked if not url.startswith((address, "blob:", "data:"))} == set()
+    assert {url for url in requested if not url.startswith((address, "blob:", "data:"))} == set()
     page.close()
 
 

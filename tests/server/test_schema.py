@@ -80,7 +80,7 @@ def with_pictures(value: Any, key: str = "") -> Any:
 
 def failures(operations: Any, prepare: Callable[[Any], None] = lambda case: None) -> dict[str, str]:
     """What is wrong, by operation; each is sent requests that fit its document, then such as do not."""
-    found = {}
+    wrong = {}
     for result in operations:
         operation = result.ok()
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
@@ -96,10 +96,10 @@ def failures(operations: Any, prepare: Callable[[Any], None] = lambda case: None
             except Unsatisfiable:  # there is no wrong request to a route without parameters
                 continue
             except (Exception, BaseExceptionGroup) as error:
-                found[f"{mode} {operation.label}"] = "\n".join(
+                wrong[f"{mode} {operation.label}"] = "\n".join(
                     [str(error), *map(str, getattr(error, "exceptions", []))]
                 )
-    return found
+    return wrong
 
 
 def use_pictures(case: Any) -> None:

@@ -86,20 +86,20 @@ def test_urls_that_are_not_allowed(url: str, status: int) -> None:
 
 
 def test_allowed_urls() -> None:
-    found = url_fetch.allowed("https://Pictures.Example/a.jpg?x=1", ("pictures.example",))
-    assert found[1:] == ("pictures.example", 443)
+    parts = url_fetch.allowed("https://Pictures.Example/a.jpg?x=1", ("pictures.example",))
+    assert parts[1:] == ("pictures.example", 443)
     assert url_fetch.allowed("http://pictures.example:81/", ("pictures.example:81",))[1:] == ("pictures.example", 81)
 
 
 def resolving(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
-    asked: list[str] = []
+    resolved: list[str] = []
 
     def getaddrinfo(host: str, port: int, **_: Any) -> list[Any]:
-        asked.append(host)
+        resolved.append(host)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
 
     monkeypatch.setattr(url_fetch.socket, "getaddrinfo", getaddrinfo)
-    return asked
+    return resolved
 
 
 @pytest.mark.parametrize("addresses", [["10.0.0.1"], ["8.8.8.8", "127.0.0.1"], ["169.254.169.254"], []])
@@ -133,10 +133,10 @@ def pictures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
     def pinned(address: tuple[str, int], timeout: float) -> socket.socket:
         connected.append(address)
-        found = socket.socket()
-        found.settimeout(timeout)
-        found.connect(server.server_address[:2])
-        return found
+        connection = socket.socket()
+        connection.settimeout(timeout)
+        connection.connect(server.server_address[:2])
+        return connection
 
     monkeypatch.setattr(url_fetch.socket, "create_connection", pinned)
     yield connected
@@ -145,11 +145,11 @@ def pictures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 
 def test_the_address_that_was_looked_at_is_connected_to(monkeypatch: pytest.MonkeyPatch, pictures: list[Any]) -> None:
-    asked = resolving(monkeypatch, "8.8.8.8")
+    resolved = resolving(monkeypatch, "8.8.8.8")
     data = url_fetch.fetch("http://pictures.example/a.jpg", ("pictures.example",), limit=1000, timeout=5)
     assert data == b"x" * 500 + b"pictures.example"
     assert pictures == [("8.8.8.8", 80)]
-    assert asked == ["pictures.example"]  # resolved once: no second answer of DNS can lead elsewhere
+    assert resolved == ["pictures.example"]  # resolved once: no second answer of DNS can lead elsewhere
 
 
 @pytest.mark.parametrize(("path", "limit", "status"), [("moved", 1000, 400), ("none", 1000, 400), ("a", 100, 413)])
