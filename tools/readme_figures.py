@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 import blip2
-from blip2.io.figures import overlay, seen
+from blip2.io.figures import encoder_view, overlay
 from blip2.ops.devices import to_numpy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +38,7 @@ def main() -> None:
         attention = model.attend(path, text)
         assert attention.itc_maps is not None
         heatmap = to_numpy(attention.heatmap(attention.itc_maps.sum(dim=0)))
-        view = seen(Image.open(path).convert("RGB"), model.image_spec.resize, SIDE)
+        view = encoder_view(Image.open(path).convert("RGB"), model.image_spec.resize, SIDE)
         overlay(view, heatmap).save(IMAGES / f"{name}-heatmap.jpg", quality=88)
     rows = [
         ["", *(image(f"{name}.jpg", name) for name in SOURCES)],
@@ -71,7 +71,7 @@ def copy_images() -> list[str]:
     for name, source in SOURCES.items():
         original = Image.open(Path(package.submodule_search_locations[0]) / "data" / source).convert("RGB")
         path = IMAGES / f"{name}.jpg"
-        seen(original, "crop", SIDE).save(path, quality=90)
+        encoder_view(original, "crop", SIDE).save(path, quality=90)
         paths.append(str(path))
     return paths
 

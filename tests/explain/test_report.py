@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from blip2.cli.main import main
-from blip2.io.figures import colours, overlay, seen
+from blip2.io.figures import colours, encoder_view, overlay
 
 
 def test_a_page_and_numbers(tiny: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,5 +99,5 @@ def test_a_map_of_nothing_is_dark() -> None:
 def test_the_view_is_what_the_encoder_saw() -> None:
     wide = Image.new("RGB", (300, 100), "red")
     wide.paste("blue", (100, 0, 200, 100))
-    assert seen(wide, "crop", 280).getcolors() == [(280 * 280, (0, 0, 255))]
-    assert seen(wide, "squash", 280).getpixel((5, 5)) == (255, 0, 0)
+    assert encoder_view(wide, "crop", 280).getcolors() == [(280 * 280, (0, 0, 255))]
+    assert encoder_view(wide, "squash", 280).getpixel((5, 5)) == (255, 0, 0)

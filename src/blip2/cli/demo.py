@@ -139,10 +139,10 @@ def _write(path: Path, model: Blip2, described: list[Described], searches: dict[
 
 def _entry(model: Blip2, described: Described, jpeg: str) -> dict[str, Any]:
     """An image as the page shows it."""
-    from blip2.io.figures import seen
+    from blip2.io.figures import encoder_view
 
     attention = described.attention
-    view = seen(described.image, model.image_spec.resize, _LARGE)
+    view = encoder_view(described.image, model.image_spec.resize, _LARGE)
     overlays = attention.word_overlays(view.resize((_SMALL, _SMALL)))
     words = [(word, overlay) for word, overlay in overlays if len(word) > 2 and word not in _SMALL_WORDS]
     return {

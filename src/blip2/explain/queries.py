@@ -10,7 +10,7 @@ from PIL import Image
 from blip2.data.collection import printable
 from blip2.data.images import decode_image
 from blip2.explain.query_statistics import Specialisation, Word
-from blip2.io.figures import colours, png, seen
+from blip2.io.figures import colours, encoder_view, png
 from blip2.io.html import write_page
 from blip2.ops.devices import to_list, to_numpy
 
@@ -99,7 +99,7 @@ def write_queries(path: Path, result: Specialisation, summary: dict[str, Any], r
                     "caption": example.caption,
                     "z": example.z,
                     "image": result.overlay(
-                        seen(decode_image(example.sample.read()), resize, _THUMB), example.attention, share=0.45
+                        encoder_view(decode_image(example.sample.read()), resize, _THUMB), example.attention, share=0.45
                     ),
                 }
                 for example in result.examples[query["query"]]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blip2.data.collection import printable
 from blip2.explain.attention import Attention
-from blip2.io.figures import png, seen
+from blip2.io.figures import encoder_view, png
 from blip2.io.html import write_page
 from blip2.ops.devices import to_list
 
@@ -47,25 +47,23 @@ def _on_prefix(attention: Attention, maps: Tensor) -> float:
     return float(maps[..., : attention.prefix].sum(dim=-1).mean())
 
 
-def write_attention(
-    path: Path, picture: Image.Image, attention: Attention, image: str, model: str, resize: str
-) -> None:
+def write_attention(path: Path, image: Image.Image, attention: Attention, name: str, model: str, resize: str) -> None:
     """Write the page.
 
     Args:
-        image, model: their names.
+        name, model: of the image and of the model.
         resize: how the encoder saw the image; maps lie over that view.
 
     Raises:
         RunError: it cannot be written.
     """
-    view = seen(picture, resize, LARGE)
+    view = encoder_view(image, resize, LARGE)
     small = view.resize((SMALL, SMALL))
     shares = [] if attention.word_prompts is None else to_list(attention.word_prompts.sum(dim=1))
     write_page(
         path,
         Path(__file__).with_name("explain.html.j2"),
-        image=image,
+        image=name,
         model=printable(model),
         attention=attention,
         view=png(view),

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from blip2.explain.attention import Attention
-from blip2.io.figures import jpeg, seen
+from blip2.io.figures import encoder_view, jpeg
 from blip2.io.html import render
 
 _SIDE, _SMALL = 320, 112  # pixels of an image, and of a word's map
@@ -86,7 +86,7 @@ def _card(card: Card) -> dict[str, Any]:
     words: list[tuple[str, str]] = []
     attention = card.attention
     if attention is not None:
-        view = seen(card.picture, card.resize, _SIDE)
+        view = encoder_view(card.picture, card.resize, _SIDE)
         if attention.itc is not None and attention.itc_maps is not None:
             maps = [(f"ITC {float(attention.itc.max()):.3f} with “{attention.text}”", attention.itc_maps.sum(0))]
         else:

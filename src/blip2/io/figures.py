@@ -1,4 +1,4 @@
-"""Pictures inside a page, and heatmaps over them. Pillow and numpy only.
+"""Images inside a page, and heatmaps over them. Pillow and numpy only.
 
 Shapes: h, w patches; S side in pixels.
 """
@@ -34,40 +34,40 @@ def colours(values: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
     return np.stack([np.interp(at, np.arange(len(_STOPS)), _STOPS[:, c]) for c in range(3)], axis=-1).astype(np.uint8)
 
 
-def overlay(picture: Image.Image, heat_hw: npt.NDArray[np.floating], *, share: float = 0.6) -> Image.Image:
-    """A picture with a map over it, scaled so that its largest value is brightest.
+def overlay(image: Image.Image, heat_hw: npt.NDArray[np.floating], *, share: float = 0.6) -> Image.Image:
+    """An image with a map over it, scaled so that its largest value is brightest.
 
     Cells are drawn as they are, without smoothing: an encoder sees no finer.
 
     Args:
-        share: of the colour where the map is largest; where it is zero the picture is darkened.
+        share: of the colour where the map is largest; where it is zero the image is darkened.
     """
     largest = float(heat_hw.max(initial=0.0))
     scaled = heat_hw / largest if largest > 0 else np.zeros_like(heat_hw)
-    layer = Image.fromarray(colours(scaled)).resize(picture.size, Image.Resampling.NEAREST)
-    return Image.blend(picture, layer, share)
+    layer = Image.fromarray(colours(scaled)).resize(image.size, Image.Resampling.NEAREST)
+    return Image.blend(image, layer, share)
 
 
-def png(picture: Image.Image) -> str:
-    """A picture as an inline PNG of few colours: maps are flat, and there are many of them."""
+def png(image: Image.Image) -> str:
+    """An image as an inline PNG of few colours: maps are flat, and there are many of them."""
     buffer = io.BytesIO()
-    picture.quantize(128, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    image.quantize(128, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def jpeg(picture: Image.Image, side: int) -> str:
+def jpeg(image: Image.Image, side: int) -> str:
     """A thumbnail of at most `side` pixels as an inline JPEG."""
-    small = picture.copy()
+    small = image.copy()
     small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.convert("RGB").save(buffer, "JPEG", quality=82)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def seen(picture: Image.Image, resize: str, side: int) -> Image.Image:
-    """The part of a picture that an image encoder saw, as a square: all of it squashed, or its centre (`crop`)."""
+def encoder_view(image: Image.Image, resize: str, side: int) -> Image.Image:
+    """The part of an image that an image encoder saw, as a square: all of it squashed, or its centre (`crop`)."""
     if resize == "crop":
-        short = min(picture.size)
-        left, top = (picture.width - short) // 2, (picture.height - short) // 2
-        picture = picture.crop((left, top, left + short, top + short))
-    return picture.resize((side, side), Image.Resampling.BICUBIC)
+        short = min(image.size)
+        left, top = (image.width - short) // 2, (image.height - short) // 2
+        image = image.crop((left, top, left + short, top + short))
+    return image.resize((side, side), Image.Resampling.BICUBIC)
