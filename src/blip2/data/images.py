@@ -12,6 +12,7 @@ import struct
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from blip2.data.collection import BadSampleError
-from blip2.data.image_formats import FORMATS
+from blip2.data.image_container import ContainerError, take_apart
+from blip2.data.image_formats import FORMATS, format_of
 from blip2.errors import DataError
 
 # Above this an image is refused from its header, before a pixel is decoded.
@@ -241,6 +243,11 @@ def _eight_bit(picture: Image.Image) -> Image.Image:
 
 
 def _opened(data: bytes) -> Image.Image:
+    """The image, of which a decoder sees only what its pixels depend on, where it can be told (`image_container`)."""
+    kind = format_of(data)
+    if kind is not None:
+        with suppress(ContainerError):  # Pillow reads more than the standard allows, and says what is wrong
+            data = take_apart(data, kind.name).pixels
     Image.init()  # registers every format: `open` refuses a name that it does not know yet
     formats = [kind.name for kind in FORMATS if kind.name in Image.OPEN]
     with _WARNINGS, warnings.catch_warnings():

@@ -1,7 +1,7 @@
 """Images from strangers: JPEG, PNG and WebP only, checked before a pixel is decoded.
 
-Pillow accepts any bytes behind an image, or inside its comments; a file that is an image and something else as
-well (an archive, a page, a script) is recognised by reading its container.
+A decoder is given the bytes of the image alone (`blip2.data.image_container`), never its metadata or what a camera
+wrote behind it. A file that is an image and something else as well (an archive, a page, a program) is refused.
 
 Shape letters: S side in pixels.
 """
@@ -13,27 +13,29 @@ import io
 import re
 import struct
 import warnings
-import zlib
-from collections.abc import Iterator
+from urllib.parse import unquote
 
 from PIL import Image
 from torch import Tensor
 
 from blip2.data.collection import BadSampleError
+from blip2.data.image_container import Container, ContainerError, take_apart
 from blip2.data.image_formats import MEDIA_TYPES, format_of
 from blip2.data.images import ImageSpec, decode_image, plain_view
 from blip2.server.errors import RequestError, bad
 
 _SIDE = 32768  # longest side in pixels
 _THUMBNAIL = 320
-_DATA_URL = re.compile(r"data:([a-z0-9.+/-]*)((?:;[a-z0-9=.+-]+)*),", re.IGNORECASE)
-_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
-_FOREIGN = re.compile(rb"<svg|<html|<script|<!doctype|<iframe|<\?php|<!entity|%pdf-|#!/", re.IGNORECASE)
+_DATA_URL = re.compile(r"\s*data:([^;,]*)((?:;[^;,]*)*),", re.IGNORECASE)
+_URL_SAFE = str.maketrans("-_", "+/")
+_BASE64 = re.compile(r"[A-Za-z0-9+/]*")
+_DOCUMENT = re.compile(rb"<svg|<html|<script|<!doctype|<iframe|<\?php|<!entity|%pdf-|#!/", re.IGNORECASE)
+_FOREIGN_START = re.compile(rb"<|%pdf-|#!|PK\x03\x04|MZ|\x7fELF|Rar!|7z\xbc\xaf", re.IGNORECASE)
 _ARCHIVE_END = b"PK\x05\x06"
 
 
 def checked_image(data: bytes, max_pixels: int) -> bytes:
-    """The bytes as they came, once they are known to be one complete, harmless image.
+    """The bytes that the pixels depend on, once they are known to be one complete, harmless image.
 
     Raises:
         RequestError: 400 not an image, truncated, damaged or more than an image; 413 too many pixels;
@@ -44,9 +46,13 @@ def checked_image(data: bytes, max_pixels: int) -> bytes:
     kind = format_of(data)
     if kind is None:
         raise _unsupported("image")
-    _check_container(data, kind.name)
-    _check_header(data, kind.name, max_pixels)
-    return data
+    try:
+        file = take_apart(data, kind.name)
+    except ContainerError as error:
+        raise _invalid(str(error)) from None
+    _refuse_polyglot(file)
+    _check_header(file.pixels, kind.name, max_pixels)
+    return file.pixels
 
 
 def view_of(data: bytes, spec: ImageSpec) -> Tensor:
@@ -75,20 +81,24 @@ def thumbnail(data: bytes) -> bytes:
 
 
 def from_data_url(url: str, param: str = "image") -> bytes:
-    """The bytes of a `data:image/...;base64,` URL.
+    """The bytes of a `data:image/...;base64,` URL, as forgiving as browsers are and a little more.
+
+    Blanks and line breaks anywhere, missing padding, the URL-safe alphabet, percent-encoding and further parameters
+    (`name=dog.jpg`) do not matter.
 
     Raises:
         RequestError: 400 no such URL; 415 of another type.
     """
-    head = _DATA_URL.match(url[:200])
-    if head is None or not head[2].lower().endswith(";base64"):
+    head = _DATA_URL.match(url[:1000])
+    if head is None or "base64" not in head[2].lower().replace(" ", "").split(";"):
         raise _invalid("image must be a data URL: data:image/jpeg;base64,...", param)
-    if head[1].lower() not in (*MEDIA_TYPES, "image/jpg", "application/octet-stream", ""):
+    if head[1].strip().lower() not in (*MEDIA_TYPES, "image/jpg", "application/octet-stream", ""):
         raise _unsupported(param)
-    try:
-        return base64.b64decode(url[head.end() :], validate=True)
-    except ValueError:
-        raise _invalid("image's data URL is not valid base64", param) from None
+    text = url[head.end() :]
+    text = "".join((unquote(text) if "%" in text else text).split()).translate(_URL_SAFE).rstrip("=")
+    if len(text) % 4 == 1 or not _BASE64.fullmatch(text):
+        raise _invalid("image's data URL is not valid base64", param)
+    return base64.b64decode(text + "=" * (-len(text) % 4))
 
 
 def _invalid(message: str, param: str = "image") -> RequestError:
@@ -126,85 +136,13 @@ def _check_header(data: bytes, kind: str, max_pixels: int) -> None:
         raise _invalid("image cannot be decoded") from None
 
 
-def _check_container(data: bytes, kind: str) -> None:
-    """Refuse what is cut short, goes on behind its end, or carries another format along."""
-    read_extras = {"JPEG": _jpeg, "PNG": _png, "WEBP": _webp}[kind]
-    try:
-        if any(_FOREIGN.search(extra) for extra in read_extras(data)):
-            raise _invalid("image carries another document inside")
-    except (IndexError, struct.error):
-        raise _invalid("image is truncated") from None
-    end = data.rfind(_ARCHIVE_END, max(0, len(data) - 65557))
-    if end >= 0 and len(data) - end >= 22 and end + 22 + struct.unpack_from("<H", data, end + 20)[0] == len(data):
+def _refuse_polyglot(file: Container) -> None:
+    """Refuse an image that is a document, an archive or a program as well, as nothing that takes images makes."""
+    if any(_DOCUMENT.search(metadata) for metadata in file.metadata):
+        raise _invalid("image carries another document inside")
+    if _FOREIGN_START.match(file.rest.lstrip(b"\0 \t\r\n")):
+        raise _invalid("image has a document, an archive or a program behind its end")
+    tail = file.rest[-65557:]
+    end = tail.rfind(_ARCHIVE_END)
+    if end >= 0 and len(tail) - end >= 22 and end + 22 + struct.unpack_from("<H", tail, end + 20)[0] == len(tail):
         raise _invalid("image is an archive as well")
-
-
-def _jpeg(data: bytes) -> Iterator[bytes]:
-    """The comment and application segments; further images behind the first are those of an MPO."""
-    at = 0
-    while True:
-        parts, at = _jpeg_segments(data, at)
-        yield from parts
-        rest = data[at : at + 65536].lstrip(b"\0")
-        padding = min(len(data) - at, 65536) - len(rest)
-        if not rest and at + padding >= len(data):
-            return
-        if not rest.startswith(b"\xff\xd8\xff"):
-            raise _invalid("image has other bytes behind its end")
-        at += padding
-
-
-def _jpeg_segments(data: bytes, at: int) -> tuple[list[bytes], int]:
-    parts: list[bytes] = []
-    at += 2
-    while True:
-        match = _MARKER.match(data, at)
-        if match is None:
-            raise _invalid("image is truncated" if at >= len(data) - 1 else "image cannot be decoded")
-        marker, at = data[match.end() - 1], match.end()
-        if marker == 0xD9:
-            return parts, at
-        (size,) = struct.unpack_from(">H", data, at)
-        if size < 2 or at + size > len(data):
-            raise _invalid("image is truncated")
-        if 0xE0 <= marker <= 0xEF or marker == 0xFE:
-            parts.append(data[at + 2 : at + size])
-        at += size
-        if marker == 0xDA:
-            following = _MARKER.search(data, at)
-            if following is None:
-                raise _invalid("image is truncated")
-            at = following.start()
-
-
-def _png(data: bytes) -> Iterator[bytes]:
-    at = 8
-    while True:
-        size, name = struct.unpack_from(">I4s", data, at)
-        body = data[at + 8 : at + 8 + size]
-        (crc,) = struct.unpack_from(">I", data, at + 8 + size)
-        if zlib.crc32(body, zlib.crc32(name)) != crc:
-            raise _invalid("image is damaged (a checksum does not fit)")
-        at += size + 12
-        if name not in (b"IDAT", b"fdAT", b"PLTE", b"iCCP"):
-            yield body
-        if name == b"IEND":
-            break
-    if at != len(data):
-        raise _invalid("image has other bytes behind its end")
-
-
-def _webp(data: bytes) -> Iterator[bytes]:
-    (size,) = struct.unpack_from("<I", data, 4)
-    if size + 8 > len(data):
-        raise _invalid("image is truncated")
-    if size + 8 + size % 2 < len(data):
-        raise _invalid("image has other bytes behind its end")
-    at = 12
-    while at < size + 8:
-        name, length = struct.unpack_from("<4sI", data, at)
-        if at + 8 + length > len(data):
-            raise _invalid("image is truncated")
-        if name not in (b"VP8 ", b"VP8L", b"ALPH", b"ANMF", b"ICCP"):
-            yield data[at + 8 : at + 8 + length]
-        at += 8 + length + length % 2
