@@ -30,17 +30,17 @@ class Kept:
 
 def saved_bytes(module: nn.Module, forward: Callable[[], Any]) -> int:
     """Bytes of storages that the graph of `forward`'s result keeps, but for the module's own parameters."""
-    found: weakref.WeakSet[Kept] = weakref.WeakSet()
+    boxes: weakref.WeakSet[Kept] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> Kept:
         box = Kept(tensor)
-        found.add(box)
+        boxes.add(box)
         return box
 
     with saved_tensors_hooks(pack, lambda box: box.tensor):
         result = forward()
     own = {t.untyped_storage()._cdata for t in chain(module.parameters(), module.buffers())}
-    storages = {storage._cdata: storage for storage in (box.tensor.untyped_storage() for box in found)}
+    storages = {storage._cdata: storage for storage in (box.tensor.untyped_storage() for box in boxes)}
     del result  # what kept the graph, and so the boxes, alive until here
     return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
 

@@ -140,8 +140,8 @@ def test_the_largest_micro_batch_is_the_largest_that_fits() -> None:
         return 3 * batch * batch + 10**8 * batch
 
     for weights in (0, 14 * 10**9, 14_299_999_997):
-        found = app._fit(16, None, {None: weights}, activations)["micro_batch"]
-        assert weights + activations(found) <= 0.9 * 16e9 < weights + activations(found + 1)
+        batch = app._fit(16, None, {None: weights}, activations)["micro_batch"]
+        assert weights + activations(batch) <= 0.9 * 16e9 < weights + activations(batch + 1)
     assert app._fit(16, None, {None: 14_299_999_998}, activations)["micro_batch"] == 0
 
 

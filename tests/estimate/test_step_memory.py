@@ -252,13 +252,13 @@ def test_optimizer_holds_what_is_said(name: str) -> None:
         model.layers(torch.randn(4, 64)).square().sum().backward()
         live = LiveBytes(model)
         live._known |= {p.grad.untyped_storage()._cdata: p.grad for p in model.parameters() if p.grad is not None}
-        kept = [t for found in optimizer.state.values() for t in found.values() if isinstance(t, Tensor)]
+        kept = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
         live._known |= {t.untyped_storage()._cdata: t for t in kept}
         with live:
             optimizer.step()
         sizes.append(max(live.timeline, default=0))
         optimizer.zero_grad(set_to_none=True)
-    state = [t for found in optimizer.state.values() for n, t in found.items() if n != "step" and t is not None]
+    state = [t for tensors in optimizer.state.values() for n, t in tensors.items() if n != "step" and t is not None]
     parameters = list(model.parameters())
     assert state_bytes(parameters, config) == sum(t.numel() * t.element_size() for t in state)
     assert sizes[1] == pytest.approx(step_bytes(parameters, config, accelerator=False), abs=2000)

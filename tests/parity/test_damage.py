@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 import blip2
 from blip2.cli.main import main
 from blip2.errors import CheckpointError, ConfigError
-from blip2.weights import native
 from blip2.weights.formats import open_checkpoint
-from blip2.weights.lazy_tensors import INDEX, LazyTensor, open_folder, write_folder
+from blip2.weights.lazy_tensors import INDEX, LazyTensor, open_folder, read_metadata, write_folder
 
 HF = Callable[[str], tuple[Path, Any]]
 
@@ -164,7 +163,7 @@ def test_a_config_that_its_weights_contradict(
 
 def changed(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change a safetensors file in place, its metadata kept."""
-    tensors, metadata = load_file(file), native.read_metadata(file)
+    tensors, metadata = load_file(file), read_metadata(file)
     change(tensors)
     save_file(tensors, file, metadata)
 

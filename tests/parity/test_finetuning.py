@@ -15,8 +15,9 @@ from transformers import Blip2ForConditionalGeneration
 import blip2
 from blip2.cli.main import main
 from blip2.errors import CheckpointError
-from blip2.weights import native, runs
+from blip2.weights import runs
 from blip2.weights.formats import open_checkpoint
+from blip2.weights.lazy_tensors import read_safetensors
 
 HF = Callable[[str], tuple[Path, Any]]
 COLORS = ("red", "green", "blue", "black", "white", "yellow")
@@ -58,7 +59,7 @@ def command(recipe: str, hf: HF, pictures: Path, out: Path, init: Path | None, *
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return native.read(runs.checkpoints(run)[-1][1] / runs.WEIGHTS)
+    return read_safetensors(runs.checkpoints(run)[-1][1] / runs.WEIGHTS)
 
 
 def dev(run: Path, name: str) -> list[float]:
@@ -82,7 +83,7 @@ def test_the_image_encoder_trains_and_is_used(
     still = {name for name in tuned if name not in moved}
     assert still == {"post_layernorm.weight", "post_layernorm.bias"}  # behind the block that is used
     # what loads is the best of dev, and its encoder is its own
-    kept = native.read(run / "best" / runs.WEIGHTS)
+    kept = read_safetensors(run / "best" / runs.WEIGHTS)
     score = json.loads((run / "best" / "score.json").read_text())
     assert score["metric"] == best
     assert score["score"] == max(dev(run, best))
@@ -139,7 +140,7 @@ def test_questions_enter_the_qformer(
     with pytest.raises(CheckpointError, match="reads questions, for which"):
         blip2.convert(run, tmp_path / "hf", "hf")
     copy = blip2.convert(run, tmp_path / "copy", "blip2").target
-    assert native.read(copy / runs.WEIGHTS).keys() == after.keys()
+    assert read_safetensors(copy / runs.WEIGHTS).keys() == after.keys()
 
 
 def test_a_linear_bridge_trains_and_loads(hf: HF, pictures: Path, tmp_path: Path) -> None:

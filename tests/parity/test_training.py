@@ -13,8 +13,9 @@ from PIL import Image
 
 import blip2
 from blip2.cli.main import main
-from blip2.weights import native, runs
+from blip2.weights import runs
 from blip2.weights.formats import open_checkpoint
+from blip2.weights.lazy_tensors import read_safetensors
 
 HF = Callable[[str], tuple[Path, Any]]
 
@@ -62,7 +63,7 @@ def test_a_stage_starts_from_stage_1(
         return
     assert code == 0, said
     before = open_checkpoint(init).tensors
-    after = native.read(runs.checkpoints(tmp_path / "run")[-1][1] / runs.WEIGHTS)
+    after = read_safetensors(runs.checkpoints(tmp_path / "run")[-1][1] / runs.WEIGHTS)
     kept = [name for name in after if name in before]
     assert len(kept) == len(after) - (2 if stage == "stage2" else 0)
     for name in kept:  # a step at a learning rate of 1e-9
@@ -97,7 +98,7 @@ def test_a_published_lavis_file_holds_no_encoder(
     torch.save(whole, tmp_path / "stage1.pth")
     assert main(command(stage, hf, pictures, tmp_path / "run", tmp_path / "stage1.pth")) == 0
     before = open_checkpoint(stage1["blip2"]).tensors
-    after = native.read(runs.checkpoints(tmp_path / "run")[-1][1] / runs.WEIGHTS)
+    after = read_safetensors(runs.checkpoints(tmp_path / "run")[-1][1] / runs.WEIGHTS)
     assert after.keys() - before.keys() == (
         {"language_proj.weight", "language_proj.bias"} if stage == "stage2" else set()
     )
@@ -113,7 +114,7 @@ def test_a_bare_qformer_starts_stage_1(hf: HF, pictures: Path, tmp_path: Path, c
     assert main(command("stage1", hf, pictures, tmp_path / "run", tmp_path / "q")) == 0
     said = capsys.readouterr().err
     before = open_checkpoint(tmp_path / "q").tensors
-    after = native.read(runs.checkpoints(tmp_path / "run")[-1][1] / runs.WEIGHTS)
+    after = read_safetensors(runs.checkpoints(tmp_path / "run")[-1][1] / runs.WEIGHTS)
     for name, lazy in before.items():
         torch.testing.assert_close(after[name], lazy.read(), atol=1e-6, rtol=0)
     fresh = {name for name in after if name not in before}

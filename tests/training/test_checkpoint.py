@@ -17,7 +17,8 @@ from blip2.errors import CheckpointError
 from blip2.models.freezing import freeze
 from blip2.training import checkpoint
 from blip2.training.optim import build_optimizer
-from blip2.weights import native
+from blip2.weights import lazy_tensors
+from blip2.weights.lazy_tensors import read_metadata, read_safetensors
 
 NAMES = ["model.safetensors", "optimizer.safetensors", "state.json"]
 
@@ -93,7 +94,7 @@ def test_nothing_is_pickled_and_frozen_towers_stay_out(tmp_path: Path) -> None:
     for file in path.iterdir():
         with pytest.raises(ValueError):  # noqa: PT011 - whatever pickletools says of it
             list(pickletools.genops(file.read_bytes()))
-    assert json.loads(native.read_metadata(path / NAMES[0])["config"]) == {"recipe": "custom"}
+    assert json.loads(read_metadata(path / NAMES[0])["config"]) == {"recipe": "custom"}
 
 
 def test_the_newest_whole_one_is_picked(tmp_path: Path) -> None:
@@ -127,7 +128,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, 3)
     model, optimizer = trained(5, seed=8)
     path = checkpoint.save(tmp_path, 3, model, optimizer, {}, 2)
-    assert torch.equal(native.read(path / "model.safetensors")["bridge.weight"], model.bridge.weight)
+    assert torch.equal(read_safetensors(path / "model.safetensors")["bridge.weight"], model.bridge.weight)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -174,15 +175,15 @@ def test_moments_of_a_frozen_part_are_refused(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_last_one_intact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     path = save(tmp_path, 3)
     before = {p.name: p.read_bytes() for p in path.iterdir()}
-    write = native.save_file
+    replacing = lazy_tensors.replacing
 
-    def full(tensors: Any, target: Path, *rest: Any) -> None:
+    def full(target: Path, *, sync: bool) -> Any:
         if failing in target.name:
             target.write_bytes(b"as far as it went")
             raise OSError(28, "No space left on device", str(target))
-        write(tensors, target, *rest)
+        return replacing(target, sync=sync)
 
-    monkeypatch.setattr(native, "save_file", full)
+    monkeypatch.setattr(lazy_tensors, "replacing", full)
     with pytest.raises(CheckpointError) as caught:
         save(tmp_path, 4)
     message = str(caught.value)

@@ -22,7 +22,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip2.weights import native, runs
+from blip2.weights import runs
+from blip2.weights.lazy_tensors import read_safetensors
 
 # What trains, and over what; adapters on quantized weights are for DDP alone.
 KINDS = ("stage1", "stage2", "t5", "stage1+vision", "questions", "shots", "stage2+lora")
@@ -259,7 +260,7 @@ def results(folder: Path, job: str) -> Results:
     names = ("loss", "itc", "itm", "itg", "lm", "grad_norm")
     losses = [{name: line[name] for name in names if name in line} for line in lines]
     texts = [row for line in lines if line["kind"] == "dev" for row in line["text"]]
-    return losses, texts, native.read(checkpoints[-1][1] / runs.WEIGHTS)
+    return losses, texts, read_safetensors(checkpoints[-1][1] / runs.WEIGHTS)
 
 
 @pytest.mark.parametrize(("kind", "parallel"), [(kind, parallel) for kind in JOBS for parallel in JOBS[kind]])

@@ -23,7 +23,8 @@ from blip2.training.objectives.stage1 import Stage1Objective
 from blip2.training.objectives.stage2 import Stage2Objective
 from blip2.training.optim import learning_rate
 from blip2.training.trainer import Trainer
-from blip2.weights import native
+from blip2.weights import lazy_tensors
+from blip2.weights.lazy_tensors import read_safetensors
 from blip2.weights.runs import open_run
 
 CPU = torch.device("cpu")
@@ -275,7 +276,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_keys(tiny: Any, tmp_path: Path
     assert message.endswith("step-000004 is intact")
     assert "\n" not in message
     assert trainer.step == 4
-    saved = native.read(tmp_path / "checkpoints" / "step-000004" / "model.safetensors")
+    saved = read_safetensors(tmp_path / "checkpoints" / "step-000004" / "model.safetensors")
     assert_equal(weights(trainer.model), saved)  # type: ignore[arg-type]
     assert len(lines(tmp_path)) == 4
 
@@ -296,14 +297,14 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tiny: Any
 
 
 def test_a_full_disk_is_one_line(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = native.save_file
+    replacing = lazy_tensors.replacing
 
-    def full(tensors: Any, target: Path, *rest: Any) -> None:
+    def full(target: Path, *, sync: bool) -> Any:
         if "000004" in str(target):
             raise OSError(28, "No space left on device")
-        write(tensors, target, *rest)
+        return replacing(target, sync=sync)
 
-    monkeypatch.setattr(native, "save_file", full)
+    monkeypatch.setattr(lazy_tensors, "replacing", full)
     trainer = Trainer(Regression(), stream(tiny), config(), tmp_path, device=CPU)
     with pytest.raises(CheckpointError, match=r"No space left on device; step-000002 is intact$") as caught:
         trainer.run()
@@ -402,7 +403,7 @@ def test_a_frozen_part_that_stays_is_no_reason_to_stop(tiny: Any, tmp_path: Path
     freeze(frozen)
     trainer = Trainer(Regression(frozen), stream(tiny), config(), tmp_path, device=CPU, frozen=[frozen])
     assert trainer.run().step == 6
-    saved = native.read(tmp_path / "checkpoints" / "step-000006" / "model.safetensors")
+    saved = read_safetensors(tmp_path / "checkpoints" / "step-000006" / "model.safetensors")
     assert set(saved) == {"layer.weight", "layer.bias"}
 
 
@@ -426,8 +427,8 @@ def test_the_best_of_dev_is_kept_and_survives_a_resume(tmp_path: Path, tiny: Any
 
     first = trained(4, tmp_path, "recall")
     assert first == {"step": 2, "metric": "recall", "score": 30.0}
-    kept = native.read(tmp_path / "best" / "model.safetensors")
-    assert_equal(kept, native.read(tmp_path / "checkpoints" / "step-000002" / "model.safetensors"))
+    kept = read_safetensors(tmp_path / "best" / "model.safetensors")
+    assert_equal(kept, read_safetensors(tmp_path / "checkpoints" / "step-000002" / "model.safetensors"))
     assert open_run(tmp_path).weights == tmp_path / "best" / "model.safetensors"
     recalls[6] = 25.0
     assert trained(6, tmp_path, "recall") == first

@@ -17,8 +17,8 @@ from blip2.models.stage1 import Stage1
 from blip2.weights import compact, runs
 from blip2.weights.convert.pipeline import convert
 from blip2.weights.formats import located, open_checkpoint
-from blip2.weights.lazy_tensors import LazyTensor, open_safetensors, write_safetensors
-from blip2.weights.native import save_weights
+from blip2.weights.lazy_tensors import LazyTensor, lazily, open_safetensors
+from blip2.weights.loading import trained_state
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "cat", "runs", "zebra"]
 
@@ -58,8 +58,7 @@ def run(tmp_path: Path, bert: Path) -> Path:
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape))
-    save_weights(folder / runs.WEIGHTS, model, to_dict(config))
-    runs.write_config(folder, config)
+    runs.write_run(folder, lazily(trained_state(model)), config)
     return folder
 
 
@@ -89,10 +88,10 @@ def test_words_that_recur_are_kept_and_the_rest_is_berts(run: Path, bert: Path, 
 
 def test_all_words_that_moved_without_a_data_set(run: Path, bert: Path, tmp_path: Path) -> None:
     convert(run, tmp_path / "slim", "slim", stage1="first")
-    found = open_checkpoint(tmp_path / "slim")
+    checkpoint = open_checkpoint(tmp_path / "slim")
     own = open_checkpoint(run).tensors[compact.WORDS].read().to(torch.bfloat16).float()
-    assert torch.equal(found.tensors[compact.WORDS].read(), own)
-    assert found.config.init == "first"
+    assert torch.equal(checkpoint.tensors[compact.WORDS].read(), own)
+    assert checkpoint.config.init == "first"
 
 
 def test_words_that_did_not_move_are_left_out_exactly(run: Path, bert: Path, tmp_path: Path) -> None:
@@ -101,19 +100,19 @@ def test_words_that_did_not_move_are_left_out_exactly(run: Path, bert: Path, tmp
     words[:-1] = BertModel.from_pretrained(bert, add_pooling_layer=False).embeddings.word_embeddings.weight.detach()
     words[6] += 1.0
     checkpoint.tensors[compact.WORDS] = checkpoint.tensors[compact.WORDS].of(words)
-    small = compact.slim(checkpoint, None)
+    small = compact.shrink(checkpoint, None)
     assert small[compact.ROWS].read().tolist() == [6, len(WORDS)]
-    whole = compact.whole(small, checkpoint.config.qformer, "run")[compact.WORDS].read()
+    whole = compact.restore(small, checkpoint.config.qformer, "run")[compact.WORDS].read()
     assert torch.equal(whole[:6], words[:6])  # in full precision: they are BERT's own
 
 
 def test_rows_that_the_vocabulary_does_not_have(run: Path, tmp_path: Path) -> None:
-    found = open_checkpoint(run)
-    tensors = compact.slim(found, torch.tensor([5]))
+    checkpoint = open_checkpoint(run)
+    tensors = compact.shrink(checkpoint, torch.tensor([5]))
     tensors[compact.ROWS] = tensors[compact.ROWS].of(torch.tensor([5, 99], dtype=torch.int32))
     folder = tmp_path / "bad"
     folder.mkdir()
-    write_safetensors(folder / runs.WEIGHTS, tensors, {"format": "blip2", "config": json.dumps(to_dict(found.config))})
+    runs.write_weights(folder / runs.WEIGHTS, tensors, to_dict(checkpoint.config))
     with pytest.raises(CheckpointError, match="do not fit the 11 words"):
         open_checkpoint(folder)
 
@@ -127,22 +126,22 @@ def test_a_folder_of_the_name_of_a_preset_comes_first(tmp_path: Path, monkeypatc
 
 def test_a_text_branch_that_was_not_trained_is_left_out_and_comes_back(run: Path, bert: Path, tmp_path: Path) -> None:
     """Of a locked run, but for a layer that came trained from elsewhere."""
-    found = open_checkpoint(run)
-    qformer = replace(found.config.qformer, lock_text=True, text_pool="mean")
+    checkpoint = open_checkpoint(run)
+    qformer = replace(checkpoint.config.qformer, lock_text=True, text_pool="mean")
     fresh = load_qformer(qformer, 6, text=True)
     states = {f"qformer.{name}": p.detach() for name, p in fresh.named_parameters()}
     trained = "qformer.layers.1.text_ff.up.weight"
     moved = states[trained] + 1
     for name, value in (states | {trained: moved}).items():
         if ".query_ff." not in name and ".cross_attention." not in name and "query_tokens" not in name:
-            found.tensors[name] = LazyTensor.of(value)
-    locked = replace(found, config=replace(found.config, qformer=qformer))
-    small = compact.slim(locked, None)
+            checkpoint.tensors[name] = LazyTensor.of(value)
+    locked = replace(checkpoint, config=replace(checkpoint.config, qformer=qformer))
+    small = compact.shrink(locked, None)
     assert trained in small
     assert not [name for name in small if ".self_attention." in name or "position" in name]
-    after = compact.whole(small, qformer, "run")
-    assert after.keys() == found.tensors.keys()
-    for name, before in found.tensors.items():
+    after = compact.restore(small, qformer, "run")
+    assert after.keys() == checkpoint.tensors.keys()
+    for name, before in checkpoint.tensors.items():
         same = before.read() if name in states and name not in small else before.read().to(torch.bfloat16).float()
         if name != compact.WORDS and before.nbytes > 4:
             torch.testing.assert_close(after[name].read().float(), same.float(), rtol=0, atol=0, msg=name)

@@ -42,8 +42,8 @@ DTYPES = (
 
 def values() -> dict[str, Tensor]:
     """Every dtype, a scalar, an empty tensor, one that is not contiguous, and what is equal to nothing."""
-    found = {str(dtype): (torch.randn(3, 5) * 9).to(dtype) for dtype in DTYPES}
-    return found | {
+    values = {str(dtype): (torch.randn(3, 5) * 9).to(dtype) for dtype in DTYPES}
+    return values | {
         "scalar": torch.tensor(2.5),
         "empty": torch.zeros(0, 4),
         "turned": torch.randn(4, 3).T,
@@ -62,10 +62,10 @@ def test_what_we_write_is_read_by_safetensors_and_by_us(tmp_path: Path) -> None:
     theirs, ours = load_file(path), open_safetensors(path)
     assert theirs.keys() == ours.keys() == expected.keys()
     for name, value in expected.items():
-        for found in (theirs[name], ours[name].read()):
-            assert found.dtype == value.dtype
-            assert found.shape == value.shape
-            assert torch.equal(as_bytes(found), as_bytes(value))
+        for read in (theirs[name], ours[name].read()):
+            assert read.dtype == value.dtype
+            assert read.shape == value.shape
+            assert torch.equal(as_bytes(read), as_bytes(value))
         assert (ours[name].shape, ours[name].dtype) == (tuple(value.shape), value.dtype)
     assert sum(seen) == sum(v.numel() * v.element_size() for v in expected.values())
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
@@ -100,8 +100,8 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
     index = json.loads((tmp_path / INDEX).read_text())
     assert index["metadata"]["total_size"] == 280
     assert index["weight_map"].keys() == expected.keys()
-    found = open_folder(tmp_path)
-    assert all(torch.equal(found[name].read(), value) for name, value in expected.items())
+    tensors = open_folder(tmp_path)
+    assert all(torch.equal(tensors[name].read(), value) for name, value in expected.items())
 
 
 def test_a_folder_of_one_file_and_of_pickles(tmp_path: Path) -> None:
@@ -119,10 +119,10 @@ def test_a_pickle_gives_its_tensors_and_what_stands_beside_them(tmp_path: Path, 
     path = tmp_path / "a.pth"
     state = {"w": torch.randn(2, 2), "steps": 3}
     torch.save({"model": state, "epoch": 4, "config": {"a": [1]}}, path, _use_new_zipfile_serialization=new)
-    found, beside = open_pickled(path)
-    assert found.keys() == {"w"}
-    assert torch.equal(found["w"].read(), state["w"])
-    assert beside == {"epoch": 4, "config": {"a": [1]}}
+    tensors, other_entries = open_pickled(path)
+    assert tensors.keys() == {"w"}
+    assert torch.equal(tensors["w"].read(), state["w"])
+    assert other_entries == {"epoch": 4, "config": {"a": [1]}}
 
 
 def test_a_pickle_without_tensors(tmp_path: Path) -> None:
@@ -162,9 +162,9 @@ def test_pickles_in_shards(tmp_path: Path) -> None:
     for name, file in places.items():
         torch.save({name: expected[name]}, tmp_path / file)
     (tmp_path / PICKLED_INDEX).write_text(json.dumps({"weight_map": places}))
-    found = open_folder(tmp_path)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name].read(), value) for name, value in expected.items())
+    tensors = open_folder(tmp_path)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name].read(), value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize(
@@ -194,9 +194,9 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
     size = 4_000_000
     made = {f"t{n}": LazyTensor((size,), torch.float32, lambda: torch.zeros(size)) for n in range(4)}
     write_safetensors(tmp_path / "a.safetensors", made)
-    found = open_safetensors(tmp_path / "a.safetensors")
+    tensors = open_safetensors(tmp_path / "a.safetensors")
     alive: list[weakref.ref[Tensor]] = []
-    for lazy in found.values():
+    for lazy in tensors.values():
         alive.append(weakref.ref(lazy.read()))
         assert [ref for ref in alive if ref() is not None] == []
     assert (tmp_path / "a.safetensors").stat().st_size > 4 * 4 * size

@@ -46,20 +46,20 @@ def norm(name: str, width: int = D) -> Shapes:
 
 def lavis_qformer(width: int, *, text: bool) -> Shapes:
     """`Qformer.bert.*` of LAVIS; stage 2 drops the text's embeddings, feed-forwards and head."""
-    found: Shapes = {"query_tokens": (1, 32, D), **norm("ln_vision", width)}
-    found |= norm("Qformer.bert.embeddings.LayerNorm")
+    shapes: Shapes = {"query_tokens": (1, 32, D), **norm("ln_vision", width)}
+    shapes |= norm("Qformer.bert.embeddings.LayerNorm")
     for n in range(DEPTH):
         layer = f"Qformer.bert.encoder.layer.{n}"
         for attention in ["attention", *(["crossattention"] if n % 2 == 0 else [])]:
             source = width if attention == "crossattention" else D
-            found |= linear(f"{layer}.{attention}.self.query", D, D)
-            found |= linear(f"{layer}.{attention}.self.key", D, source)
-            found |= linear(f"{layer}.{attention}.self.value", D, source)
-            found |= linear(f"{layer}.{attention}.output.dense", D, D) | norm(f"{layer}.{attention}.output.LayerNorm")
+            shapes |= linear(f"{layer}.{attention}.self.query", D, D)
+            shapes |= linear(f"{layer}.{attention}.self.key", D, source)
+            shapes |= linear(f"{layer}.{attention}.self.value", D, source)
+            shapes |= linear(f"{layer}.{attention}.output.dense", D, D) | norm(f"{layer}.{attention}.output.LayerNorm")
         for suffix in ["_query", *([""] if text else [])]:
-            found |= linear(f"{layer}.intermediate{suffix}.dense", 4 * D, D)
-            found |= linear(f"{layer}.output{suffix}.dense", D, 4 * D) | norm(f"{layer}.output{suffix}.LayerNorm")
-    return found
+            shapes |= linear(f"{layer}.intermediate{suffix}.dense", 4 * D, D)
+            shapes |= linear(f"{layer}.output{suffix}.dense", D, 4 * D) | norm(f"{layer}.output{suffix}.LayerNorm")
+    return shapes
 
 
 def lavis_stage1(width: int) -> Shapes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import torch
 from blip2.configs import RunConfig, to_dict
 from blip2.errors import CheckpointError
 from blip2.recipes import tiny
-from blip2.weights import native, runs
+from blip2.weights import runs
 from blip2.weights.formats import open_checkpoint, stage1_behind
+from blip2.weights.lazy_tensors import lazily
 
 
 def run(folder: Path, config: RunConfig, init: str | None, step: int | None = None) -> Path:
@@ -21,9 +21,7 @@ def run(folder: Path, config: RunConfig, init: str | None, step: int | None = No
     config = replace(config, init=init)
     place = folder if step is None else folder / "checkpoints" / f"step-{step:06d}"
     place.mkdir(parents=True)
-    native.write_beside(
-        place / runs.WEIGHTS, {"x": torch.ones(1)}, {"format": "blip2", "config": json.dumps(to_dict(config))}
-    )
+    runs.write_weights(place / runs.WEIGHTS, lazily({"x": torch.ones(1)}), to_dict(config))
     runs.write_config(folder, config)
     return folder
 

@@ -30,9 +30,9 @@ def test_a_run_folder_gives_its_newest_whole_weights(tmp_path: Path) -> None:
         weights(tmp_path / "checkpoints" / f"step-{step:06d}", replace(CONFIG, recipe=f"at {step}"))
     (tmp_path / "checkpoints" / "step-000200").mkdir()
     weights(tmp_path / "checkpoints" / ".step-000300.tmp-12")
-    found = runs.open_run(tmp_path)
-    assert found.weights == tmp_path / "checkpoints" / "step-000100" / runs.WEIGHTS
-    assert found.config == replace(CONFIG, recipe="at 100")
+    newest = runs.open_run(tmp_path)
+    assert newest.weights == tmp_path / "checkpoints" / "step-000100" / runs.WEIGHTS
+    assert newest.config == replace(CONFIG, recipe="at 100")
     assert [step for step, _ in runs.checkpoints(tmp_path)] == [3, 20, 100]
 
 

@@ -15,7 +15,7 @@ from blip2.models.stage1 import Stage1
 from blip2.weights.checkpoint import Checkpoint
 from blip2.weights.lazy_tensors import LazyTensor
 from blip2.weights.loading import Allowed, trained_state
-from blip2.weights.validate import require_whole
+from blip2.weights.validate import require_complete
 
 # Named nowhere: its sizes follow from the tensors.
 QFORMER = QFormerConfig(init="some/where", queries=3, embed_dim=4)
@@ -40,48 +40,48 @@ def checkpoint(stage: str = "stage1") -> Checkpoint:
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_a_whole_one_passes(stage: str) -> None:
-    require_whole(checkpoint(stage))
+    require_complete(checkpoint(stage))
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_a_missing_tensor_is_named(stage: str) -> None:
-    found = checkpoint(stage)
-    for name in [*SIZES, *list(found.tensors)[::9]]:
-        short = replace(found, tensors={n: lazy for n, lazy in found.tensors.items() if n != name})
+    opened = checkpoint(stage)
+    for name in [*SIZES, *list(opened.tensors)[::9]]:
+        short = replace(opened, tensors={n: lazy for n, lazy in opened.tensors.items() if n != name})
         with pytest.raises(
             CheckpointError, match=f"^x: {name} is missing: the checkpoint is of another model or stage$"
         ):
-            require_whole(short)
+            require_complete(short)
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_a_tensor_of_another_shape_is_named(stage: str) -> None:
-    found = checkpoint(stage)
-    for name in [*SIZES, *list(found.tensors)[::9]]:
-        odd = LazyTensor((*found.tensors[name].shape, 7), torch.float32, read)
+    opened = checkpoint(stage)
+    for name in [*SIZES, *list(opened.tensors)[::9]]:
+        odd = LazyTensor((*opened.tensors[name].shape, 7), torch.float32, read)
         with pytest.raises(CheckpointError, match=r"^x: \S+ (is \(|has \d axes)"):
-            require_whole(replace(found, tensors=found.tensors | {name: odd}))
+            require_complete(replace(opened, tensors=opened.tensors | {name: odd}))
 
 
 def test_one_tensor_too_many_is_named() -> None:
-    found = checkpoint()
+    opened = checkpoint()
     extra = {"language_proj.weight": LazyTensor((20, 8), torch.float32, read)}
     with pytest.raises(CheckpointError, match="^x: language_proj.weight has no place in this model"):
-        require_whole(replace(found, tensors=found.tensors | extra))
+        require_complete(replace(opened, tensors=opened.tensors | extra))
 
 
 A, B = (f"language_model.model.layers.0.fc1.lora_{kind}.default.weight" for kind in "AB")
 
 
 def adapted(shapes: dict[str, tuple[int, ...]], rank: int = 2) -> Checkpoint:
-    found = checkpoint("stage2")
+    opened = checkpoint("stage2")
     extra = {name: LazyTensor(shape, torch.float32, read) for name, shape in shapes.items()}
-    config = replace(found.config, lora=LoraConfig(rank=rank))
-    return replace(found, config=config, tensors=found.tensors | extra)
+    config = replace(opened.config, lora=LoraConfig(rank=rank))
+    return replace(opened, config=config, tensors=opened.tensors | extra)
 
 
 def test_adapters_pass_in_pairs_of_the_rank_of_their_run() -> None:
-    require_whole(adapted({A: (2, 5), B: (7, 2)}))
+    require_complete(adapted({A: (2, 5), B: (7, 2)}))
     for shapes, message in (
         ({A: (2, 5)}, f"{B} is missing"),
         ({B: (7, 2)}, f"{A} is missing"),
@@ -90,18 +90,18 @@ def test_adapters_pass_in_pairs_of_the_rank_of_their_run() -> None:
         ({A: (2, 5), B: (7, 3)}, "and lora.rank of its run is 2"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            require_whole(adapted(shapes))
+            require_complete(adapted(shapes))
 
 
 def test_what_the_format_does_not_hold_may_be_missing() -> None:
-    found = checkpoint()
-    found = replace(found, tensors={n: lazy for n, lazy in found.tensors.items() if n != "temp"})
-    require_whole(replace(found, allowed=Allowed(fresh=("temp",))))
+    opened = checkpoint()
+    opened = replace(opened, tensors={n: lazy for n, lazy in opened.tensors.items() if n != "temp"})
+    require_complete(replace(opened, allowed=Allowed(fresh=("temp",))))
 
 
 def test_the_configuration_decides_where_it_is_at_hand() -> None:
     """`minilm-l6` has six layers, the tensors two."""
-    found = checkpoint()
-    found = replace(found, config=replace(found.config, qformer=replace(QFORMER, init="minilm-l6")))
+    opened = checkpoint()
+    opened = replace(opened, config=replace(opened.config, qformer=replace(QFORMER, init="minilm-l6")))
     with pytest.raises(CheckpointError, match="^x: qformer.layers.2.self_attention.query.weight is missing"):
-        require_whole(found)
+        require_complete(opened)

@@ -20,8 +20,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from blip2.errors import CheckpointError
 from blip2.io.atomic import replacing
 from blip2.ops import distributed
-from blip2.weights import native, runs
-from blip2.weights.loading import trained_state
+from blip2.weights import runs
+from blip2.weights.lazy_tensors import lazily, read_safetensors, write_safetensors
+from blip2.weights.loading import fill, trained_state
 
 MODEL, OPTIMIZER, STATE = runs.WEIGHTS, "optimizer.safetensors", "state.json"
 
@@ -71,10 +72,10 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> in
         CheckpointError: a file is damaged or of another model.
     """
     step = _read_step(folder)
-    state, own = native.read(folder / MODEL), trained_state(model)
+    state, own = read_safetensors(folder / MODEL), trained_state(model)
     sharded = {n: value for n, value in own.items() if isinstance(value, DTensor) and n in state}
-    native.load_weights(model, folder / MODEL, state | {n: _as(state[n], value) for n, value in sharded.items()})
-    _restore_moments(model, optimizer, native.read(folder / OPTIMIZER), folder / OPTIMIZER)
+    fill(model, str(folder / MODEL), state | {n: _as(state[n], value) for n, value in sharded.items()})
+    _restore_moments(model, optimizer, read_safetensors(folder / OPTIMIZER), folder / OPTIMIZER)
     return step
 
 
@@ -89,9 +90,9 @@ def _write(
     try:
         with replacing(target, sync=True) as temporary:
             temporary.mkdir(parents=True)
-            native.write_beside(temporary / MODEL, weights, {"format": "blip2", "config": json.dumps(config)})
+            runs.write_weights(temporary / MODEL, lazily(weights), config)
             if moments is not None:
-                native.write_beside(temporary / OPTIMIZER, moments)
+                write_safetensors(temporary / OPTIMIZER, lazily(moments))
             for name, state in states.items():
                 (temporary / name).write_text(json.dumps(state))
             if target.exists():

@@ -19,7 +19,7 @@ OPT_END, T5_QUESTION = "\n", "Question: {} Short answer:"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was found: how to build its model, and its tensors.
+    """An opened checkpoint: how to build its model, and its tensors.
 
     Args:
         source: file or folder, for messages.

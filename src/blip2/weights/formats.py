@@ -1,8 +1,8 @@
 """Open any BLIP-2 checkpoint: a run of ours, a Hugging Face folder or hub id, a LAVIS `.pth`.
 
-    found = open_checkpoint("Salesforce/blip2-opt-2.7b")
-    found.config        # the RunConfig that builds its model
-    found.tensors       # what trains, under our names, still on disk
+    checkpoint = open_checkpoint("Salesforce/blip2-opt-2.7b")
+    checkpoint.config        # the RunConfig that builds its model
+    checkpoint.tensors       # what trains, under our names, still on disk
 
 Nothing is read here but names and shapes.
 """
@@ -60,13 +60,13 @@ def open_checkpoint(source: str | Path, *, vision: str | None = None, language: 
     Raises:
         CheckpointError: nothing there, incomplete, damaged, or not a BLIP-2 checkpoint.
     """
-    found = _open(located(source))
-    config = found.config
+    checkpoint = _open(located(source))
+    config = checkpoint.config
     if vision:
         config = replace(config, vision=replace(config.vision, name=vision))
     if language:
         config = replace(config, language=replace(config.language, name=language))
-    return replace(found, config=config)
+    return replace(checkpoint, config=config)
 
 
 def stage1_behind(init: str, home: Path | None = None) -> Checkpoint:
@@ -123,7 +123,7 @@ def _open(source: str | Path) -> Checkpoint:
         )
     if path.exists():
         run = runs.open_run(path)
-        tensors = compact.whole(open_safetensors(run.weights), run.config.qformer, str(run.weights))
+        tensors = compact.restore(open_safetensors(run.weights), run.config.qformer, str(run.weights))
         return Checkpoint(str(run.weights), "blip2", run.config, tensors)
     name = PRESETS.get(str(source), str(source))
     if towers.is_id(name) and not Path(name).suffix:

@@ -49,44 +49,44 @@ def folder_of(name: str) -> Path:
     return towers.snapshot(source)
 
 
-def vision_tower(found: Checkpoint) -> Tower:
+def vision_tower(checkpoint: Checkpoint) -> Tower:
     """The image encoder of a checkpoint, under the names of its own transformers class."""
-    settings = found.config.vision
-    if found.vision:
-        norm = {f"post_layernorm.{k}": found.tensors[f"ln_vision.{k}"] for k in ("weight", "bias")}
-        config = eva_config(found)
-        _require_complete(found.source, config, found.vision | norm)
-        return Tower(config, found.vision | norm, None)
+    settings = checkpoint.config.vision
+    if checkpoint.vision:
+        norm = {f"post_layernorm.{k}": checkpoint.tensors[f"ln_vision.{k}"] for k in ("weight", "bias")}
+        config = eva_config(checkpoint)
+        _require_complete(checkpoint.source, config, checkpoint.vision | norm)
+        return Tower(config, checkpoint.vision | norm, None)
     folder = folder_of(settings.name)
     part, inside = towers.load_part_config(str(folder), "vision_config")
     tensors = open_folder(folder)
     if inside:
-        tensors = _below(tensors, "vision_model.")
+        tensors = _under(tensors, "vision_model.")
     if part.model_type == "blip_2_vision_model":
         _require_complete(str(folder), part, tensors)
     return Tower(part, tensors, folder)
 
 
-def with_own_encoder(found: Checkpoint) -> Checkpoint:
+def with_own_encoder(checkpoint: Checkpoint) -> Checkpoint:
     """A run of ours that fine-tuned its image encoder as one that brings it along; any other as it is.
 
     Raises:
         CheckpointError: the encoder is none that `Blip2VisionModel` can hold.
     """
     prefix = "vision.model."
-    own = {name.removeprefix(prefix): lazy for name, lazy in found.tensors.items() if name.startswith(prefix)}
+    own = {name.removeprefix(prefix): lazy for name, lazy in checkpoint.tensors.items() if name.startswith(prefix)}
     if not own:
-        return found
-    part, _ = towers.load_part_config(str(folder_of(found.config.vision.name)), "vision_config")
+        return checkpoint
+    part, _ = towers.load_part_config(str(folder_of(checkpoint.config.vision.name)), "vision_config")
     if part.model_type != "blip_2_vision_model":
         raise CheckpointError(
-            f"{found.source}: it fine-tuned a {part.model_type} image encoder, and BLIP-2 of transformers and LAVIS "
-            "has place for its own ViT-g only"
+            f"{checkpoint.source}: it fine-tuned a {part.model_type} image encoder, and BLIP-2 of transformers and "
+            "LAVIS has place for its own ViT-g only"
         )
-    rest = {name: lazy for name, lazy in found.tensors.items() if not name.startswith(prefix)}
+    rest = {name: lazy for name, lazy in checkpoint.tensors.items() if not name.startswith(prefix)}
     own = {name: lazy for name, lazy in own.items() if not name.startswith("post_layernorm.")}
-    config = replace(found.config, vision=replace(found.config.vision, train=False))
-    return replace(found, tensors=rest, vision=own, vision_config=part.to_dict(), config=config)
+    config = replace(checkpoint.config, vision=replace(checkpoint.config.vision, train=False))
+    return replace(checkpoint, tensors=rest, vision=own, vision_config=part.to_dict(), config=config)
 
 
 def language_tower(config: RunConfig) -> Tower:
@@ -98,7 +98,7 @@ def language_tower(config: RunConfig) -> Tower:
     part, inside = towers.load_part_config(config.language.name, "text_config")
     tensors = open_folder(folder)
     if inside:
-        tensors = _below(tensors, "language_model.")
+        tensors = _under(tensors, "language_model.")
     shapes, tied = _shapes_of(part)
     if tensors.keys() <= shapes.keys() and shapes.keys() - tensors.keys() <= tied:
         _require_shapes(str(folder), "language model", shapes, tensors)
@@ -107,7 +107,7 @@ def language_tower(config: RunConfig) -> Tower:
         raise CheckpointError(f"{folder}: no language model in it")
     dtype = next(iter(tensors.values())).dtype
     model = load_language_model(replace(config.language, quantize=None), dtype).model
-    return Tower(part, unshared(model.state_dict()), folder)
+    return Tower(part, without_tied(model.state_dict()), folder)
 
 
 def language_config(name: str) -> Any:
@@ -117,17 +117,17 @@ def language_config(name: str) -> Any:
     return towers.load_part_config(str(folder_of(name)), "text_config")[0]
 
 
-def eva_config(found: Checkpoint) -> Any:
+def eva_config(checkpoint: Checkpoint) -> Any:
     """Config of the `Blip2VisionModel` that came along in a LAVIS file.
 
     EVA ViT-g but for the sizes that the tensors show; a file of ours says its own.
     """
     from transformers import Blip2VisionConfig
 
-    if found.vision_config is not None:
-        with towers.readable(found.source):
-            return Blip2VisionConfig(**found.vision_config)
-    vision = found.vision
+    if checkpoint.vision_config is not None:
+        with towers.readable(checkpoint.source):
+            return Blip2VisionConfig(**checkpoint.vision_config)
+    vision = checkpoint.vision
     config = towers.TOWERS["vitg"].config()
     config.hidden_size = vision["embeddings.class_embedding"].shape[-1]
     config.num_hidden_layers = sum(name.endswith("self_attn.qkv.weight") for name in vision)
@@ -137,27 +137,19 @@ def eva_config(found: Checkpoint) -> Any:
     return config
 
 
-def eva_encoder(found: Checkpoint, dtype: torch.dtype) -> VisionEncoder:
+def eva_encoder(checkpoint: Checkpoint, dtype: torch.dtype) -> VisionEncoder:
     """The frozen image encoder that came along in a LAVIS file.
 
     Raises:
         CheckpointError: a tensor of it is missing or of another shape.
     """
-    settings = found.config.vision
-    config = eva_config(found)
+    settings, tower = checkpoint.config.vision, vision_tower(checkpoint)
     encoder = vision_encoder_from_config(
-        config, layer=settings.layer, pool=settings.pool, size=settings.image_size, name=found.source
+        tower.config, layer=settings.layer, pool=settings.pool, size=settings.image_size, name=checkpoint.source
     ).to(dtype)
-    own = encoder.model.state_dict()
-    for name, value in own.items():
-        if name.startswith("post_layernorm."):  # BLIP-2's own `ln_vision` stands in its place
-            continue
-        lazy = found.vision.get(name)
-        if lazy is None or lazy.shape != tuple(value.shape):
-            has = "missing" if lazy is None else f"{lazy.shape}, not {tuple(value.shape)}"
-            raise CheckpointError(f"{found.source}: {name} of its image encoder is {has}")
-        with torch.no_grad():
-            value.copy_(lazy.read())
+    with torch.no_grad():
+        for name, value in encoder.model.state_dict().items():
+            value.copy_(tower.tensors[name].read())
     freeze(encoder)
     return encoder
 
@@ -180,7 +172,7 @@ def require_tokenizer(folder: Path) -> None:
         raise CheckpointError(f"{folder}: no tokenizer in it ({', '.join(VOCABULARIES)}): copy its files there")
 
 
-def unshared(state: dict[str, torch.Tensor]) -> Tensors:
+def without_tied(state: dict[str, torch.Tensor]) -> Tensors:
     """Tensors of a loaded model, the first name of each that has several (tied weights)."""
     seen: dict[tuple[int, tuple[int, ...]], str] = {}
     out: Tensors = {}
@@ -190,7 +182,7 @@ def unshared(state: dict[str, torch.Tensor]) -> Tensors:
     return out
 
 
-def _below(tensors: Tensors, prefix: str) -> Tensors:
+def _under(tensors: Tensors, prefix: str) -> Tensors:
     return {name.removeprefix(prefix): lazy for name, lazy in tensors.items() if name.startswith(prefix)}
 
 
@@ -215,9 +207,14 @@ def _require_shapes(source: str, what: str, shapes: dict[str, tuple[int, ...]], 
         )
 
 
+def empty_language_model(config: Any) -> Any:
+    """The transformers language model of a config, without memory."""
+    with torch.device("meta"), towers.quiet():
+        return auto_class(config).from_config(config)
+
+
 def _shapes_of(config: Any) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     """(shapes of all tensors, names of those that are tied to another) of a language model of this config."""
-    with torch.device("meta"), towers.quiet():
-        model = auto_class(config).from_config(config)
+    model = empty_language_model(config)
     tied: Iterable[str] = getattr(model, "all_tied_weights_keys", None) or model._tied_weights_keys or ()
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}, set(tied)

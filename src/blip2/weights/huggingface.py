@@ -11,9 +11,8 @@ from blip2.errors import CheckpointError, ConfigError
 from blip2.models import towers
 from blip2.weights import names
 from blip2.weights.checkpoint import OPT_END, T5_QUESTION, Checkpoint, stored_config
-from blip2.weights.lazy_tensors import Tensors, open_folder, open_safetensors
+from blip2.weights.lazy_tensors import Tensors, open_folder, open_safetensors, read_metadata
 from blip2.weights.loading import STAGE2_ONLY, Allowed
-from blip2.weights.native import read_metadata
 
 # Our tensors that transformers has no place for, beside the folder's own weights.
 SIDE_FILE = "blip2.safetensors"
@@ -31,8 +30,8 @@ def open_huggingface(source: str, folder: Path) -> Checkpoint:
     if config.model_type != "blip-2":
         raise CheckpointError(f"{source}: a {config.model_type} model, not a BLIP-2 one")
     theirs = open_folder(folder)
-    both = names.huggingface(names.depth_of(theirs))
-    tensors = names.renamed(theirs, both, (*names.HF_TOWERS, *names.HF_IGNORED), source)
+    theirs_by_ours = names.huggingface(names.depth_of(theirs))
+    tensors = names.renamed(theirs, theirs_by_ours, (*names.HF_TOWERS, *names.HF_IGNORED), source)
     allowed = Allowed()
     if "language_proj.weight" not in tensors:
         side = folder / SIDE_FILE
@@ -42,7 +41,7 @@ def open_huggingface(source: str, folder: Path) -> Checkpoint:
         run = _side_config(folder) or _huggingface_config(config, str(folder), tensors)
     except ConfigError as error:
         raise CheckpointError(f"{source}: its configuration cannot be used: {error}") from error
-    return Checkpoint(source, "hf", run, names.one_batch(tensors), allowed=allowed)
+    return Checkpoint(source, "hf", run, names.without_batch_axis(tensors), allowed=allowed)
 
 
 def _huggingface_config(config: Any, folder: str, tensors: Tensors) -> RunConfig:

@@ -32,23 +32,23 @@ def open_lavis(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: damaged, holding more than tensors and plain values, or of another model.
     """
-    theirs, beside = open_pickled(path)
+    theirs, other_entries = open_pickled(path)
     _require_blip2(path, theirs)
     projection = next((p for p in names.LAVIS_PROJECTIONS if f"{p}.weight" in theirs), None)
     vision_names = [n for n in theirs if n.startswith(names.LAVIS_VISION)]
-    both = names.lavis(names.depth_of(theirs), projection or names.LAVIS_PROJECTIONS[0])
-    tensors = names.renamed(theirs, both, (*names.LAVIS_IGNORED, names.LAVIS_VISION), str(path))
+    theirs_by_ours = names.lavis(names.depth_of(theirs), projection or names.LAVIS_PROJECTIONS[0])
+    tensors = names.renamed(theirs, theirs_by_ours, (*names.LAVIS_IGNORED, names.LAVIS_VISION), str(path))
     if "temp" in tensors and tensors["temp"].shape == ():
         tensors["temp"] = tensors["temp"].reshaped(1)
     vision = _eva({name: theirs[name] for name in vision_names}, path) if vision_names else {}
-    stored = beside.get("blip2")
+    stored = other_entries.get("blip2")
     if isinstance(stored, str):
         run = replace(stored_config(stored, str(path)), init=None)
     else:
         run = _lavis_config(path, tensors, projection, vision)
-    settings = beside.get("blip2_vision")
+    settings = other_entries.get("blip2_vision")
     own = stored_json(settings, str(path)) if isinstance(settings, str) else None
-    return Checkpoint(str(path), "lavis", run, names.one_batch(tensors), vision, own)
+    return Checkpoint(str(path), "lavis", run, names.without_batch_axis(tensors), vision, own)
 
 
 def _require_blip2(path: Path, theirs: Tensors) -> None:
@@ -99,10 +99,10 @@ def _eva(theirs: Tensors, path: Path) -> Tensors:
     depth = len({m[1] for name in theirs if (m := re.match(r"visual_encoder\.blocks\.(\d+)\.", name))})
     if not depth:
         raise CheckpointError(f"{path}: its image encoder is not EVA ViT-g; convert a checkpoint without one")
-    both = names.eva(depth)
+    theirs_by_ours = names.eva(depth)
     biases = tuple(f"visual_encoder.blocks.{n}.attn.{kind}" for n in range(depth) for kind in ("q_bias", "v_bias"))
-    out = names.renamed(theirs, both, biases, str(path))
-    missing = [name for name in (*both.values(), *biases) if name not in theirs]
+    tensors = names.renamed(theirs, theirs_by_ours, biases, str(path))
+    missing = [name for name in (*theirs_by_ours.values(), *biases) if name not in theirs]
     if missing:
         raise CheckpointError(f"{path}: {missing[0]} is missing ({len(missing)} such): its image encoder is incomplete")
     for n in range(depth):
@@ -111,8 +111,8 @@ def _eva(theirs: Tensors, path: Path) -> Tensors:
         def join(q: LazyTensor = q, v: LazyTensor = v) -> torch.Tensor:
             return torch.cat([q.read(), torch.zeros(q.shape, dtype=q.dtype), v.read()])
 
-        out[f"encoder.layers.{n}.self_attn.qkv.bias"] = LazyTensor((3 * q.shape[0],), q.dtype, join)
-    return out
+        tensors[f"encoder.layers.{n}.self_attn.qkv.bias"] = LazyTensor((3 * q.shape[0],), q.dtype, join)
+    return tensors
 
 
 def _side(positions: int) -> int:

@@ -70,6 +70,11 @@ class LazyTensor:
 Tensors = dict[str, LazyTensor]
 
 
+def lazily(state: Mapping[str, Tensor]) -> Tensors:
+    """Tensors that are in memory already."""
+    return {name: LazyTensor.of(value) for name, value in state.items()}
+
+
 def open_safetensors(path: Path) -> Tensors:
     """Tensors of a safetensors file.
 
@@ -78,14 +83,33 @@ def open_safetensors(path: Path) -> Tensors:
     """
     with _safetensors_errors(path):
         handle = safe_open(path, framework="pt")
-        found = {}
+        tensors = {}
         for name in handle.keys():  # noqa: SIM118 - not a dict
-            part = handle.get_slice(name)
-            code = part.get_dtype()
+            entry = handle.get_slice(name)
+            code = entry.get_dtype()
             if code not in _DTYPES:
                 raise CheckpointError(f"{path}: {name} is of type {code}, which is not supported")
-            found[name] = LazyTensor(tuple(part.get_shape()), _DTYPES[code], _reader(handle, name, path))
-    return found
+            tensors[name] = LazyTensor(tuple(entry.get_shape()), _DTYPES[code], _reader(handle, name, path))
+    return tensors
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, in memory.
+
+    Raises:
+        CheckpointError: as `open_safetensors`.
+    """
+    return {name: lazy.read() for name, lazy in open_safetensors(path).items()}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Header metadata of a safetensors file; empty where it has none.
+
+    Raises:
+        CheckpointError: as `open_safetensors`.
+    """
+    with _safetensors_errors(path), safe_open(path, framework="pt") as handle:
+        return dict(handle.metadata() or {})
 
 
 def open_pickled(path: Path) -> tuple[Tensors, dict[str, Any]]:
@@ -100,17 +124,19 @@ def open_pickled(path: Path) -> tuple[Tensors, dict[str, Any]]:
     Raises:
         CheckpointError: missing, cut short, holding Python objects, or holding no tensors.
     """
-    whole = _load_pickled(path)
-    if not isinstance(whole, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(whole).__name__}, not tensors by name")
-    inner = next((whole[key] for key in ("model", "state_dict") if isinstance(whole.get(key), Mapping)), whole)
-    found = {str(name): LazyTensor.of(value) for name, value in inner.items() if isinstance(value, Tensor)}
-    if not found:
+    content = _load_pickled(path)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not tensors by name")
+    state = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), Mapping)), content)
+    tensors = lazily({str(name): value for name, value in state.items() if isinstance(value, Tensor)})
+    if not tensors:
         raise CheckpointError(f"{path}: holds no tensors")
-    odd = next((n for n, lazy in found.items() if not _plain(lazy.read())), None)
-    if odd is not None:
-        raise CheckpointError(f"{path}: {odd} is of a type that is not supported ({_kind(found[odd].read())})")
-    return found, {str(k): v for k, v in whole.items() if v is not inner and not isinstance(v, Tensor)}
+    for name, lazy in tensors.items():
+        value = lazy.read()
+        if value.dtype not in _CODES or value.layout is not torch.strided or value.is_meta:
+            kind = ", ".join(str(part).removeprefix("torch.") for part in (value.dtype, value.layout, value.device))
+            raise CheckpointError(f"{path}: {name} is of a type that is not supported ({kind})")
+    return tensors, {str(k): v for k, v in content.items() if v is not state and not isinstance(v, Tensor)}
 
 
 def open_folder(folder: Path) -> Tensors:
@@ -244,15 +270,6 @@ def _load_pickled(path: Path) -> Any:
         if error.errno == errno.EINVAL:  # a map beyond the end of the file
             raise CheckpointError(f"{path}: not a whole file of torch.save (cut short or damaged)") from error
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or _first_line(error)}") from error
-
-
-def _plain(tensor: Tensor) -> bool:
-    return tensor.dtype in _CODES and tensor.layout is torch.strided and not tensor.is_meta
-
-
-def _kind(tensor: Tensor) -> str:
-    words = [str(part).removeprefix("torch.") for part in (tensor.dtype, tensor.layout, tensor.device)]
-    return ", ".join(words)
 
 
 def _pickled_tensors(path: Path) -> Tensors:

@@ -14,7 +14,7 @@ from blip2.weights.lazy_tensors import Tensors
 
 # Ours that transformers has no place for: they travel in a file of our own beside its weights.
 HF_WITHOUT = ("temp", "qformer.head.")
-# transformers' tensors that are not the bridge: the frozen towers, and buffers of older versions.
+# transformers' tensors that are not trained: those of the frozen towers, and buffers of older versions.
 HF_TOWERS = ("vision_model.", "language_model.")
 HF_IGNORED = ("embeddings.position_ids", "qformer.embeddings.position_ids")
 
@@ -139,7 +139,7 @@ def renamed(theirs: Tensors, both: Mapping[str, str], ignored: tuple[str, ...], 
     return {back[name]: lazy for name, lazy in theirs.items() if name in back}
 
 
-def one_batch(tensors: Tensors) -> Tensors:
+def without_batch_axis(tensors: Tensors) -> Tensors:
     """Query tokens as [Q, D]: both formats keep [1, Q, D]."""
     queries = tensors.get("qformer.query_tokens")
     if queries is not None and len(queries.shape) == 3:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from blip2.configs import RunConfig, from_dict, to_dict
 from blip2.errors import CheckpointError, ConfigError
 from blip2.io.atomic import write_text
-from blip2.weights import native
+from blip2.weights.checkpoint import stored_config
+from blip2.weights.lazy_tensors import Tensors, read_metadata, write_safetensors
 
 CONFIG = "config.yaml"
 WEIGHTS = "model.safetensors"
@@ -23,7 +26,7 @@ _STEP = re.compile(r"step-(\d{6,})")
 
 @dataclass(frozen=True)
 class Run:
-    """A run that can be loaded: its configuration and its newest whole weights."""
+    """A run that can be loaded: its configuration and its newest complete weights."""
 
     config: RunConfig
     weights: Path
@@ -39,12 +42,10 @@ def open_run(path: str | Path) -> Run:
     if not path.exists():
         raise CheckpointError(f"{path}: no such run folder or weights file")
     weights = path if path.is_file() else _newest_weights(path)
-    try:
-        config = json.loads(native.read_metadata(weights)["config"])
-    except (KeyError, ValueError):
-        raise CheckpointError(f"{weights}: not a blip2 weights file (no configuration in its header)") from None
-    run: RunConfig = from_dict(RunConfig, config, str(weights))
-    return Run(_resolved(run, weights), weights)
+    stored = read_metadata(weights).get("config")
+    if stored is None:
+        raise CheckpointError(f"{weights}: not a blip2 weights file (no configuration in its header)")
+    return Run(_resolved(stored_config(stored, str(weights)), weights), weights)
 
 
 def best_score(run: Path) -> float | None:
@@ -53,6 +54,31 @@ def best_score(run: Path) -> float | None:
         return float(json.loads((run / BEST / SCORE).read_text("utf-8"))["score"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def require_new(target: Path) -> None:
+    """Refuse a path that is taken, unless it is an empty folder.
+
+    Raises:
+        CheckpointError: it exists.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise CheckpointError(f"{target}: exists already: give another name, or remove it")
+
+
+def write_weights(
+    path: Path, tensors: Tensors, config: Mapping[str, Any], progress: Callable[[int], object] | None = None
+) -> None:
+    """Write a weights file of ours: safetensors with the run's configuration in the header."""
+    write_safetensors(path, tensors, {"format": "blip2", "config": json.dumps(config)}, progress)
+
+
+def write_run(
+    folder: Path, tensors: Tensors, config: RunConfig, progress: Callable[[int], object] | None = None
+) -> None:
+    """Write a run's weights and its `config.yaml` into a folder."""
+    write_weights(folder / WEIGHTS, tensors, to_dict(config), progress)
+    write_config(folder, config)
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
@@ -81,13 +107,13 @@ def read_config(path: str | Path) -> RunConfig:
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every whole checkpoint of a run, oldest first.
+    """(step, folder) of every complete checkpoint of a run, oldest first.
 
-    A checkpoint is renamed into place when it is complete, so one with this name is whole.
+    A checkpoint is renamed into place when it is complete, so one with this name is complete.
     """
-    inside = run / "checkpoints"
-    found = [(int(m[1]), p) for p in (inside.iterdir() if inside.is_dir() else ()) if (m := _STEP.fullmatch(p.name))]
-    return sorted((step, path) for step, path in found if (path / WEIGHTS).is_file())
+    folders = (run / "checkpoints").glob("step-*")
+    steps = [(int(m[1]), folder) for folder in folders if (m := _STEP.fullmatch(folder.name))]
+    return sorted((step, folder) for step, folder in steps if (folder / WEIGHTS).is_file())
 
 
 def _resolved(config: RunConfig, weights: Path) -> RunConfig:
@@ -114,7 +140,7 @@ def _newest_weights(folder: Path) -> Path:
         return folder / WEIGHTS
     if (folder / BEST / WEIGHTS).is_file():
         return folder / BEST / WEIGHTS
-    whole = checkpoints(folder)
-    if not whole:
+    complete = checkpoints(folder)
+    if not complete:
         raise CheckpointError(f"{folder}: no whole checkpoint in it (looked in {folder / 'checkpoints'})")
-    return whole[-1][1] / WEIGHTS
+    return complete[-1][1] / WEIGHTS

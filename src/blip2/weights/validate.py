@@ -19,7 +19,7 @@ from blip2.weights.checkpoint import Checkpoint
 from blip2.weights.loading import VISION, compare
 
 
-def require_whole(found: Checkpoint) -> None:
+def require_complete(checkpoint: Checkpoint) -> None:
     """Compare a checkpoint's tensors with those that its stage trains, which are laid out on the meta device.
 
     Adapters are compared with each other: their language model is not at hand here, and no more is the
@@ -28,63 +28,64 @@ def require_whole(found: Checkpoint) -> None:
     Raises:
         CheckpointError: names the first missing, unexpected or differently shaped tensor.
     """
-    tensors = found.tensors.items()
+    tensors = checkpoint.tensors.items()
     own = {name: lazy for name, lazy in tensors if not is_adapter(name) and not name.startswith(VISION)}
-    compare(_trained(found), found.source, own, found.allowed)
-    _require_pairs(found)
+    compare(_trained(checkpoint), checkpoint.source, own, checkpoint.allowed)
+    _require_pairs(checkpoint)
 
 
-def _require_pairs(found: Checkpoint) -> None:
+def _require_pairs(checkpoint: Checkpoint) -> None:
     """Every adapter has both its matrices, [rank, in] and [out, rank]."""
-    rank = found.config.lora.rank
-    for name in filter(is_adapter, found.tensors):
-        first, second = (_shape(found, re.sub(r"\.lora_[AB]\.", f".lora_{kind}.", name), 2) for kind in "AB")
+    rank = checkpoint.config.lora.rank
+    for name in filter(is_adapter, checkpoint.tensors):
+        first, second = (_shape(checkpoint, re.sub(r"\.lora_[AB]\.", f".lora_{kind}.", name), 2) for kind in "AB")
         if (first[0], second[1]) != (rank, rank):
             raise CheckpointError(
-                f"{found.source}: the adapter of {name} is {first} and {second}, and lora.rank of its run is {rank}"
+                f"{checkpoint.source}: the adapter of {name} is {first} and {second}, and lora.rank of its run is "
+                f"{rank}"
             )
 
 
-def _trained(found: Checkpoint) -> dict[str, Tensor]:
+def _trained(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """What trains of the checkpoint's stage; widths of its towers are taken from its own tensors."""
-    settings, first = found.config.qformer, found.config.stage == "stage1"
-    width = _shape(found, "ln_vision.weight", 1)[0]
+    settings, first = checkpoint.config.qformer, checkpoint.config.stage == "stage1"
+    width = _shape(checkpoint, "ln_vision.weight", 1)[0]
     with torch.device("meta"):
         state, inner = {}, width
         if settings.bridge == "qformer":
             text = first or settings.question
-            qformer = build_qformer(settings, width, _bert(found), text=text, head=first)
+            qformer = build_qformer(settings, width, _bert(checkpoint), text=text, head=first)
             if first:
                 return Stage1(qformer, embed_dim=settings.embed_dim).state_dict()
             state, inner = {f"qformer.{name}": value for name, value in qformer.state_dict().items()}, qformer.width
-        hidden = _shape(found, "language_proj.weight", 2)[0]
+        hidden = _shape(checkpoint, "language_proj.weight", 2)[0]
         norm, projection = torch.nn.LayerNorm(width), torch.nn.Linear(inner, hidden)
         state |= {f"ln_vision.{name}": value for name, value in norm.state_dict().items()}
         return state | {f"language_proj.{name}": value for name, value in projection.state_dict().items()}
 
 
-def _bert(found: Checkpoint) -> Any:
+def _bert(checkpoint: Checkpoint) -> Any:
     """Sizes of its Q-Former: of the BERT that it names where that one's config is at hand, else as its tensors are."""
     from transformers import BertConfig
 
-    init = found.config.qformer.init
+    init = checkpoint.config.qformer.init
     if init in TOWERS or Path(init).is_dir():
         return bert_config(init, weights=False)
-    text = found.config.stage == "stage1" or found.config.qformer.question
+    text = checkpoint.config.stage == "stage1" or checkpoint.config.qformer.question
     return BertConfig(
-        hidden_size=_shape(found, "qformer.query_tokens", 2)[1],
-        num_hidden_layers=names.depth_of(found.tensors),
+        hidden_size=_shape(checkpoint, "qformer.query_tokens", 2)[1],
+        num_hidden_layers=names.depth_of(checkpoint.tensors),
         num_attention_heads=1,
-        intermediate_size=_shape(found, "qformer.layers.0.query_ff.up.weight", 2)[0],
-        vocab_size=_shape(found, "qformer.embeddings.word.weight", 2)[0] - EXTRA_TOKENS if text else 1,
-        max_position_embeddings=_shape(found, "qformer.embeddings.position.weight", 2)[0] if text else 1,
+        intermediate_size=_shape(checkpoint, "qformer.layers.0.query_ff.up.weight", 2)[0],
+        vocab_size=_shape(checkpoint, "qformer.embeddings.word.weight", 2)[0] - EXTRA_TOKENS if text else 1,
+        max_position_embeddings=_shape(checkpoint, "qformer.embeddings.position.weight", 2)[0] if text else 1,
     )
 
 
-def _shape(found: Checkpoint, name: str, axes: int) -> tuple[int, ...]:
-    lazy = found.tensors.get(name)
+def _shape(checkpoint: Checkpoint, name: str, axes: int) -> tuple[int, ...]:
+    lazy = checkpoint.tensors.get(name)
     if lazy is None:
-        raise CheckpointError(f"{found.source}: {name} is missing: the checkpoint is of another model or stage")
+        raise CheckpointError(f"{checkpoint.source}: {name} is missing: the checkpoint is of another model or stage")
     if len(lazy.shape) != axes:
-        raise CheckpointError(f"{found.source}: {name} has {len(lazy.shape)} axes, not {axes}")
+        raise CheckpointError(f"{checkpoint.source}: {name} has {len(lazy.shape)} axes, not {axes}")
     return lazy.shape

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from blip2.cli.main import main
-from blip2.configs import QFormerConfig, RunConfig, to_dict
+from blip2.configs import QFormerConfig, RunConfig
 from blip2.errors import CheckpointError, ConfigError
 from blip2.models.qformer.model import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.weights import runs
 from blip2.weights.convert.average import average
 from blip2.weights.formats import open_checkpoint
-from blip2.weights.native import save_weights
+from blip2.weights.lazy_tensors import lazily
+from blip2.weights.loading import trained_state
 
 
 def run(folder: Path, seed: int, queries: int = 3) -> Path:
@@ -24,21 +25,20 @@ def run(folder: Path, seed: int, queries: int = 3) -> Path:
     model = Stage1(QFormer(**sizes, queries=queries), embed_dim=4)
     config = RunConfig(qformer=QFormerConfig(queries=queries, embed_dim=4), out=str(folder))
     folder.mkdir()
-    save_weights(folder / runs.WEIGHTS, model, to_dict(config))
-    runs.write_config(folder, config)
+    runs.write_run(folder, lazily(trained_state(model)), config)
     return folder
 
 
 @pytest.mark.parametrize(("weights", "shares"), [(None, (0.5, 0.5)), ([3.0, 1.0], (0.75, 0.25))])
 def test_every_tensor_is_the_mean(tmp_path: Path, weights: list[float] | None, shares: tuple[float, float]) -> None:
     one, other = run(tmp_path / "a", 0), run(tmp_path / "b", 1)
-    found = open_checkpoint(average([one, other], tmp_path / "mean", weights)).tensors
+    mean = open_checkpoint(average([one, other], tmp_path / "mean", weights)).tensors
     first, second = open_checkpoint(one).tensors, open_checkpoint(other).tensors
-    assert found.keys() == first.keys()
-    for name, lazy in found.items():
+    assert mean.keys() == first.keys()
+    for name, lazy in mean.items():
         want = shares[0] * first[name].read() + shares[1] * second[name].read()
         torch.testing.assert_close(lazy.read(), want)
-    assert not torch.equal(found["qformer.query_tokens"].read(), first["qformer.query_tokens"].read())
+    assert not torch.equal(mean["qformer.query_tokens"].read(), first["qformer.query_tokens"].read())
 
 
 def test_what_cannot_be_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,19 +5,17 @@ Runs that began from the same weights lie close together; their mean often does 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
-from blip2.configs import to_dict
 from blip2.errors import CheckpointError, ConfigError, os_error_as
 from blip2.weights import runs
 from blip2.weights.checkpoint import Checkpoint
 from blip2.weights.formats import open_checkpoint
-from blip2.weights.lazy_tensors import LazyTensor, write_safetensors
+from blip2.weights.lazy_tensors import LazyTensor
 
 
 def average(sources: Sequence[str | Path], target: str | Path, weights: Sequence[float] | None = None) -> Path:
@@ -35,16 +33,13 @@ def average(sources: Sequence[str | Path], target: str | Path, weights: Sequence
         CheckpointError: not runs of ours, or not of one model; the target exists or cannot be written.
     """
     shares = _shares(len(sources), weights)
-    target, found = Path(target), [open_checkpoint(source) for source in sources]
-    _require_alike(found)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise CheckpointError(f"{target}: exists already: give another name, or remove it")
-    config = replace(found[0].config, out=None)
-    tensors = {name: _mean(name, found, shares) for name in found[0].tensors}
+    target, checkpoints = Path(target), [open_checkpoint(source) for source in sources]
+    _require_alike(checkpoints)
+    runs.require_new(target)
+    tensors = {name: _mean(name, checkpoints, shares) for name in checkpoints[0].tensors}
     with os_error_as(CheckpointError, f"{target}: cannot be written"):
         target.mkdir(parents=True, exist_ok=True)
-        write_safetensors(target / runs.WEIGHTS, tensors, {"format": "blip2", "config": json.dumps(to_dict(config))})
-        runs.write_config(target, config)
+        runs.write_run(target, tensors, replace(checkpoints[0].config, out=None))
     return target
 
 
@@ -57,9 +52,9 @@ def _shares(count: int, weights: Sequence[float] | None) -> list[float]:
     return [weight / sum(given) for weight in given]
 
 
-def _require_alike(found: list[Checkpoint]) -> None:
-    first = found[0]
-    for other in found:
+def _require_alike(checkpoints: list[Checkpoint]) -> None:
+    first = checkpoints[0]
+    for other in checkpoints:
         if other.format != "blip2":
             raise CheckpointError(f"{other.source}: not a run of ours: `blip2 convert --to blip2` makes it one")
         same = other.config.stage == first.config.stage and other.tensors.keys() == first.tensors.keys()
@@ -67,11 +62,11 @@ def _require_alike(found: list[Checkpoint]) -> None:
             raise CheckpointError(f"{other.source}: not of the same model as {first.source}: they cannot be averaged")
 
 
-def _mean(name: str, found: list[Checkpoint], shares: list[float]) -> LazyTensor:
-    own = found[0].tensors[name]
+def _mean(name: str, checkpoints: list[Checkpoint], shares: list[float]) -> LazyTensor:
+    first = checkpoints[0].tensors[name]
 
     def read() -> Tensor:
-        parts = [one.tensors[name].read().float() * share for one, share in zip(found, shares, strict=True)]
-        return sum(parts[1:], parts[0]).to(own.dtype)
+        terms = [c.tensors[name].read().float() * share for c, share in zip(checkpoints, shares, strict=True)]
+        return sum(terms[1:], terms[0]).to(first.dtype)
 
-    return LazyTensor(own.shape, own.dtype, read)
+    return LazyTensor(first.shape, first.dtype, read)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,18 @@ from blip2.errors import CheckpointError
 from blip2.models import towers
 from blip2.models.build import EXTRA_TOKENS, bert_config
 from blip2.models.vision.encoder import CLIP_MEAN, CLIP_STD, normalisation
-from blip2.weights import names
+from blip2.weights import names, runs
 from blip2.weights.adapters import has_adapters, merged, without_adapters
 from blip2.weights.checkpoint import Checkpoint
 from blip2.weights.frozen_towers import Tower, folder_of, language_tower, require_tokenizer, vision_tower
 from blip2.weights.huggingface import SIDE_FILE
-from blip2.weights.lazy_tensors import LazyTensor, Tensors, write_folder, write_safetensors
+from blip2.weights.lazy_tensors import LazyTensor, Tensors, write_folder
 
 Progress = Callable[[int], object]
 
 
 def write_huggingface(
-    found: Checkpoint, place: Path, progress: Progress | None = None
+    checkpoint: Checkpoint, place: Path, progress: Progress | None = None
 ) -> tuple[dict[Path, Tensors], list[str]]:
     """Write `config.json`, weights, tokenizer and processor of a checkpoint into a new folder.
 
@@ -40,36 +39,35 @@ def write_huggingface(
     Raises:
         CheckpointError: the image encoder is not of the one kind that transformers' BLIP-2 knows.
     """
-    vision, adapted = vision_tower(found), found
-    _require_known(found, vision)
-    found = without_adapters(found)
+    vision, adapted = vision_tower(checkpoint), checkpoint
+    _require_known(checkpoint, vision)
+    checkpoint = without_adapters(checkpoint)
     place.mkdir()
-    both = names.huggingface(names.depth_of(found.tensors))
+    theirs_by_ours = names.huggingface(names.depth_of(checkpoint.tensors))
     tensors = {f"vision_model.{name}": lazy for name, lazy in vision.tensors.items()}
-    tensors |= {both[ours]: lazy for ours, lazy in found.tensors.items() if ours in both}
+    tensors |= {theirs_by_ours[ours]: lazy for ours, lazy in checkpoint.tensors.items() if ours in theirs_by_ours}
     tensors["query_tokens"] = tensors["query_tokens"].reshaped(1, *tensors["query_tokens"].shape)
-    side = {ours: lazy for ours, lazy in found.tensors.items() if ours not in both}
+    side = {ours: lazy for ours, lazy in checkpoint.tensors.items() if ours not in theirs_by_ours}
     notes = []
-    if found.config.stage == "stage1":
-        config = _config(found, vision, None)
-        _write_stage1(config, found.config, place)
+    if checkpoint.config.stage == "stage1":
+        config = _config(checkpoint, vision, None)
+        _write_stage1(config, checkpoint.config, place)
         if side:
             notes.append(f"{len(side)} tensors that transformers has no place for are in {SIDE_FILE}")
     else:
-        language = language_tower(found.config)
+        language = language_tower(checkpoint.config)
         if has_adapters(adapted):
             language = merged(language, adapted)
             notes.append("LoRA adapters are merged into the language model")
-        image_token = _write_stage2(found.config, language, vision, place)
+        image_token = _write_stage2(checkpoint.config, language, vision, place)
         language = _with_row(language, image_token)
-        config = _config(found, vision, language)
+        config = _config(checkpoint, vision, language)
         config.image_token_index = image_token
         tensors |= {f"language_model.{name}": lazy for name, lazy in language.tensors.items()}
-    config.architectures = [_CLASSES[found.config.stage]]
+    config.architectures = [_CLASSES[checkpoint.config.stage]]
     config.save_pretrained(place)
     write_folder(place, tensors, progress=progress)
-    metadata = {"format": "blip2", "config": json.dumps(to_dict(found.config))}
-    write_safetensors(place / SIDE_FILE, side, metadata)
+    runs.write_weights(place / SIDE_FILE, side, to_dict(checkpoint.config))
     return {place: tensors, place / SIDE_FILE: side}, notes
 
 
@@ -81,28 +79,28 @@ _BY_WORD = tuple(
 _CLASSES = {"stage1": "Blip2ForImageTextRetrieval", "stage2": "Blip2ForConditionalGeneration"}
 
 
-def _require_known(found: Checkpoint, vision: Tower) -> None:
-    settings, kind = found.config.vision, vision.config.model_type
+def _require_known(checkpoint: Checkpoint, vision: Tower) -> None:
+    settings, kind = checkpoint.config.vision, vision.config.model_type
     if kind != "blip_2_vision_model":
         raise CheckpointError(
-            f"{found.source}: its image encoder is {settings.name} ({kind}), and transformers' BLIP-2 has only "
+            f"{checkpoint.source}: its image encoder is {settings.name} ({kind}), and transformers' BLIP-2 has only "
             "EVA ViT-g's kind (Blip2VisionModel); --to blip2 and --to lavis work"
         )
     if settings.pool != 1 or settings.layer not in (None, -1, vision.config.num_hidden_layers - 1):
         raise CheckpointError(
-            f"{found.source}: vision.layer {settings.layer} and vision.pool {settings.pool} have no place in "
+            f"{checkpoint.source}: vision.layer {settings.layer} and vision.pool {settings.pool} have no place in "
             "transformers' BLIP-2, which takes all patches of the last block"
         )
 
 
-def _config(found: Checkpoint, vision: Tower, language: Tower | None) -> Any:
+def _config(checkpoint: Checkpoint, vision: Tower, language: Tower | None) -> Any:
     """The `Blip2Config` of a checkpoint."""
     from transformers import Blip2Config
 
-    settings = found.config.qformer
+    settings = checkpoint.config.qformer
     bert = bert_config(settings.init, weights=False)
-    queries, width = found.tensors["qformer.query_tokens"].shape
-    words = found.tensors.get("qformer.embeddings.word.weight")
+    queries, width = checkpoint.tensors["qformer.query_tokens"].shape
+    words = checkpoint.tensors.get("qformer.embeddings.word.weight")
     return Blip2Config(
         vision_config=vision.config.to_dict(),
         qformer_config={

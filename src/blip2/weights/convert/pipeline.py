@@ -37,18 +37,19 @@ from blip2.weights.frozen_towers import (
     with_own_encoder,
 )
 from blip2.weights.lazy_tensors import (
-    LazyTensor,
     Tensors,
     as_bytes,
+    lazily,
     open_folder,
     open_pickled,
     open_safetensors,
     write_folder,
-    write_safetensors,
 )
-from blip2.weights.validate import require_whole
+from blip2.weights.validate import require_complete
 
 Progress = Callable[[int], object]
+# Tensors by the file or folder they were written to, and notes for the user.
+Written = tuple[dict[Path, Tensors], list[str]]
 
 
 @dataclass(frozen=True)
@@ -93,32 +94,31 @@ def convert(
             model, or what was written reads back differently.
     """
     target = Path(target)
-    found = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    require_possible(found, target, to)
-    found = with_own_encoder(found) if to in ("hf", "lavis") else found
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    require_possible(checkpoint, target, to)
+    checkpoint = with_own_encoder(checkpoint) if to in ("hf", "lavis") else checkpoint
     writers = {"blip2": _write_blip2, "hf": write_huggingface, "lavis": _write_lavis}
     with os_error_as(CheckpointError, f"{target}: cannot be written"), replacing(target) as place:
         target.parent.mkdir(parents=True, exist_ok=True)
         if to == "slim":
-            written, notes = _write_slim(found, place, progress, words, stage1)
+            written, notes = _write_slim(checkpoint, place, progress, words, stage1)
         else:
-            written, notes = writers[to](found, place, progress)
+            written, notes = writers[to](checkpoint, place, progress)
         count, size = _verify(written, progress)
         if target.is_dir():
             target.rmdir()
     return Converted(target, count, size, tuple(notes))
 
 
-def require_possible(found: Checkpoint, target: Path, to: Format | Literal["slim"]) -> None:
+def require_possible(checkpoint: Checkpoint, target: Path, to: Format | Literal["slim"]) -> None:
     """What can be known to fail fails before anything is written."""
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise CheckpointError(f"{target}: exists already: give another name, or remove it")
-    if found.partial:
-        raise CheckpointError(f"{found.source}: a Q-Former alone: there is nothing to convert it to")
-    if to == "slim" and found.format != "blip2":
-        raise CheckpointError(f"{found.source}: slim is for runs of ours: convert it with --to blip2 first")
-    settings = found.config.qformer
-    pooled = found.config.stage == "stage1" and settings.text_pool != "cls"
+    runs.require_new(target)
+    if checkpoint.partial:
+        raise CheckpointError(f"{checkpoint.source}: a Q-Former alone: there is nothing to convert it to")
+    if to == "slim" and checkpoint.format != "blip2":
+        raise CheckpointError(f"{checkpoint.source}: slim is for runs of ours: convert it with --to blip2 first")
+    settings = checkpoint.config.qformer
+    pooled = checkpoint.config.stage == "stage1" and settings.text_pool != "cls"
     own = {
         "a Q-Former that reads questions": settings.question,
         "a linear layer in place of the Q-Former": settings.bridge != "qformer",
@@ -126,15 +126,15 @@ def require_possible(found: Checkpoint, target: Path, to: Format | Literal["slim
     }
     what = next((what for what, there in own.items() if there), None)
     if to in ("hf", "lavis") and what is not None:
-        raise CheckpointError(f"{found.source}: {what}, for which BLIP-2 of transformers and LAVIS has no place")
-    if to == "lavis" and has_adapters(found):
+        raise CheckpointError(f"{checkpoint.source}: {what}, for which BLIP-2 of transformers and LAVIS has no place")
+    if to == "lavis" and has_adapters(checkpoint):
         raise CheckpointError(
-            f"{found.source}: LAVIS files hold no language model, so its LoRA adapters have no place; "
+            f"{checkpoint.source}: LAVIS files hold no language model, so its LoRA adapters have no place; "
             "--to blip2 keeps them, --to hf merges them"
         )
     if to == "lavis" and target.suffix not in (".pth", ".pt"):
         raise CheckpointError(f"{target}: a LAVIS checkpoint is one file: give a name that ends in .pth")
-    require_whole(found)
+    require_complete(checkpoint)
 
 
 def _verify(written: dict[Path, Tensors], progress: Progress | None) -> tuple[int, int]:
@@ -162,32 +162,30 @@ def _open_any(path: Path) -> Tensors:
 # -- ours -----------------------------------------------------------------------------------------
 
 
-def _write_blip2(found: Checkpoint, place: Path, progress: Progress | None) -> tuple[dict[Path, Tensors], list[str]]:
+def _write_blip2(checkpoint: Checkpoint, place: Path, progress: Progress | None) -> Written:
     """A run folder: what trains, and in folders of their own the towers that the source brought along."""
     place.mkdir()
-    config, written, notes = replace(found.config, out=None), {}, []
-    missing = sorted({name.split(".")[0] for name in _absent(found)})
-    if found.format == "hf" or found.vision:
-        tower = vision_tower(found)
+    config, written, notes = replace(checkpoint.config, out=None), {}, []
+    missing = sorted({name.split(".")[0] for name in _absent_parts(checkpoint)})
+    if checkpoint.format == "hf" or checkpoint.vision:
+        tower = vision_tower(checkpoint)
         written[place / "vision"] = _write_tower(place / "vision", tower.config, tower.tensors, progress)
         _copy_preprocessor(tower.folder, place / "vision")
         config = replace(config, vision=replace(config.vision, name="./vision"))
-    if found.format == "hf" and config.stage == "stage2":
+    if checkpoint.format == "hf" and config.stage == "stage2":
         tower = language_tower(config)
         written[place / "language"] = _write_tower(place / "language", tower.config, tower.tensors, progress)
         assert tower.folder is not None
         copy_tokenizer(tower.folder, place / "language")
         config = replace(config, language=replace(config.language, name="./language"))
-    if found.format == "hf":
+    if checkpoint.format == "hf":
         (place / "text").mkdir()
-        bert_config(found.config.qformer.init, weights=False).save_pretrained(place / "text")
+        bert_config(checkpoint.config.qformer.init, weights=False).save_pretrained(place / "text")
         if config.stage == "stage1":
-            copy_tokenizer(folder_of(found.config.qformer.init), place / "text")
+            copy_tokenizer(folder_of(checkpoint.config.qformer.init), place / "text")
         config = replace(config, qformer=replace(config.qformer, init="./text"))
-    tensors = found.tensors | _initial(found)
-    metadata = {"format": "blip2", "config": json.dumps(to_dict(config))}
-    write_safetensors(place / runs.WEIGHTS, tensors, metadata, progress)
-    runs.write_config(place, config)
+    tensors = checkpoint.tensors | _new_parts(checkpoint)
+    runs.write_run(place, tensors, config, progress)
     if missing:
         notes.append(f"not in the source, so newly initialised: {', '.join(missing)}")
     for what, name in (("image encoder", config.vision.name), ("language model", config.language.name)):
@@ -197,21 +195,21 @@ def _write_blip2(found: Checkpoint, place: Path, progress: Progress | None) -> t
 
 
 def _write_slim(
-    found: Checkpoint, place: Path, progress: Progress | None, words: str | None, stage1: str | None
-) -> tuple[dict[Path, Tensors], list[str]]:
+    checkpoint: Checkpoint, place: Path, progress: Progress | None, words: str | None, stage1: str | None
+) -> Written:
     """A run folder of one small file."""
     place.mkdir()
-    tensors = compact.slim(found, _words_of(words, found.config) if words else None)
+    tensors = compact.shrink(checkpoint, _words_of(words, checkpoint.config) if words else None)
     config = replace(
-        found.config, out=None, init=stage1 or (Path(found.config.init).name if found.config.init else None)
+        checkpoint.config,
+        out=None,
+        init=stage1 or (Path(checkpoint.config.init).name if checkpoint.config.init else None),
     )
-    metadata = {"format": "blip2", "config": json.dumps(to_dict(config))}
-    write_safetensors(place / runs.WEIGHTS, tensors, metadata, progress)
-    runs.write_config(place, config)
+    runs.write_run(place, tensors, config, progress)
     notes = [f"towers are not in it: {config.vision.name}, {config.qformer.init}, {config.language.name}"]
     if compact.ROWS in tensors:
         notes.append(f"{tensors[compact.ROWS].shape[0]} words are in it, the rest is that of {config.qformer.init}")
-    if config.qformer.lock_text and len(tensors) < len(found.tensors):
+    if config.qformer.lock_text and len(tensors) < len(checkpoint.tensors):
         notes.append(f"its text branch was not trained and is that of {config.qformer.init}")
     return {place / runs.WEIGHTS: tensors}, notes
 
@@ -240,40 +238,40 @@ def _copy_preprocessor(source: Path | None, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def _absent(found: Checkpoint) -> list[str]:
+def _absent_parts(checkpoint: Checkpoint) -> list[str]:
     """What a run of ours holds and this checkpoint does not: the ITG head and the temperature."""
-    if found.config.stage == "stage2":
+    if checkpoint.config.stage == "stage2":
         return []
-    return [name for name in ("temp", "qformer.head.bias") if name not in found.tensors]
+    return [name for name in ("temp", "qformer.head.bias") if name not in checkpoint.tensors]
 
 
-def _initial(found: Checkpoint) -> Tensors:
+def _new_parts(checkpoint: Checkpoint) -> Tensors:
     """Fresh values of what is absent, as a new Q-Former starts."""
-    if not _absent(found):
+    if not _absent_parts(checkpoint):
         return {}
-    words, width = found.tensors["qformer.embeddings.word.weight"].shape
-    torch.manual_seed(found.config.train.seed)
+    words, width = checkpoint.tensors["qformer.embeddings.word.weight"].shape
+    torch.manual_seed(checkpoint.config.train.seed)
     values: dict[str, Tensor] = {
-        "temp": torch.tensor([found.config.loss.temperature]),
+        "temp": torch.tensor([checkpoint.config.loss.temperature]),
         "qformer.head.dense.weight": torch.randn(width, width) * 0.02,
         "qformer.head.dense.bias": torch.zeros(width),
         "qformer.head.norm.weight": torch.ones(width),
         "qformer.head.norm.bias": torch.zeros(width),
         "qformer.head.bias": torch.zeros(words),
     }
-    return {name: LazyTensor.of(value) for name, value in values.items() if name not in found.tensors}
+    return {name: lazy for name, lazy in lazily(values).items() if name not in checkpoint.tensors}
 
 
 # -- LAVIS ----------------------------------------------------------------------------------------
 
 
-def _write_lavis(found: Checkpoint, place: Path, progress: Progress | None) -> tuple[dict[Path, Tensors], list[str]]:
+def _write_lavis(checkpoint: Checkpoint, place: Path, progress: Progress | None) -> Written:
     """One `.pth` with LAVIS's keys; the language model is left out, as LAVIS itself does."""
     projection = "opt_proj"
-    if found.config.stage == "stage2" and language_config(found.config.language.name).is_encoder_decoder:
+    if checkpoint.config.stage == "stage2" and language_config(checkpoint.config.language.name).is_encoder_decoder:
         projection = "t5_proj"
-    both = names.lavis(names.depth_of(found.tensors), projection)
-    tensors = {both[ours]: lazy for ours, lazy in (found.tensors | _initial(found)).items()}
+    theirs_by_ours = names.lavis(names.depth_of(checkpoint.tensors), projection)
+    tensors = {theirs_by_ours[ours]: lazy for ours, lazy in (checkpoint.tensors | _new_parts(checkpoint)).items()}
     tensors["query_tokens"] = tensors["query_tokens"].reshaped(1, *tensors["query_tokens"].shape)
     values: dict[str, Tensor] = {name: lazy.read() for name, lazy in tensors.items()}
     if "temp" in values:
@@ -283,33 +281,29 @@ def _write_lavis(found: Checkpoint, place: Path, progress: Progress | None) -> t
         values["Qformer.cls.predictions.decoder.bias"] = values[bias]
         positions = values["Qformer.bert.embeddings.position_embeddings.weight"].shape[0]
         values["Qformer.bert.embeddings.position_ids"] = torch.arange(positions)[None]
-    notes = ["the language model is not in it, as in LAVIS's own"] if found.config.stage == "stage2" else []
-    encoder, settings = _eva_values(found)
+    notes = ["the language model is not in it, as in LAVIS's own"] if checkpoint.config.stage == "stage2" else []
+    encoder, settings = _eva_values(checkpoint)
     values |= encoder
     if not encoder:
-        notes.append(f"the image encoder ({found.config.vision.name}) is not in it")
-    stored = json.dumps(to_dict(_portable(found.config)))
-    whole = {"model": values, "epoch": 0, "config": {}, "blip2": stored}
-    torch.save(whole | ({"blip2_vision": json.dumps(settings)} if settings else {}), place)
+        notes.append(f"the image encoder ({checkpoint.config.vision.name}) is not in it")
+    config = json.dumps(to_dict(replace(checkpoint.config, out=None, init=None)))
+    content = {"model": values, "epoch": 0, "config": {}, "blip2": config}
+    torch.save(content | ({"blip2_vision": json.dumps(settings)} if settings else {}), place)
     if progress is not None:
         progress(sum(v.numel() * v.element_size() for v in values.values()))
-    return {place: {name: LazyTensor.of(value) for name, value in values.items()}}, notes
+    return {place: lazily(values)}, notes
 
 
-def _portable(config: RunConfig) -> RunConfig:
-    return replace(config, out=None, init=None)
-
-
-def _eva_values(found: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def _eva_values(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """EVA's keys of an image encoder that the source brought along, and its config.
 
     LAVIS itself has the published one, so that a run of a named encoder leaves it out.
 
     The bias of k goes: it adds the same to every score of a query, which softmax does not see.
     """
-    if not (found.vision or found.format == "hf" or Path(found.config.vision.name).is_dir()):
+    if not (checkpoint.vision or checkpoint.format == "hf" or Path(checkpoint.config.vision.name).is_dir()):
         return {}, None
-    tower = vision_tower(found)
+    tower = vision_tower(checkpoint)
     if tower.config.model_type != "blip_2_vision_model":
         return {}, None
     depth = tower.config.num_hidden_layers
