@@ -8,7 +8,6 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from blip2.configs import RunConfig
 from blip2.data.sources import NAMED, open_collection
@@ -28,7 +27,7 @@ class Row:
 
     Args:
         recall: mean of ITC's R@10 in both directions after stage 1, in percent; None without stage 1.
-        curve: (step, dev loss) of stage 2.
+        curve: (step, dev loss) of stage 2; `loss` is the last.
         cider: of captions of all dev images after stage 2.
         seconds: of both stages.
     """
@@ -37,17 +36,9 @@ class Row:
     asks: str
     recall: float | None
     curve: list[tuple[float, float]]
+    loss: float
     cider: float
     seconds: float
-
-    @property
-    def loss(self) -> float:
-        """Dev loss at the end of stage 2."""
-        return self.curve[-1][1]
-
-    def as_dict(self) -> dict[str, Any]:
-        """All of it, ready for JSON."""
-        return {**vars(self), "loss": self.loss}
 
 
 def ablate_command(options: argparse.Namespace) -> int:
@@ -63,14 +54,14 @@ def ablate_command(options: argparse.Namespace) -> int:
                 return code
     rows = [_row(variant, folder) for variant in chosen]
     table = _table(rows, chosen)
-    write_json(folder / NUMBERS, [row.as_dict() for row in rows])
+    write_json(folder / NUMBERS, [vars(row) for row in rows])
     write_text(folder / TABLE, table)
     _plot(rows, folder / PLOT)
     out = sys.stderr if options.json else sys.stdout
     print(f"\n{table}\n{folder / TABLE}, {folder / PLOT}", file=out)
     print(f"done in {format_seconds(time.monotonic() - began)}", file=out)
     if options.json:
-        print(json.dumps([row.as_dict() for row in rows]))
+        print(json.dumps([vars(row) for row in rows]))
     return 0
 
 
@@ -116,7 +107,8 @@ def _row(variant: Variant, folder: Path) -> Row:
     if variant.stage1 is not None:
         first = read_run(folder / f"{variant.name}-stage1")
         recall, seconds = (first.dev[-1]["i2t_r10"] + first.dev[-1]["t2i_r10"]) / 2, seconds + first.seconds
-    return Row(variant.name, variant.asks, recall, points(second.dev, "loss"), second.dev[-1]["cider"], seconds)
+    curve, last = points(second.dev, "loss"), second.dev[-1]
+    return Row(variant.name, variant.asks, recall, curve, last["loss"], last["cider"], seconds)
 
 
 def _table(rows: list[Row], chosen: list[Variant]) -> str:
@@ -136,12 +128,10 @@ def _table(rows: list[Row], chosen: list[Variant]) -> str:
 
 def _plot(rows: list[Row], target: Path) -> None:
     """Dev loss of stage 2 against its steps, a line per variant; beside it CIDEr in the end, a bar each."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(10.4, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for number, row in enumerate(rows):
         steps, losses = zip(*row.curve, strict=True)
