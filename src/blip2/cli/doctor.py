@@ -30,7 +30,7 @@ OPTIONAL = {
     "matplotlib": ("curves in report.html", "pip install matplotlib"),
     "peft": ("LoRA", "pip install peft"),
     "easy-vqa": ("data set easy-vqa", "pip install --no-deps easy-vqa==1.0"),
-    "scikit-image": ("photographs of the demo", "pip install scikit-image"),
+    "scikit-image": ("images of the demo", "pip install scikit-image"),
     "pycocoevalcap": ("official caption metrics", "pip install --no-deps pycocoevalcap==1.2"),
     "fastapi": ("blip2 serve", _SERVE),
     "uvicorn": ("blip2 serve", _SERVE),

@@ -140,7 +140,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _refuse_bad(data: Collection, *, skip: bool) -> None:
-    """A number over fewer samples than the data set has is another number: not without being asked for."""
+    """A metric over fewer samples than the data set has cannot be compared: that takes `--skip-bad`."""
     from blip2.data.collection import printable
 
     if not data.samples and data.bad:

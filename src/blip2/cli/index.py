@@ -211,7 +211,7 @@ def _stat_lines(state: dict[str, Any]) -> list[str]:
     ]
     if (checked := state.get("check")) is not None:
         damaged = checked["damaged"]
-        lines.append(f"DAMAGED segments: {damaged}: build the index again" if damaged else "every vector is whole")
+        lines.append(f"DAMAGED segments: {damaged}: build the index again" if damaged else "every vector is intact")
         if checked["recall"] is not None:
             lines.append(
                 f"recall@{checked['depth']} against exact search {checked['recall']:.4f} over {checked['queries']} "

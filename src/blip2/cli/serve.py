@@ -123,9 +123,8 @@ def _indexes(store: Store | None, models: list[Blip2]) -> list[Index | None]:
     Raises:
         ConfigError: it was built with none of them.
     """
-    indexes: list[Index | None] = [None] * len(models)
     if store is None:
-        return indexes
+        return [None] * len(models)
     from blip2.search.query import Index
 
     for n, model in enumerate(models):
@@ -135,10 +134,9 @@ def _indexes(store: Store | None, models: list[Blip2]) -> list[Index | None]:
         except ConfigError:
             if n == len(models) - 1:
                 raise
-            continue
-        indexes[n] = index
-        break
-    return indexes
+        else:
+            break
+    return [index if m == n else None for m in range(len(models))]
 
 
 def _serve(options: argparse.Namespace, settings: Settings, listening: socket.socket) -> int:

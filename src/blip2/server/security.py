@@ -145,7 +145,7 @@ class Guard:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """The whole body at once, then whatever comes (that the client left)."""
+    """The body in one message, then what the client sends (that it left)."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def next_message() -> Message:
