@@ -310,6 +310,130 @@ BAD_BODIES: list[tuple[str, Any]] = [
 ]
 
 
+def chat(*messages: Any, **fields: Any) -> dict[str, Any]:
+    return {"model": "tiny", "messages": list(messages), "max_tokens": 4, **fields}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "system", "content": "x" * 50_000}, user("what?", url())],
+        [{"role": "developer", "content": [{"type": "input_audio"}]}, user("what?", url())],
+        [user("x" * 50_000), {"role": "assistant", "content": "y" * 50_000}, user("what?", url())],
+        [user("what?", url()), {"role": "assistant", "content": "y" * 50_000}, user("where?")],
+        [
+            user("what?", url()),
+            {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+            user("where?"),
+        ],
+        [{"role": "user", "content": [{"type": "file", "file": {}}]}, user("what?", url())],
+        [{**user("a", url()), "content": user("a", url())["content"] * 2}, user("what?", url())],
+        [user("what?", url()), *[{"role": "assistant", "content": "a"}, user("where?")] * 200],
+        [
+            {
+                "role": "user",
+                "content": [{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": url()}],
+            }
+        ],
+        [
+            {**user("what?", url()), "name": "me"},
+            {"role": "assistant", "content": None, "refusal": "no"},
+            user("where?"),
+        ],
+    ],
+)
+def test_histories_that_clients_replay(serve: Serve, messages: list[dict[str, Any]]) -> None:
+    answer = serve().post("/v1/chat/completions", json=chat(*messages))
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 5}, "top_logprobs"),
+        ({"logit_bias": {"5": 100}}, "logit_bias"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+    ],
+)
+def test_what_would_make_the_answer_wrong_is_refused_by_name(serve: Serve, fields: dict[str, Any], name: str) -> None:
+    answer = serve().post("/v1/chat/completions", json=chat(user("what?", url()), **fields))
+    assert_refused(answer, 400)
+    assert answer.json()["error"]["param"] == name
+    assert answer.json()["error"]["message"].startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
+        {"tools": [{"type": "function"}], "tool_choice": "none"},
+        {"response_format": {"type": "text"}, "logprobs": False, "top_logprobs": None, "logit_bias": {}},
+        {"user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "modalities": ["text"]},
+        {"presence_penalty": 0.5, "frequency_penalty": 0.5, "reasoning_effort": "low", "unheard_of": 1},
+    ],
+)
+def test_what_loses_nothing_is_ignored(serve: Serve, fields: dict[str, Any]) -> None:
+    assert serve().post("/v1/chat/completions", json=chat(user("what?", url()), **fields)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ([1, 2, 3], "token ids are those of another model: send text (with LangChain, set check_embedding_ctx_length"),
+        ([[1, 2], [3]], "token ids"),
+        ([], "an empty list: send one text or more"),
+        (["a"] * 300, "300 inputs: send at most 256 at a time"),
+        (["a", "b" * 5000], "input 1 is 5000 characters long: at most 4000"),
+        ("b" * 5000, "it is 5000 characters long"),
+        (["a", ""], "input 1 is empty"),
+        (["a", None], "input 1 is no text"),
+        ({"a": 1}, "it is no text"),
+        ("a \ud800", "text is not valid Unicode"),
+        (["a", "\udfff"], "text is not valid Unicode"),
+    ],
+)
+def test_what_is_wrong_with_inputs_of_embeddings_is_said(serve: Serve, given: Any, told: str) -> None:
+    data = json.dumps({"model": "tiny", "input": given})
+    answer = serve().post("/v1/embeddings", content=data, headers={"content-type": "application/json"})
+    assert_refused(answer, 400)
+    message = answer.json()["error"]["message"]
+    assert message.startswith("input: ")
+    assert told in message
+    assert "\n" not in message
+
+
+def test_a_text_that_begins_with_an_address_is_a_text(serve: Serve, both: Blip2) -> None:
+    text = "https://example.com/dog.jpg shows a dog"
+    data = serve().post("/v1/embeddings", json={"model": "tiny", "input": [text]}).json()["data"]
+    torch.testing.assert_close(torch.tensor(data[0]["embedding"]), both.embed_texts([text])[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (chat({"role": "user", "content": 5}), "messages.0.content: must be a string or a list"),
+        (chat({"role": "user", "content": [{"text": "a"}]}), "messages.0.content.0.type: Field required"),
+        (chat(user("what?", url()), stop=5), "stop: must be a string or a list"),
+        (chat({"role": "user", "content": [{"type": "image_url", "image_url": 5}]}), "image_url: must be "),
+        (chat(user("x" * 5000, url())), "the question is 5000 characters long: at most 4000"),
+        (chat(user("a \ud83d", url())), "text is not valid Unicode"),
+        (chat({"role": "user", "content": [*user("a", url())["content"], {"type": "input_audio"}]}), "'input_audio'"),
+    ],
+)
+def test_messages_about_unions_say_what_is_expected(serve: Serve, body: dict[str, Any], told: str) -> None:
+    headers = {"content-type": "application/json"}
+    answer = serve().post("/v1/chat/completions", content=json.dumps(body), headers=headers)
+    assert_refused(answer, 400)
+    assert told in answer.json()["error"]["message"]
+
+
 def test_bad_bodies_are_refused_in_openais_shape(serve: Serve) -> None:
     client = serve()
     for path, body in BAD_BODIES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,17 @@ from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+# Pydantic's errors of another type than was expected, and its names of types inside a place.
+_EXPECTED = {
+    **{
+        "string_type": "a string",
+        "list_type": "a list",
+        "model_type": "an object",
+        "model_attributes_type": "an object",
+    },
+    **{"int_type": "a whole number", "dict_type": "an object", "bool_type": "true or false"},
+}
+_TYPE_TAG = re.compile(r"(constrained-)?str|int|float|bool|none|[A-Z]\w*|.*\[.*\].*")
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -47,11 +59,25 @@ def overloaded() -> RequestError:
 
 
 def from_validation(errors: list[Any]) -> RequestError:
-    """The first of pydantic's errors as a 400."""
-    first = errors[0]
-    field = ".".join(str(part) for part in first["loc"] if part != "body")
-    message = f"{field}: {first['msg']}" if field else str(first["msg"])
-    return bad(message[:500], field[:200] or None, "invalid_value")
+    """Pydantic's errors as a 400 in one line.
+
+    Of a field that may have several types pydantic reports each of them: what is farthest inside is what was meant,
+    and where nothing was, all types are named, and what was sent.
+    """
+    field = errors[0]["loc"][:2]
+    about = [error for error in errors if error["loc"][: len(field)] == field]
+    deepest = max(about, key=lambda error: len(_path(error)))
+    types = [error for error in about if len(_path(error)) == len(_path(deepest)) and error["type"] in _EXPECTED]
+    message = str(deepest["msg"]).removeprefix("Value error, ")
+    if len(types) > 1:
+        message = f"must be {' or '.join(dict.fromkeys(_EXPECTED[error['type']] for error in types))}"
+    name = ".".join(_path(deepest))
+    return bad((f"{name}: {message}" if name else message)[:500], name[:200] or None, "invalid_value")
+
+
+def _path(error: Any) -> list[str]:
+    """Where an error is, without pydantic's names for the types that it tried."""
+    return [str(part) for part in error["loc"] if part != "body" and not _TYPE_TAG.fullmatch(str(part))]
 
 
 def error_response(error: StarletteHTTPException) -> JSONResponse:

@@ -21,10 +21,14 @@ from torch import Tensor
 from blip2.ops.devices import to_list, to_numpy
 from blip2.server.errors import bad
 from blip2.server.images import view_of
-from blip2.server.schemas import ChatRequest, Decoding, EmbeddingRequest, ImageUrl, Message
+from blip2.server.schemas import TEXT, ChatRequest, Decoding, EmbeddingRequest, ImageUrl, Message, is_data_url
 from blip2.server.state import ServedModel, Server
 from blip2.server.worker import Generated, Generation, Prompt, Task
 
+# Types of a message's parts, in the chat API and the newer one of responses.
+_TEXT_PARTS, _IMAGE_PARTS = ("text", "input_text", "output_text"), ("image_url", "input_image")
+# Earlier turns that are read, and characters of a text in them: the prompt has room for fewer tokens.
+_TURNS, _TURN_TEXT = 64, 1000
 CHAT_TOKENS = 30  # of an answer where the client names no number
 _WORD = re.compile(r"\s*\S+")
 
@@ -102,51 +106,60 @@ def register_routes(app: FastAPI, server: Server) -> None:
 def conversation(messages: list[Message]) -> tuple[str, tuple[tuple[str, str], ...], str]:
     """The last image's URL, the earlier questions and answers about it, and the question; "" asks for a caption.
 
-    System messages are left out: the language model of BLIP-2 follows no instructions about its role.
+    System messages are left out: the language model of BLIP-2 follows no instructions about its role. So is all that
+    came before the last image, and of what came behind it the oldest and the far end of long texts.
 
     Raises:
-        RequestError: 400, no image, several in one message, or no question at the end.
+        RequestError: 400, no image, several in one message, no question at the end, or one that is too long.
     """
-    image, turns, question = None, [], ""
     messages = [message for message in messages if message.role not in ("system", "developer")]
     if not messages or messages[-1].role != "user":
         raise bad("messages: the last one must be the user's", "messages")
-    for message in messages:
-        text, images = _parts(message)
+    if any(message.role in ("tool", "function") for message in messages):
+        raise bad("messages: this model uses no tools", "messages")
+    first = next((n for n in reversed(range(len(messages))) if _images(messages[n])), None)
+    if first is None:
+        raise bad("messages: none has an image: BLIP-2 answers questions about an image", "messages", "image_missing")
+    turns: list[tuple[str, str]] = []
+    question = ""
+    for message in messages[first:]:
         if message.role == "assistant":
             if question:
-                turns.append((question, text))
+                turns.append((question[:_TURN_TEXT], _text(message)[:_TURN_TEXT]))
             question = ""
-        elif message.role == "user":
-            if images:
-                image, turns, question = images[0], [], ""
-            question = f"{question} {text}".strip()
         else:
-            raise bad("messages: this model uses no tools", "messages")
-    if image is None:
-        raise bad("messages: none has an image: BLIP-2 answers questions about an image", "messages", "image_missing")
-    return image, tuple(turns), question
+            question = f"{question} {_text(message)}".strip()
+    if len(question) > TEXT:
+        raise bad(f"messages: the question is {len(question)} characters long: at most {TEXT}", "messages")
+    _refuse_other_parts(messages[-1])
+    images = _images(messages[first])
+    if len(images) > 1:
+        raise bad("messages: several images in one message: send one at a time", "messages", "too_many_images")
+    return images[0], tuple(turns[-_TURNS:]), question
 
 
-def _parts(message: Message) -> tuple[str, list[str]]:
-    """The text of a message, and the URLs of its images."""
-    if message.content is None or isinstance(message.content, str):
-        return (message.content or "").strip(), []
-    texts, images = [], []
-    for part in message.content:
-        if part.type == "text" and part.text is not None:
-            texts.append(part.text.strip())
-        elif part.type == "image_url" and part.image_url is not None:
-            images.append(part.image_url.url if isinstance(part.image_url, ImageUrl) else part.image_url)
-        else:
+def _images(message: Message) -> list[str]:
+    """The URLs of the images that the user sent in a message."""
+    if message.role != "user" or not isinstance(message.content, list):
+        return []
+    images = [part.image_url for part in message.content if part.type in _IMAGE_PARTS and part.image_url is not None]
+    return [image.url if isinstance(image, ImageUrl) else image for image in images]
+
+
+def _text(message: Message) -> str:
+    if not isinstance(message.content, list):
+        return (message.content or "").strip()
+    return " ".join(part.text.strip() for part in message.content if part.type in _TEXT_PARTS and part.text)
+
+
+def _refuse_other_parts(question: Message) -> None:
+    """Refuse parts of the question that the answer would be wrong without."""
+    for part in question.content if isinstance(question.content, list) else []:
+        whole = part.text if part.type in _TEXT_PARTS else part.image_url if part.type in _IMAGE_PARTS else None
+        if whole is None:
             raise bad(
                 f"messages: a part of type {part.type[:40]!r} cannot be used: send text and image_url", "messages"
             )
-    if len(images) > 1:
-        raise bad("messages: several images in one message: send one at a time", "messages", "too_many_images")
-    if images and message.role != "user":
-        raise bad("messages: images come from the user", "messages")
-    return " ".join(texts), images
 
 
 class Completion:
@@ -205,14 +218,10 @@ async def _vectors(
 ) -> tuple[list[Tensor], int]:
     """One vector [E] per input (an image's [Q, E] where all are wanted), and the tokens that were read."""
     inputs = [body.input] if isinstance(body.input, str) else body.input
-    images = [
-        n for n, text in enumerate(inputs) if text[:11].lower().startswith(("data:image/", "http://", "https://"))
-    ]
+    images = [n for n, text in enumerate(inputs) if is_data_url(text)]
     texts = [n for n in range(len(inputs)) if n not in set(images)]
     if len(images) > server.settings.max_batch:
         raise bad(f"input: at most {server.settings.max_batch} images at a time", "input")
-    if any(not inputs[n].strip() or len(inputs[n]) > 4000 for n in texts):
-        raise bad("input: texts must have 1 to 4000 characters", "input")
     vectors: dict[int, Tensor] = {}
     tokens = 0
     if images:
