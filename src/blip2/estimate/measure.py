@@ -72,17 +72,17 @@ def measure(config: RunConfig, *, accelerator: bool | None = None) -> dict[str, 
     rows = parameter_table(model)
     trained, frozen = sum(r.trainable for r in rows), sum(r.frozen for r in rows)
     if accelerator is None:
-        wanted = torch.cuda.is_available() or frozen > CPU_LIMIT
-        accelerator = wanted if config.train.device == "auto" else config.train.device != "cpu"
+        by_default = torch.cuda.is_available() or frozen > CPU_LIMIT
+        accelerator = by_default if config.train.device == "auto" else config.train.device != "cpu"
     machine, card = Machine.of(config, accelerator), Machine.of(config, True)
     layers = quantized_layers(model.language_model.model) if isinstance(model, Stage2) else []
     state = state_bytes([p for p in model.parameters() if p.requires_grad], config.optim)
-    own = trained * (WEIGHT_BYTES + GRADIENT_BYTES) + state
+    trained_bytes = trained * (WEIGHT_BYTES + GRADIENT_BYTES) + state
 
     def weights(quantize: str | None, machine: Machine) -> int:
         packed = sum(layer.weight.numel() for layer in layers) if quantize else 0
-        plain = own + (frozen - packed) * machine.frozen.itemsize
-        return plain + (quantized_bytes(layers, quantize) if quantize else 0)
+        quantized = quantized_bytes(layers, quantize) if quantize else 0
+        return trained_bytes + (frozen - packed) * machine.frozen.itemsize + quantized
 
     quantize = config.language.quantize
     activations, memory = _activations(model, config, machine), []
@@ -198,8 +198,8 @@ def _fit(
     if smaller:
         return {"micro_batch": 0, "advice": f"try --language.quantize {smaller[0]}"}
     if shards:
-        plain = ", without --language.quantize" if quantize else ""
-        return {"micro_batch": 0, "advice": f"try {shards} cards and --train.parallel fsdp2{plain}"}
+        unquantized = ", without --language.quantize" if quantize else ""
+        return {"micro_batch": 0, "advice": f"try {shards} cards and --train.parallel fsdp2{unquantized}"}
     return {"micro_batch": 0, "advice": "take smaller models"}
 
 
@@ -234,13 +234,13 @@ def _tower(name: str, kind: str) -> Any:
 
 def _text(numbers: dict[str, Any]) -> str:
     """The tables for people."""
-    given = numbers["assumptions"]
+    assumed = numbers["assumptions"]
     lines = [f"{numbers['recipe']} ({numbers['stage']})", "", f"{'part':<16}{'trained':>14}{'frozen':>16}"]
     rows = [(r["part"], r["trained"], r["frozen"]) for r in numbers["parameters"]]
     for part, trained, frozen in [*rows, ("total", numbers["trained"], numbers["frozen"])]:
         lines.append(f"{part:<16}{trained:>14,}{frozen:>16,}")
     lines += ["", f"{'GB per process':<24}{'weights':>10}{'activations':>13}{'workspace':>11}{'total':>10}"]
-    own = given["recipe_batch"] // given["accumulate"]
+    own = assumed["recipe_batch"] // assumed["accumulate"]
     for row in numbers["memory"]:
         label = f"batch {row['batch']}" + (" (recipe)" if row["batch"] == own else "")
         sizes = f"{row['weights_gb']:>10.2f}{row['activations_gb']:>13.2f}{row['workspace_gb']:>11.2f}"
@@ -249,46 +249,46 @@ def _text(numbers: dict[str, Any]) -> str:
     for fit in numbers["fits"]:
         answer = f"{fit['micro_batch']:,}" if fit["micro_batch"] else f"does not fit: {fit['advice']}"
         lines.append(f"{fit['card_gb']:>4} GB  {answer}")
-    return "\n".join([*lines, "", *_assumed(given)])
+    return "\n".join([*lines, "", *_assumed(assumed)])
 
 
-def _assumed(given: dict[str, Any]) -> list[str]:
-    precision = "bf16 autocast" if given["autocast"] else "fp32"
-    each = given["bytes_per_trained_parameter"]
-    frozen, quantized = f"{given['bytes_per_frozen_parameter']} per frozen one", given["quantized"]
+def _assumed(assumed: dict[str, Any]) -> list[str]:
+    precision = "bf16 autocast" if assumed["autocast"] else "fp32"
+    each = assumed["bytes_per_trained_parameter"]
+    frozen, quantized = f"{assumed['bytes_per_frozen_parameter']} per frozen one", assumed["quantized"]
     if quantized:
         frozen += f" ({quantized['parameters']:,} of them in {quantized['kind']}: {quantized['gb']:.2f} GB)"
     text = (
-        f"Assumed: {given['device']}, {precision}; {sum(each.values()):g} bytes per trained parameter (fp32 weight, "
-        f"gradient, {each['optimizer']:g} of {given['optimizer']}), {frozen}; {_settings(given)}; one process (DDP "
-        f"adds 4 bytes per trained parameter). {_workspace(given)}"
+        f"Assumed: {assumed['device']}, {precision}; {sum(each.values()):g} bytes per trained parameter (fp32 weight, "
+        f"gradient, {each['optimizer']:g} of {assumed['optimizer']}), {frozen}; {_settings(assumed)}; one process (DDP "
+        f"adds 4 bytes per trained parameter). {_workspace(assumed)}"
     )
     return textwrap.wrap(text, 90)
 
 
-def _workspace(given: dict[str, Any]) -> str:
-    if not given["workspace"]:
+def _workspace(assumed: dict[str, Any]) -> str:
+    if not assumed["workspace"]:
         return "Kernels' workspace and fragmentation come on top."
     return (
-        f"Workspace: {given['workspace']:.0%} of gradients and activations, which the C library's allocator keeps of "
-        f"what is freed, and {1e3 * given['buffers_gb']:.0f} MB of kernels' buffers."
+        f"Workspace: {assumed['workspace']:.0%} of gradients and activations, which the C library's allocator keeps of "
+        f"what is freed, and {1e3 * assumed['buffers_gb']:.0f} MB of kernels' buffers."
     )
 
 
-def _settings(given: dict[str, Any]) -> str:
+def _settings(assumed: dict[str, Any]) -> str:
     """The settings that change what a step holds."""
-    said = [f"texts of {given['text_tokens']} tokens, one of {given['longest_text']}"]
-    if given["texts_per_image"] > 1:
-        said.append(f"{given['texts_per_image']} of them per image")
-    said.append(f"{given['features']} features")
-    if given["token_drop"]:
-        said.append(f"{given['token_drop']:.0%} of the patches dropped")
-    if given["lora_rank"]:
-        said.append(f"LoRA of rank {given['lora_rank']}")
-    if given["early_backward"]:
-        said.append("the loss run backward in parts")
-    if given["checkpoint"]:
-        said.append("layers computed again in the backward pass")
-    if given["head_chunk"]:
-        said.append(f"{given['head_chunk']} rows of logits at a time")
-    return ", ".join(said)
+    settings = [f"texts of {assumed['text_tokens']} tokens, one of {assumed['longest_text']}"]
+    if assumed["texts_per_image"] > 1:
+        settings.append(f"{assumed['texts_per_image']} of them per image")
+    settings.append(f"{assumed['features']} features")
+    if assumed["token_drop"]:
+        settings.append(f"{assumed['token_drop']:.0%} of the patches dropped")
+    if assumed["lora_rank"]:
+        settings.append(f"LoRA of rank {assumed['lora_rank']}")
+    if assumed["early_backward"]:
+        settings.append("the loss run backward in parts")
+    if assumed["checkpoint"]:
+        settings.append("layers computed again in the backward pass")
+    if assumed["head_chunk"]:
+        settings.append(f"{assumed['head_chunk']} rows of logits at a time")
+    return ", ".join(settings)

@@ -214,10 +214,10 @@ def step_curve(model: Stage1 | Stage2, config: RunConfig, machine: Machine) -> C
     if config.stage == "stage1" or not _in_pieces(config):
         return _curve(model, config, machine, 1)
     curves: dict[int, Callable[[int], int]] = {}
-    more = TEXT_TOKENS + PROMPT_TOKENS - 1
+    text_tokens = TEXT_TOKENS + PROMPT_TOKENS - 1
 
     def peak(batch: int) -> int:
-        pieces = language_pieces(config, batch, machine, batch * config.data.texts_per_image * more)
+        pieces = language_pieces(config, batch, machine, batch * config.data.texts_per_image * text_tokens)
         if batch % pieces and batch < pieces * COUNTED[0]:  # one image more in a piece is much of it
             return max(step_timeline(model, config, batch, machine, pieces=pieces))
         if pieces not in curves:
@@ -246,8 +246,8 @@ def _curve(model: Stage1 | Stage2, config: RunConfig, machine: Machine, pieces: 
     bend = timelines[2] - 2 * timelines[1] + start if len(timelines) > 2 else np.zeros_like(start)
 
     def peak(batch: int) -> int:
-        more = (batch - batches[0]) / unit
-        return int((start + more * slope + more * (more - 1) / 2 * bend).max())
+        steps = (batch - batches[0]) / unit
+        return int((start + steps * slope + steps * (steps - 1) / 2 * bend).max())
 
     return peak
 
@@ -269,6 +269,6 @@ def _prepare(model: Stage1 | Stage2, config: RunConfig, machine: Machine) -> Non
 
 def _longer_first(lengths_N: Tensor, images: int, pieces: int, longest: int) -> Tensor:
     """Lengths of natural texts, longer about as many images as the largest piece has."""
-    more = round(LONGER_BY[pieces] / (len(lengths_N) / images) ** (2 / 3))
+    extra = round(LONGER_BY[pieces] / (len(lengths_N) / images) ** (2 / 3))
     of_largest_N = torch.arange(len(lengths_N)) % images < images // pieces
-    return torch.where(of_largest_N, lengths_N + more, lengths_N).clamp(max=longest)
+    return torch.where(of_largest_N, lengths_N + extra, lengths_N).clamp(max=longest)

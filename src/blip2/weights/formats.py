@@ -42,7 +42,7 @@ _PACKAGED = {"tiny": "tiny/stage2", "tiny/stage2": "tiny/stage2", "tiny/stage1":
 
 
 def located(source: str | Path) -> Path | str:
-    """The folder of a bridge that comes with the package (`tiny`); anything else as it is."""
+    """The folder of a model that comes with the package (`tiny`); anything else as it is."""
     name = str(source)
     if name not in _PACKAGED or Path(name).exists():
         return source

@@ -59,8 +59,8 @@ def huggingface(depth: int) -> dict[str, str]:
 
 def huggingface_qformer(depth: int) -> dict[str, str]:
     """Our tensor names to those of a bare `Blip2QFormerModel`."""
-    both = huggingface(depth).items()
-    return {ours: theirs.removeprefix("qformer.") for ours, theirs in both if theirs.startswith("qformer.")}
+    theirs_by_ours = huggingface(depth).items()
+    return {ours: theirs.removeprefix("qformer.") for ours, theirs in theirs_by_ours if theirs.startswith("qformer.")}
 
 
 def lavis(depth: int, projection: str = "opt_proj") -> dict[str, str]:
@@ -121,22 +121,22 @@ def listed(name: str, entries: Iterable[str]) -> bool:
     return any(name.startswith(entry) if entry.endswith(".") else name == entry for entry in entries)
 
 
-def renamed(theirs: Tensors, both: Mapping[str, str], ignored: tuple[str, ...], source: str) -> Tensors:
+def renamed(theirs: Tensors, theirs_by_ours: Mapping[str, str], ignored: tuple[str, ...], source: str) -> Tensors:
     """Their tensors under our names.
 
     Args:
-        both: our names to theirs.
+        theirs_by_ours: our names to theirs.
         ignored: names, and parts with a dot at the end, that are left out.
         source: file or folder, for messages.
 
     Raises:
         CheckpointError: a tensor is neither in the table nor ignored.
     """
-    back = {their: ours for ours, their in both.items()}
-    unknown = [name for name in theirs if name not in back and not listed(name, ignored)]
+    ours_by_theirs = {their: ours for ours, their in theirs_by_ours.items()}
+    unknown = [name for name in theirs if name not in ours_by_theirs and not listed(name, ignored)]
     if unknown:
         raise CheckpointError(f"{source}: {unknown[0]} is no tensor of BLIP-2 ({len(unknown)} such)")
-    return {back[name]: lazy for name, lazy in theirs.items() if name in back}
+    return {ours_by_theirs[name]: lazy for name, lazy in theirs.items() if name in ours_by_theirs}
 
 
 def without_batch_axis(tensors: Tensors) -> Tensors:

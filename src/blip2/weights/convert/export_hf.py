@@ -26,7 +26,7 @@ Progress = Callable[[int], object]
 
 
 def write_huggingface(
-    checkpoint: Checkpoint, place: Path, progress: Progress | None = None
+    checkpoint: Checkpoint, output: Path, progress: Progress | None = None
 ) -> tuple[dict[Path, Tensors], list[str]]:
     """Write `config.json`, weights, tokenizer and processor of a checkpoint into a new folder.
 
@@ -42,33 +42,33 @@ def write_huggingface(
     vision, adapted = vision_tower(checkpoint), checkpoint
     _require_known(checkpoint, vision)
     checkpoint = without_adapters(checkpoint)
-    place.mkdir()
+    output.mkdir()
     theirs_by_ours = names.huggingface(names.depth_of(checkpoint.tensors))
     tensors = {f"vision_model.{name}": lazy for name, lazy in vision.tensors.items()}
     tensors |= {theirs_by_ours[ours]: lazy for ours, lazy in checkpoint.tensors.items() if ours in theirs_by_ours}
     tensors["query_tokens"] = tensors["query_tokens"].reshaped(1, *tensors["query_tokens"].shape)
-    side = {ours: lazy for ours, lazy in checkpoint.tensors.items() if ours not in theirs_by_ours}
+    extra = {ours: lazy for ours, lazy in checkpoint.tensors.items() if ours not in theirs_by_ours}
     notes = []
     if checkpoint.config.stage == "stage1":
         config = _config(checkpoint, vision, None)
-        _write_stage1(config, checkpoint.config, place)
-        if side:
-            notes.append(f"{len(side)} tensors that transformers has no place for are in {SIDE_FILE}")
+        _write_stage1(config, checkpoint.config, output)
+        if extra:
+            notes.append(f"{len(extra)} tensors that transformers has no place for are in {SIDE_FILE}")
     else:
         language = language_tower(checkpoint.config)
         if has_adapters(adapted):
             language = merged(language, adapted)
             notes.append("LoRA adapters are merged into the language model")
-        image_token = _write_stage2(checkpoint.config, language, vision, place)
+        image_token = _write_stage2(checkpoint.config, language, vision, output)
         language = _with_row(language, image_token)
         config = _config(checkpoint, vision, language)
         config.image_token_index = image_token
         tensors |= {f"language_model.{name}": lazy for name, lazy in language.tensors.items()}
     config.architectures = [_CLASSES[checkpoint.config.stage]]
-    config.save_pretrained(place)
-    write_folder(place, tensors, progress=progress)
-    runs.write_weights(place / SIDE_FILE, side, to_dict(checkpoint.config))
-    return {place: tensors, place / SIDE_FILE: side}, notes
+    config.save_pretrained(output)
+    write_folder(output, tensors, progress=progress)
+    runs.write_weights(output / SIDE_FILE, extra, to_dict(checkpoint.config))
+    return {output: tensors, output / SIDE_FILE: extra}, notes
 
 
 # Tensors of a row per word in the language models of transformers.
@@ -123,7 +123,7 @@ def _config(checkpoint: Checkpoint, vision: Tower, language: Tower | None) -> An
     )
 
 
-def _write_stage1(config: Any, run: RunConfig, place: Path) -> None:
+def _write_stage1(config: Any, run: RunConfig, output: Path) -> None:
     """Processor of a retrieval model: BERT's tokenizer with [DEC] as its last word."""
     from transformers import AutoTokenizer
 
@@ -133,10 +133,10 @@ def _write_stage1(config: Any, run: RunConfig, place: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(source)
         if "[DEC]" not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"bos_token": "[DEC]"})
-        _save_processor(tokenizer, None, config.vision_config, run, place)
+        _save_processor(tokenizer, None, config.vision_config, run, output)
 
 
-def _write_stage2(run: RunConfig, language: Tower, vision: Tower, place: Path) -> int:
+def _write_stage2(run: RunConfig, language: Tower, vision: Tower, output: Path) -> int:
     """Processor and generation settings; returns the id of the image token.
 
     The processor adds `<image>` as the tokenizer's next word.
@@ -154,7 +154,7 @@ def _write_stage2(run: RunConfig, language: Tower, vision: Tower, place: Path) -
         tokenizer = AutoTokenizer.from_pretrained(language.folder)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        _save_processor(tokenizer, run.qformer.queries, vision.config, run, place)
+        _save_processor(tokenizer, run.qformer.queries, vision.config, run, output)
         image_token = int(tokenizer.convert_tokens_to_ids("<image>"))
         GenerationConfig(
             bos_token_id=getattr(language.config, "bos_token_id", None),
@@ -162,18 +162,18 @@ def _write_stage2(run: RunConfig, language: Tower, vision: Tower, place: Path) -
             pad_token_id=tokenizer.pad_token_id,
             decoder_start_token_id=getattr(language.config, "decoder_start_token_id", None),
             suppress_tokens=[image_token],
-        ).save_pretrained(place)
+        ).save_pretrained(output)
     return image_token
 
 
-def _save_processor(tokenizer: Any, queries: int | None, vision: Any, run: RunConfig, place: Path) -> None:
+def _save_processor(tokenizer: Any, queries: int | None, vision: Any, run: RunConfig, output: Path) -> None:
     from transformers import Blip2Processor, BlipImageProcessorPil
 
     side = run.vision.image_size or vision.image_size
     source = towers.folder(run.vision.name)
     mean, std = normalisation(vision, source) if Path(source).is_dir() else (CLIP_MEAN, CLIP_STD)
     images = BlipImageProcessorPil(size={"height": side, "width": side}, image_mean=list(mean), image_std=list(std))
-    Blip2Processor(images, tokenizer, num_query_tokens=queries).save_pretrained(place)
+    Blip2Processor(images, tokenizer, num_query_tokens=queries).save_pretrained(output)
 
 
 def _with_row(language: Tower, image_token: int) -> Tower:

@@ -98,12 +98,12 @@ def convert(
     require_possible(checkpoint, target, to)
     checkpoint = with_own_encoder(checkpoint) if to in ("hf", "lavis") else checkpoint
     writers = {"blip2": _write_blip2, "hf": write_huggingface, "lavis": _write_lavis}
-    with os_error_as(CheckpointError, f"{target}: cannot be written"), replacing(target) as place:
+    with os_error_as(CheckpointError, f"{target}: cannot be written"), replacing(target) as output:
         target.parent.mkdir(parents=True, exist_ok=True)
         if to == "slim":
-            written, notes = _write_slim(checkpoint, place, progress, words, stage1)
+            written, notes = _write_slim(checkpoint, output, progress, words, stage1)
         else:
-            written, notes = writers[to](checkpoint, place, progress)
+            written, notes = writers[to](checkpoint, output, progress)
         count, size = _verify(written, progress)
         if target.is_dir():
             target.rmdir()
@@ -119,12 +119,12 @@ def require_possible(checkpoint: Checkpoint, target: Path, to: Format | Literal[
         raise CheckpointError(f"{checkpoint.source}: slim is for runs of ours: convert it with --to blip2 first")
     settings = checkpoint.config.qformer
     pooled = checkpoint.config.stage == "stage1" and settings.text_pool != "cls"
-    own = {
+    unsupported = {
         "a Q-Former that reads questions": settings.question,
         "a linear layer in place of the Q-Former": settings.bridge != "qformer",
         "texts as means of tokens": pooled,
     }
-    what = next((what for what, there in own.items() if there), None)
+    what = next((what for what, used in unsupported.items() if used), None)
     if to in ("hf", "lavis") and what is not None:
         raise CheckpointError(f"{checkpoint.source}: {what}, for which BLIP-2 of transformers and LAVIS has no place")
     if to == "lavis" and has_adapters(checkpoint):
@@ -162,56 +162,56 @@ def _open_any(path: Path) -> Tensors:
 # -- ours -----------------------------------------------------------------------------------------
 
 
-def _write_blip2(checkpoint: Checkpoint, place: Path, progress: Progress | None) -> Written:
+def _write_blip2(checkpoint: Checkpoint, output: Path, progress: Progress | None) -> Written:
     """A run folder: what trains, and in folders of their own the towers that the source brought along."""
-    place.mkdir()
+    output.mkdir()
     config, written, notes = replace(checkpoint.config, out=None), {}, []
     missing = sorted({name.split(".")[0] for name in _absent_parts(checkpoint)})
     if checkpoint.format == "hf" or checkpoint.vision:
         tower = vision_tower(checkpoint)
-        written[place / "vision"] = _write_tower(place / "vision", tower.config, tower.tensors, progress)
-        _copy_preprocessor(tower.folder, place / "vision")
+        written[output / "vision"] = _write_tower(output / "vision", tower.config, tower.tensors, progress)
+        _copy_preprocessor(tower.folder, output / "vision")
         config = replace(config, vision=replace(config.vision, name="./vision"))
     if checkpoint.format == "hf" and config.stage == "stage2":
         tower = language_tower(config)
-        written[place / "language"] = _write_tower(place / "language", tower.config, tower.tensors, progress)
+        written[output / "language"] = _write_tower(output / "language", tower.config, tower.tensors, progress)
         assert tower.folder is not None
-        copy_tokenizer(tower.folder, place / "language")
+        copy_tokenizer(tower.folder, output / "language")
         config = replace(config, language=replace(config.language, name="./language"))
     if checkpoint.format == "hf":
-        (place / "text").mkdir()
-        bert_config(checkpoint.config.qformer.init, weights=False).save_pretrained(place / "text")
+        (output / "text").mkdir()
+        bert_config(checkpoint.config.qformer.init, weights=False).save_pretrained(output / "text")
         if config.stage == "stage1":
-            copy_tokenizer(folder_of(checkpoint.config.qformer.init), place / "text")
+            copy_tokenizer(folder_of(checkpoint.config.qformer.init), output / "text")
         config = replace(config, qformer=replace(config.qformer, init="./text"))
     tensors = checkpoint.tensors | _new_parts(checkpoint)
-    runs.write_run(place, tensors, config, progress)
+    runs.write_run(output, tensors, config, progress)
     if missing:
         notes.append(f"not in the source, so newly initialised: {', '.join(missing)}")
     for what, name in (("image encoder", config.vision.name), ("language model", config.language.name)):
         if not name.startswith("./") and (what == "image encoder" or config.stage == "stage2"):
             notes.append(f"{what}: {name}, loaded from there when the run is used")
-    return {place / runs.WEIGHTS: tensors, **written}, notes
+    return {output / runs.WEIGHTS: tensors, **written}, notes
 
 
 def _write_slim(
-    checkpoint: Checkpoint, place: Path, progress: Progress | None, words: str | None, stage1: str | None
+    checkpoint: Checkpoint, output: Path, progress: Progress | None, words: str | None, stage1: str | None
 ) -> Written:
     """A run folder of one small file."""
-    place.mkdir()
+    output.mkdir()
     tensors = compact.shrink(checkpoint, _words_of(words, checkpoint.config) if words else None)
     config = replace(
         checkpoint.config,
         out=None,
         init=stage1 or (Path(checkpoint.config.init).name if checkpoint.config.init else None),
     )
-    runs.write_run(place, tensors, config, progress)
+    runs.write_run(output, tensors, config, progress)
     notes = [f"towers are not in it: {config.vision.name}, {config.qformer.init}, {config.language.name}"]
     if compact.ROWS in tensors:
         notes.append(f"{tensors[compact.ROWS].shape[0]} words are in it, the rest is that of {config.qformer.init}")
     if config.qformer.lock_text and len(tensors) < len(checkpoint.tensors):
         notes.append(f"its text branch was not trained and is that of {config.qformer.init}")
-    return {place / runs.WEIGHTS: tensors}, notes
+    return {output / runs.WEIGHTS: tensors}, notes
 
 
 def _words_of(data: str, config: RunConfig) -> Tensor:
@@ -265,7 +265,7 @@ def _new_parts(checkpoint: Checkpoint) -> Tensors:
 # -- LAVIS ----------------------------------------------------------------------------------------
 
 
-def _write_lavis(checkpoint: Checkpoint, place: Path, progress: Progress | None) -> Written:
+def _write_lavis(checkpoint: Checkpoint, output: Path, progress: Progress | None) -> Written:
     """One `.pth` with LAVIS's keys; the language model is left out, as LAVIS itself does."""
     projection = "opt_proj"
     if checkpoint.config.stage == "stage2" and language_config(checkpoint.config.language.name).is_encoder_decoder:
@@ -288,10 +288,10 @@ def _write_lavis(checkpoint: Checkpoint, place: Path, progress: Progress | None)
         notes.append(f"the image encoder ({checkpoint.config.vision.name}) is not in it")
     config = json.dumps(to_dict(replace(checkpoint.config, out=None, init=None)))
     content = {"model": values, "epoch": 0, "config": {}, "blip2": config}
-    torch.save(content | ({"blip2_vision": json.dumps(settings)} if settings else {}), place)
+    torch.save(content | ({"blip2_vision": json.dumps(settings)} if settings else {}), output)
     if progress is not None:
         progress(sum(v.numel() * v.element_size() for v in values.values()))
-    return {place: lazily(values)}, notes
+    return {output: lazily(values)}, notes
 
 
 def _eva_values(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
