@@ -90,12 +90,10 @@ class HuggingFaceBlip:
     """transformers' `BlipForConditionalGeneration` as captioner; `generate` encodes an image once for its samples."""
 
     def __init__(self, source: str, settings: CapFiltSettings, device: str) -> None:
-        from transformers import AutoTokenizer, BlipForConditionalGeneration
+        from transformers import BlipForConditionalGeneration
 
         self.settings, self.device = settings, device
-        self.model, self.spec = _load(BlipForConditionalGeneration, source, settings.dtype, device)
-        with towers.readable(source):
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
+        self.model, self.tokenizer, self.spec = _load(BlipForConditionalGeneration, source, settings.dtype, device)
 
     @torch.no_grad()
     def captions(self, images: Sequence[Image.Image], count: int) -> list[list[str]]:
@@ -125,12 +123,10 @@ class HuggingFaceClip:
     """transformers' `CLIPModel` as ranker, which the paper used."""
 
     def __init__(self, source: str, settings: CapFiltSettings, device: str) -> None:
-        from transformers import AutoTokenizer, CLIPModel
+        from transformers import CLIPModel
 
         self.source, self.device = source, device
-        self.model, self.spec = _load(CLIPModel, source, settings.dtype, device)
-        with towers.readable(source):
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
+        self.model, self.tokenizer, self.spec = _load(CLIPModel, source, settings.dtype, device)
         self.length = self.model.config.text_config.max_position_embeddings
 
     @torch.no_grad()
@@ -179,9 +175,8 @@ def open_models(settings: CapFiltSettings, device: str = "auto") -> tuple[Captio
 def model_type(source: str) -> str | None:
     """`blip`, `clip`, `blip-2`, ... of a transformers folder or hub id; None for anything else."""
     path = Path(located(source))
-    if path.is_dir():
-        return str(towers.load_config(source).model_type) if (path / "config.json").is_file() else None
-    return str(towers.load_config(source).model_type) if towers.is_id(source) and not path.suffix else None
+    of_transformers = (path / "config.json").is_file() if path.is_dir() else towers.is_id(source) and not path.suffix
+    return str(towers.load_config(source).model_type) if of_transformers else None
 
 
 def _captioner(settings: CapFiltSettings, device: str) -> Captioner:
@@ -194,14 +189,17 @@ def _captioner(settings: CapFiltSettings, device: str) -> Captioner:
     return Blip2Model(model, settings)
 
 
-def _load(kind: Any, source: str, dtype: str | None, device: str) -> tuple[Any, ImageSpec]:
-    """A model of transformers in eval mode, and how it wants its images."""
+def _load(kind: Any, source: str, dtype: str | None, device: str) -> tuple[Any, Any, ImageSpec]:
+    """A model of transformers in eval mode, its tokenizer, and how it wants its images."""
+    from transformers import AutoTokenizer
+
     config = towers.load_config(source)
     model = towers.load_model(kind, source, config, torch_dtype(dtype) or torch.float32).to(device).eval()
-    part = config.vision_config
-    mean, std = normalisation(part, source)
+    mean, std = normalisation(config.vision_config, source)
     resize = "crop" if config.model_type == "clip" else "squash"
-    return model, ImageSpec(int(part.image_size), tuple(mean), tuple(std), resize)
+    with towers.readable(source):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    return model, tokenizer, ImageSpec(int(config.vision_config.image_size), tuple(mean), tuple(std), resize)
 
 
 def _pixels(images: Sequence[Image.Image], spec: ImageSpec, model: Any, device: str) -> Tensor:

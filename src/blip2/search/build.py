@@ -117,7 +117,9 @@ class Builder:
             known = list(self.store.items())
             self._by_digest = {row.digest: (image, row) for image, row in known}
             self._by_place = {row.place: (image, row) for image, row in known}
-            self._clear()
+            self._pending: list[Batch] = []
+            self._removed: list[int] = []
+            self._count = 0  # images of the pending batches
             written = time.monotonic()
             bar = tqdm(total=len(samples), unit="image", desc="indexing", disable=not self.progress)
             with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -132,7 +134,7 @@ class Builder:
                     if len(new) >= self.model.batch:
                         self._encode(new)
                         new = []
-                    if len(self._rows) >= _SEGMENT or time.monotonic() - written > _SECONDS:
+                    if self._count >= _SEGMENT or time.monotonic() - written > _SECONDS:
                         self._flush()
                         written = time.monotonic()
                 self._encode(new)
@@ -179,9 +181,9 @@ class Builder:
             return False
         if same is not None:
             self._forget(image, same)
-            self._rows.append(replace(row, captions=same.captions))
-            self._vectors.append(self.store.vectors(np.array([image])))
-            self._caption_vectors.append(self._stored_captions(image))
+            segment = self.store.by_serial[image >> 32]
+            stored = segment.part(np.arange(segment.count) == image & 0xFFFFFFFF)
+            self._append(replace(stored, rows=[replace(row, captions=same.captions)]))
             self.report.moved += 1
         self._by_digest[row.digest] = self._by_place[row.place] = -1, row
         return same is None
@@ -192,17 +194,7 @@ class Builder:
         if image >= 0:
             self._removed.append(image)
 
-    def _stored_captions(self, image: int) -> Half:
-        segment = self.store.by_serial[image >> 32]
-        return np.asarray(segment.caption_vectors[segment.owners == (image & 0xFFFFFFFF)])
-
     # -- encoding and writing -----------------------------------------------------------------
-
-    def _clear(self) -> None:
-        self._rows: list[Row] = []
-        self._vectors: list[Half] = []
-        self._caption_vectors: list[Half] = []
-        self._removed: list[int] = []
 
     def _encode(self, new: list[_Read]) -> None:
         """Vectors, and captions where the index keeps them, of up to a batch of images."""
@@ -211,26 +203,29 @@ class Builder:
         model, mode = self.model, self.store.manifest.captions
         features_BPC = model.encode([result.view for result in new if result.view is not None])
         rows = [result.row if mode == "data" else replace(result.row, captions=()) for result in new]
+        caption_vectors = np.empty((0, self.store.manifest.model.width), np.float16)
         if mode is not None:
             bare = [n for n, row in enumerate(rows) if not row.captions]
             if bare:
                 captions = model.caption_features(features_BPC[bare], None, DecodingConfig())
                 for n, own in zip(bare, captions, strict=True):
                     rows[n] = replace(rows[n], captions=tuple(own))
-            texts = [caption for row in rows for caption in row.captions]
-            self._caption_vectors.append(to_numpy(model.embed_texts(texts)).astype(np.float16))
-        self._rows += rows
-        self._vectors.append(to_numpy(model.embed_features(features_BPC)).astype(np.float16))
+            caption_vectors = _half(model.embed_texts([caption for row in rows for caption in row.captions]))
+        self._append(Batch(rows, _half(model.embed_features(features_BPC)), caption_vectors))
         self.report.added += len(rows)
 
+    def _append(self, batch: Batch) -> None:
+        self._pending.append(batch)
+        self._count += len(batch.rows)
+
     def _flush(self) -> None:
-        if self._rows or self._removed:
-            width = self.store.manifest.model.width
-            captions = self._caption_vectors or [np.empty((0, width), np.float16)]
-            vectors = self._vectors or [np.empty((0, self.store.manifest.model.queries, width), np.float16)]
-            batch = Batch(self._rows, np.concatenate(vectors), np.concatenate(captions))
-            self.store.change(batch, self._removed)
-        self._clear()
+        if self._pending or self._removed:
+            self.store.change(Batch.joined(self._pending) if self._pending else None, self._removed)
+        self._pending, self._removed, self._count = [], [], 0
+
+
+def _half(vectors: Tensor) -> Half:
+    return to_numpy(vectors).astype(np.float16)
 
 
 def exists(row: Row) -> bool:

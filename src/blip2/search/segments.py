@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +56,15 @@ class Batch:
     rows: list[Row]
     vectors: Half
     caption_vectors: Half
+
+    @classmethod
+    def joined(cls, batches: Sequence[Batch]) -> Batch:
+        """All of them, one after the other; at least one."""
+        return cls(
+            [row for batch in batches for row in batch.rows],
+            np.concatenate([batch.vectors for batch in batches]),
+            np.concatenate([batch.caption_vectors for batch in batches]),
+        )
 
 
 class Seal(NamedTuple):
@@ -119,6 +128,11 @@ class Segment:
     def rows(self) -> Iterator[Row]:
         """All rows in order."""
         return map(self.row, range(self.count))
+
+    def part(self, mask: npt.NDArray[np.bool_]) -> Batch:
+        """The images that a mask [N] selects."""
+        rows = [self.row(int(number)) for number in np.flatnonzero(mask)]
+        return Batch(rows, self.vectors[mask], self.caption_vectors[mask[self.owners]])
 
     @property
     def bytes(self) -> int:

@@ -195,7 +195,7 @@ class Store:
     def change(self, add: Batch | None = None, remove: Sequence[int] = ()) -> None:
         """Add and remove images in one step: both or neither."""
         new = dataclasses.replace(self.manifest, removed=_with_removed(self.manifest.removed, remove))
-        if add is not None and add.rows:
+        if add is not None:
             self._append(new, add)
         self._commit(new)
 
@@ -219,12 +219,7 @@ class Store:
             return
         serials = {segment.serial for segment in group}
         new = dataclasses.replace(self.manifest, segments=[s for s in self.manifest.segments if s not in serials])
-        live = [(segment, self.live(segment)) for segment in group]
-        batch = Batch(
-            [segment.row(int(number)) for segment, mask in live for number in np.flatnonzero(mask)],
-            np.concatenate([segment.vectors[mask] for segment, mask in live]),
-            np.concatenate([segment.caption_vectors[mask[segment.owners]] for segment, mask in live]),
-        )
+        batch = Batch.joined([segment.part(self.live(segment)) for segment in group])
         if batch.rows:
             self._append(new, batch)
         self._commit(new)
