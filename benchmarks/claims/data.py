@@ -1,6 +1,6 @@
 """Claim: JPEGs are decoded and augmented faster than by torchvision's published recipe, written with PIL.
 
-Seconds are per image on one core; both draw the same crops. Pictures have 1024 x 768 pixels, as web
+Seconds are per image on one core; both draw the same crops. Images have 1024 x 768 pixels, as web
 collections keep them, or `--pixels 640x480` (COCO), of which only the largest crops can be reduced.
 
     python -m benchmarks.claims.data [--pixels 640x480] [--size tiny] [--repeats 9]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.harness.common import Peer, captions, compare, features, parse, run_script, settings_of, show, sized
-from benchmarks.sides.language import text_config, write_bridge
+from benchmarks.sides.language import text_config, write_stage2
 
 CLAIMS = {
     "caption": ("beam-5 captions", 2.0, 0),
@@ -30,7 +30,7 @@ def main() -> None:
     shape = options.language if options.size == "paper" else f"tiny-{options.language}"
     words = text_config(shape).vocab_size - 1
     with tempfile.TemporaryDirectory() as folder:
-        write_bridge(folder, size, shape)
+        write_stage2(folder, size, shape)
         np.savez(Path(folder) / "inputs.npz", features=features(size.batch, size).numpy(), captions=["1"] * size.batch)
         questions = captions(per_image * size.batch, sized(options, words=words, mean_text=9)) if per_image else []
         claim = {

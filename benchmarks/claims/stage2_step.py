@@ -1,7 +1,7 @@
 """Claim: our stage-2 training step beats transformers' `Blip2ForConditionalGeneration`.
 
 The language model has the shape of OPT-125m or SmolLM2-135M and is frozen; the check compares the loss
-and gradients of the bridge.
+and gradients of the trained weights.
 
     python -m benchmarks.claims.stage2_step [--language smollm2-135m] [--size tiny] [--repeats 5]
 """
@@ -25,7 +25,7 @@ from benchmarks.harness.common import (
     show,
     sized,
 )
-from benchmarks.sides.language import text_config, write_bridge
+from benchmarks.sides.language import text_config, write_stage2
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     shape = options.language if options.size == "paper" else f"tiny-{options.language}"
     words = text_config(shape).vocab_size - 1  # the last one marks an image for transformers
     with tempfile.TemporaryDirectory() as folder:
-        write_bridge(folder, size, shape)
+        write_stage2(folder, size, shape)
         texts = captions(size.batch, sized(options, words=words))
         np.savez(Path(folder) / "inputs.npz", features=features(size.batch, size).numpy(), captions=texts)
         claim = {

@@ -1,11 +1,11 @@
-"""Does a bridge learn more after CapFilt? Half of the captions replaced by another image's, then equal budgets.
+"""Does a model learn more after CapFilt? Half of the captions replaced by another image's, then equal budgets.
 
     python -m benchmarks.experiments.capfilt_training --work runs/capfilt-training [--steps 200] [--out FILE.json]
 
-Every image of `--data` has several captions, and half of all captions are exchanged for another image's. A bridge is
+Every image of `--data` has several captions, and half of all captions are exchanged for another image's. A model is
 trained on that (`noisy`). Its ITC then ranks the very data that it was trained on (`blip2 capfilt --samples 0`), as
-BLIP's filter does: nothing that knows the clean pairs takes part, and no caption is drawn. A second bridge is trained
-from scratch on what is left (`filtered`). Beside them `noisy, twice` has the steps of ranker and bridge together, and
+BLIP's filter does: nothing that knows the clean pairs takes part, and no caption is drawn. A second model is trained
+from scratch on what is left (`filtered`). Beside them `noisy, twice` has the steps of ranker and model together, and
 `clean` shows what no noise would give. All have the same seed, recipe (`tiny/search`) and batch, and are measured on
 dev images that no one trained on.
 
@@ -36,7 +36,7 @@ RECALLS = ("r1", "r5", "r10")
 
 @dataclass(frozen=True)
 class Arm:
-    """A bridge to train: on which data, with how many times the budget."""
+    """A model to train: on which data, with how many times the budget."""
 
     name: str
     data: str
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="of the budget (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="pairs a step (default: %(default)s)")
     parser.add_argument("--keep", type=int, default=2, help="captions that CapFilt keeps (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a bridge for each (default: 0)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a model for each (default: 0)")
     parser.add_argument("--only", nargs="+", metavar="ARM", help="noisy, filtered, 'noisy, twice', clean")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args()

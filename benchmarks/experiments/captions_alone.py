@@ -1,4 +1,4 @@
-"""What the image encoder knows of captions without a bridge or a language model: captions of the nearest images.
+"""What the image encoder knows of captions without a Q-Former or a language model: captions of the nearest images.
 
     python -m benchmarks.experiments.captions_alone --images 1000
 

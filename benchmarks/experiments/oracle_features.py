@@ -1,9 +1,9 @@
-"""Is it the image side that limits captions? The ablation's linear bridge on features that know what people said.
+"""Is it the image side that limits captions? The ablation's linear projection on features that know what people said.
 
     python -m benchmarks.experiments.oracle_features --out runs/oracle
 
 Every image's features are replaced by the mean of MiniLM's sentence embeddings of its five captions, on train and dev,
-and the bridge `linear` of `blip2 ablate tiny` is trained on them with the same budget. What it scores is not a result:
+and the variant `linear` of `blip2 ablate tiny` is trained on them with the same budget. What it scores is not a result:
 the captions are in the input. It says what this language model, frozen, learns to write in that budget from an image
 side that is as good as people; the difference to the ablation's row is what the image side costs.
 """

@@ -5,7 +5,7 @@
 
 Pooled features of the image encoder ([CLS], mean, maximum and deviation over the patches) against the text
 encoder's mean over tokens, fitted on Flickr8k train, measured on dev; then the same two linear maps trained by
-ITC, from random weights and from CCA's. Prints one JSON object per setting: what a trained bridge of the same
+ITC, from random weights and from CCA's. Prints one JSON object per setting: what a trained Q-Former of the same
 towers has to beat. With `--layers` CCA alone, for the output of each of these blocks of the image encoder, with
 its patches and with their averages over 2 x 2 as the recipes have them: nothing is cached.
 """

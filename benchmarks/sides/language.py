@@ -86,7 +86,7 @@ def _stage2(size: Size, shape: str, vision: nn.Module | None = None) -> Stage2:
     return Stage2(models.qformer(size, text=False), LanguageModel(language_model(shape)), vision)
 
 
-def write_bridge(folder: str | Path, size: Size, shape: str) -> None:
+def write_stage2(folder: str | Path, size: Size, shape: str) -> None:
     """Random weights of ln_vision, Q-Former and projection."""
     torch.manual_seed(0)
     width = text_config(shape).hidden_size
