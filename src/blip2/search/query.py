@@ -27,7 +27,7 @@ from blip2.inference import Blip2, load
 from blip2.ops.devices import to_numpy
 from blip2.search.engines import Engine
 from blip2.search.model_id import identify, require_same
-from blip2.search.scores import Scores, caption_scores, caption_top, exact_top, top, vector_scores
+from blip2.search.scores import Scores, caption_scores, caption_top, exact_top, scores_of, top
 from blip2.search.segments import Ids, Row
 from blip2.search.store import Store
 
@@ -184,7 +184,7 @@ class Index:
             candidates = self.store.living(np.unique(candidates))
             candidates = candidates[np.isin(candidates >> 32, list(covered))]
             ids = np.concatenate([ids, candidates])
-            scores = np.concatenate([scores, vector_scores(self.store.vectors(candidates), query_ME)])
+            scores = np.concatenate([scores, scores_of(self.store, candidates, query_ME)])
         return top(ids, scores, count)
 
     def _parts(self, text: str | None, image: ImageLike | None, within: str) -> dict[str, _Part]:
@@ -211,10 +211,7 @@ class Index:
         return parts
 
     def _by_vectors(self, query_ME: Tensor) -> _Part:
-        return _Part(
-            lambda count: self.nearest(query_ME, count)[0],
-            lambda ids: vector_scores(self.store.vectors(ids), query_ME),
-        )
+        return _Part(lambda count: self.nearest(query_ME, count)[0], lambda ids: scores_of(self.store, ids, query_ME))
 
     def _reranked(self, hits: list[Hit], text: str, weight: float, progress: bool) -> list[Hit]:
         """Hits by weighted score + ITM class-1 logit; those whose file cannot be read follow as they were."""

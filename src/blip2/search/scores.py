@@ -40,6 +40,12 @@ def vector_scores(vectors: Half, query_ME: Tensor) -> Scores:
     return scores
 
 
+def scores_of(store: Store, ids: Ids, query_ME: Tensor) -> Scores:
+    """Exact scores of some images."""
+    parts = [vector_scores(store.vectors(ids[n : n + _CHUNK]), query_ME) for n in range(0, len(ids), _CHUNK)]
+    return np.concatenate(parts) if parts else np.empty(0, np.float32)
+
+
 def caption_scores(segment: Segment, query_E: Tensor) -> Scores:
     """[N] largest cosine over each image's captions; minus infinity where it has none."""
     scores = np.full(segment.count, -np.inf, dtype=np.float32)
