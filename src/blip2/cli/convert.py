@@ -29,7 +29,12 @@ def add_parser(commands: Commands) -> None:
         "--words", metavar="DATA", help="slim: only embeddings of words that recur in the captions of DATA"
     )
     convert.add_argument(
-        "--stage1", metavar="NAME", help="slim: folder beside it that embeddings and matches come from"
+        "--stage1",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="blip2, slim: take the stage 1 along that embeddings and matches come from (default: the one it began "
+        "from); slim: or name a folder beside it",
     )
     add_json(convert)
     add_towers(convert)

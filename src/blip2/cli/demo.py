@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _read(names: list[str]) -> list[tuple[Sample, Image.Image]]:
     from blip2.data.collection import BadSampleError
-    from blip2.data.images import open_image
+    from blip2.data.images import decode_image
     from blip2.search.build import list_samples
 
     samples, bad = list_samples(names or ["skimage"])
@@ -91,7 +91,7 @@ def _read(names: list[str]) -> list[tuple[Sample, Image.Image]]:
             _say(f"{len(samples)} images: the first {_LIMIT} are shown")
             break
         try:
-            images.append((sample, open_image(sample.read())))
+            images.append((sample, decode_image(sample.read())))
         except BadSampleError as error:
             _say(f"left out: {sample.path}: {error.reason}")
     if not images:

@@ -96,13 +96,13 @@ def stage1_behind(init: str, home: Path | None = None) -> Checkpoint:
 def _parent(init: str, home: Path | None) -> str | Path:
     """Where the run that `init` names lies, as seen from `home`, the run folder or weights that name it.
 
-    A relative path is looked up from the folders above `home` first, so that it is that run's own parent and
+    A relative path is looked up in `home` and the folders above it first, so that it is that run's own parent and
     not another of this name in the working folder; runs that moved together find each other by their last name.
     """
     path = Path(init)
     if home is None or (path.is_absolute() and path.exists()) or located(init) != init:
         return init
-    above = home.absolute().parents[:8]
+    above = (home.absolute(), *home.absolute().parents[:8])
     beside = [folder / path for folder in above if not path.is_absolute()]
     for place in (*beside, path, *(folder / path.name for folder in above)):
         if place.exists():

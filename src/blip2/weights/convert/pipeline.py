@@ -27,7 +27,7 @@ from blip2.weights import compact, names, runs
 from blip2.weights.adapters import has_adapters
 from blip2.weights.checkpoint import Checkpoint, Format
 from blip2.weights.convert.export_hf import write_huggingface
-from blip2.weights.formats import open_checkpoint
+from blip2.weights.formats import located, open_checkpoint, stage1_behind
 from blip2.weights.frozen_towers import (
     copy_tokenizer,
     folder_of,
@@ -47,6 +47,7 @@ from blip2.weights.lazy_tensors import (
 )
 from blip2.weights.validate import require_complete
 
+_STAGE1 = "stage1"  # folder of a stage 2 that holds the stage 1 it takes along
 Progress = Callable[[int], object]
 # Tensors by the file or folder they were written to, and notes for the user.
 Written = tuple[dict[Path, Tensors], list[str]]
@@ -87,7 +88,9 @@ def convert(
         words: of `slim`: of the word embeddings that training moved keep only those of words that the
             captions of this data set have more than once; the rest is again that of `qformer.init` when
             the file is opened. None keeps all that moved.
-        stage1: of `slim`: name of the stage 1 beside a stage 2, for embeddings and matches.
+        stage1: of `blip2` and `slim`: checkpoint of the stage 1 that a stage 2 takes along, for embeddings and
+            matches, into the folder `stage1` of the target; "" is the one that it began from. For `slim` the name of
+            a folder that lies, or will lie, beside the target is only noted. None takes none along.
 
     Raises:
         CheckpointError: the target exists or cannot be written, the format has no place for this
@@ -96,6 +99,10 @@ def convert(
     target = Path(target)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     require_possible(checkpoint, target, to)
+    parent = None if stage1 is None else _stage1_of(checkpoint, target, to, stage1)
+    if parent is not None:
+        require_possible(parent, target, to)
+        checkpoint, stage1 = replace(checkpoint, config=replace(checkpoint.config, init=_STAGE1)), _STAGE1
     checkpoint = with_own_encoder(checkpoint) if to in ("hf", "lavis") else checkpoint
     writers = {"blip2": _write_blip2, "hf": write_huggingface, "lavis": _write_lavis}
     with os_error_as(CheckpointError, f"{target}: cannot be written"), replacing(target) as output:
@@ -104,10 +111,39 @@ def convert(
             written, notes = _write_slim(checkpoint, output, progress, words, stage1)
         else:
             written, notes = writers[to](checkpoint, output, progress)
+        if parent is not None:
+            inside = output / _STAGE1
+            more, _ = (
+                _write_slim(parent, inside, progress, words, None)
+                if to == "slim"
+                else _write_blip2(parent, inside, progress)
+            )
+            written |= more
+            notes.append(f"its stage 1, {parent.source}, is in {_STAGE1}/")
         count, size = _verify(written, progress)
         if target.is_dir():
             target.rmdir()
     return Converted(target, count, size, tuple(notes))
+
+
+def _stage1_of(checkpoint: Checkpoint, target: Path, to: str, stage1: str) -> Checkpoint | None:
+    """The stage 1 to take along; None where it is only named, beside the target."""
+    beside = bool(stage1) and ((target.parent / stage1).is_dir() or not Path(located(stage1)).exists())
+    if to == "slim" and beside:
+        return None
+    if to not in ("blip2", "slim") or checkpoint.config.stage != "stage2":
+        raise CheckpointError(f"{checkpoint.source}: --stage1 is for a stage 2 that becomes a run of ours")
+    if stage1:
+        return _require_stage1(open_checkpoint(stage1))
+    if not checkpoint.config.init:
+        raise CheckpointError(f"{checkpoint.source}: it does not say which stage 1 it began from: give --stage1 RUN")
+    return stage1_behind(checkpoint.config.init, Path(checkpoint.source))
+
+
+def _require_stage1(checkpoint: Checkpoint) -> Checkpoint:
+    if checkpoint.config.stage != "stage1":
+        raise CheckpointError(f"{checkpoint.source}: a stage 2: --stage1 takes a stage 1")
+    return checkpoint
 
 
 def require_possible(checkpoint: Checkpoint, target: Path, to: Format | Literal["slim"]) -> None:
