@@ -144,6 +144,11 @@ class _Ranking:
         self.count = 0
 
     def add(self, features_BPC: Tensor, captions: list[tuple[str, ...]]) -> None:
+        """A batch of images; those without a caption, which have questions alone, are not ranked."""
+        with_text = [n for n, texts in enumerate(captions) if texts]
+        if not with_text:
+            return
+        features_BPC, captions = features_BPC[with_text], [captions[n] for n in with_text]
         self.images.append(self.model.embed_features(features_BPC))
         if self.rerank:
             self.features += features_BPC.to("cpu").split(1)
@@ -153,7 +158,12 @@ class _Ranking:
             self.count += 1
 
     def recall(self) -> dict[str, float]:
-        """Recall by ITC; with `rerank`, `recall` too: mean R@1 of both directions, re-ranked by ITM."""
+        """Recall by ITC; with `rerank`, `recall` too: mean R@1 of both directions, re-ranked by ITM.
+
+        Empty where fewer than two images have captions.
+        """
+        if self.count < 2:
+            return {}
         texts_TE = self.model.embed_texts(self.texts)
         similarity_IT = to_numpy(query_text_similarity(torch.cat(self.images), texts_TE))
         numbers = recall_at_k(similarity_IT, self.image_of_text)
