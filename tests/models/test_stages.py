@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from blip2.models.language.model import language_model_from_config
@@ -16,26 +15,15 @@ from blip2.models.stage2 import Stage2
 Q, D, C, P, E = 3, 8, 6, 5, 4
 
 
-class Patches(nn.Module):
-    """An image encoder of one layer: P patches of C channels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(12, P * C)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.layer(pixels.flatten(1)).view(-1, P, C)
-
-
 def qformer(vocab: int | None = 13) -> QFormer:
     return QFormer(width=D, depth=2, heads=2, inner=12, image_width=C, queries=Q, vocab=vocab, positions=9).eval()
 
 
-def stage2(vision: nn.Module | None = None) -> Stage2:
+def stage2() -> Stage2:
     config = LlamaConfig(
         vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
     )
-    return Stage2(qformer(None), language_model_from_config(config), vision).eval()
+    return Stage2(qformer(None), language_model_from_config(config)).eval()
 
 
 def test_embeddings_are_unit_vectors_of_projected_outputs() -> None:
@@ -98,15 +86,6 @@ def test_soft_prompts_are_as_wide_as_the_language_model() -> None:
 def test_the_language_model_stays_frozen() -> None:
     names = {name.split(".")[0] for name, p in stage2().named_parameters() if p.requires_grad}
     assert names == {"ln_vision", "qformer", "language_proj"}
-
-
-def test_features_come_from_the_encoder_or_from_outside() -> None:
-    vision, pixels = Patches(), torch.randn(2, 3, 2, 2)
-    assert torch.equal(Stage1(qformer(), vision).features(pixels), vision(pixels))
-    assert torch.equal(stage2(vision).features(pixels), vision(pixels))
-    for model in (Stage1(qformer()), stage2()):
-        with pytest.raises(ValueError, match="built without its image encoder"):
-            model.features(pixels)
 
 
 def test_stage_1_wants_the_text_branch() -> None:

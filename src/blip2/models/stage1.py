@@ -47,13 +47,6 @@ class Stage1(nn.Module):
         # One axis of length one: FSDP2 cannot shard a scalar.
         self.temp = nn.Parameter(torch.tensor([temperature]))
 
-    def features(self, pixels_B3SS: Tensor) -> Tensor:
-        """Image features [B, P, C] of the frozen encoder."""
-        if self.vision is None:
-            raise ValueError("this model was built without its image encoder: give features instead of pixels")
-        out: Tensor = self.vision(pixels_B3SS)
-        return out
-
     @property
     def itc_scale(self) -> float:
         """1 / temperature: what ITC multiplies cosines by in training."""

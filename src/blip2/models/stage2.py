@@ -62,13 +62,6 @@ class Stage2(nn.Module):
         self.language_proj = nn.Linear(qformer.width, language_model.hidden_size)
         self.language_model = language_model
 
-    def features(self, pixels_B3SS: Tensor) -> Tensor:
-        """Image features [B, P, C] of the frozen encoder."""
-        if self.vision is None:
-            raise ValueError("this model was built without its image encoder: give features instead of pixels")
-        out: Tensor = self.vision(pixels_B3SS)
-        return out
-
     @property
     def reads_questions(self) -> bool:
         """Whether questions enter the Q-Former beside the queries."""

@@ -218,8 +218,9 @@ def test_locked_text_stays_as_it_is_while_the_image_side_learns(tiny: Any) -> No
 def test_a_batch_without_images_is_refused(tiny: Any) -> None:
     batch = tiny.batch(2)
     batch.features = None
-    with pytest.raises(ValueError, match="pixels or features"):
-        Stage1Objective(tiny.stage1(), tiny.tokenizer, LossConfig())(batch, 0)
+    for batch.pixels in (None, torch.zeros(2, 3, 4, 4)):  # the model is built without its encoder
+        with pytest.raises(ValueError, match="needs features, or pixels and a model with its image encoder"):
+            Stage1Objective(tiny.stage1(), tiny.tokenizer, LossConfig())(batch, 0)
 
 
 @pytest.mark.parametrize("prompt", ["", "a dog"])

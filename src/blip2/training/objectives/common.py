@@ -92,10 +92,10 @@ def image_features(model: Stage1 | Stage2, batch: Batch, drop: float = 0.0) -> T
     """Image features of a batch; while the model trains, a share `drop` of each image's patches is left out."""
     if batch.features is not None:
         features_BPC = batch.features
-    elif batch.pixels is not None:
-        features_BPC = model.features(batch.pixels)
+    elif batch.pixels is not None and model.vision is not None:
+        features_BPC = model.vision(batch.pixels)
     else:
-        raise ValueError("a batch needs pixels or features")
+        raise ValueError("a batch needs features, or pixels and a model with its image encoder")
     if not drop or not model.training:
         return features_BPC
     return drop_tokens(features_BPC, drop, int(getattr(model.vision, "prefix", 0)))
