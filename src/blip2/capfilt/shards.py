@@ -21,8 +21,9 @@ from blip2.data.collection import BadSampleError, RawSample
 from blip2.data.entries import texts_of
 from blip2.data.images import decode_image
 from blip2.data.shards.reader import read_raw
-from blip2.data.shards.writer import read_record, write_record, write_shard
+from blip2.data.shards.writer import write_record, write_shard
 from blip2.errors import RunError
+from blip2.io.atomic import read_json
 
 RECORDS = ".capfilt"
 
@@ -51,7 +52,7 @@ def finished(job: Job, settings: CapFiltSettings) -> dict[str, Any] | None:
     Raises:
         RunError: it was made with other settings.
     """
-    record = read_record(job.record)
+    record = read_json(job.record)
     if record is None or not job.target.is_file() or job.target.stat().st_size != record.get("bytes"):
         return None
     before, now = record["settings"], dataclasses.asdict(settings)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from blip2.data.collection import BadSample, BadSampleError, Collection
 from blip2.data.images import ImageSpec, decode_augmented, decode_image, plain_view
 from blip2.errors import DataError
-from blip2.io.atomic import write_json
+from blip2.io.atomic import read_json, write_json
 from blip2.ops.devices import to_numpy
 
 try:
@@ -103,7 +104,7 @@ class FeatureCache:
         try:
             if not _complete(target):
                 target.mkdir(parents=True, exist_ok=True)
-                with _alone(target):
+                with _locked(target):
                     if not _complete(target):
                         builder = _Builder(target, collection, spec, encode, views, crop_min, seed, batch)
                         builder.run(progress and rank == 0)
@@ -117,12 +118,12 @@ class FeatureCache:
 
 def _complete(folder: Path) -> bool:
     """Whether a cache is finished and its file is as long as it says."""
-    meta = _json(folder / _META)
+    meta = read_json(folder / _META) or {}
     return "shape" in meta and _size(folder / _FEATURES) == _bytes(meta["shape"])
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     """Wait until no other process of this machine fills the folder; a killed one lets go by itself."""
     if fcntl is None:
         yield
@@ -130,15 +131,6 @@ def _alone(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none, or only part of one after a power cut."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _size(path: Path) -> int:
@@ -149,22 +141,18 @@ def _bytes(shape: Sequence[int]) -> int:
     return 2 * math.prod(shape)
 
 
+@dataclass(frozen=True)
 class _Builder:
     """Fills a cache folder batch by batch; a progress file follows every flush."""
 
-    def __init__(
-        self,
-        folder: Path,
-        collection: Collection,
-        spec: ImageSpec,
-        encode: Encode,
-        views: int,
-        crop_min: float,
-        seed: int,
-        batch: int,
-    ) -> None:
-        self.folder, self.collection, self.spec, self.encode = folder, collection, spec, encode
-        self.views, self.crop_min, self.seed, self.batch = views, crop_min, seed, batch
+    folder: Path
+    collection: Collection
+    spec: ImageSpec
+    encode: Encode
+    views: int
+    crop_min: float
+    seed: int
+    batch: int
 
     def run(self, progress: bool) -> None:
         state = self._state()
@@ -241,7 +229,7 @@ class _Builder:
 
     def _state(self) -> dict[str, Any]:
         """How far an earlier process came; nothing where its features are gone."""
-        state = _json(self.folder / _PROGRESS)
+        state = read_json(self.folder / _PROGRESS) or {}
         shape = state.get("shape")
         if shape is None or _size(self.folder / _FEATURES) != _bytes(shape):
             return {}

@@ -67,6 +67,15 @@ def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is none, or one that cannot be read."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def _sync(path: Path) -> None:
     """Flush a file, or a folder's list of names, to the disk."""
     if path.is_dir() and os.name != "posix":

@@ -20,9 +20,9 @@ from blip2.data.convert.readers import READERS
 from blip2.data.convert.records import Options, Request, Unit, clean_key
 from blip2.data.convert.scan import Scan, hashes_of, scan_unit
 from blip2.data.entries import texts_of
-from blip2.data.shards.writer import read_record, write_record, write_shard
+from blip2.data.shards.writer import write_record, write_shard
 from blip2.errors import DataError, RunError, os_error_as
-from blip2.io.atomic import write_json_lines
+from blip2.io.atomic import read_json, write_json_lines
 from blip2.io.workers import in_processes
 
 MANIFEST, REPORT = "manifest.json", "left_out.jsonl"
@@ -82,7 +82,7 @@ def _scan_all(units: list[Unit], out: Path, options: Options) -> list[Scan]:
     fingerprints = [unit.fingerprint() for unit in units]
     paths = [out / _RECORDS / f"look-{number:05d}.json" for number in range(len(units))]
     for path, fingerprint in zip(paths, fingerprints, strict=True):
-        record = read_record(path)
+        record = read_json(path)
         scans.append(Scan(**record["look"]) if record and record.get("unit") == fingerprint else None)
     todo = [number for number, scan in enumerate(scans) if scan is None]
     work: Callable[[Unit], Scan] = partial(scan_unit, skip_missing=options.skip_missing)
@@ -101,12 +101,12 @@ def _write_all(
     for number, (unit, path) in enumerate(zip(units, paths, strict=True)):
         keys = decision.kept(number, scans[number])
         plan = f"{unit.fingerprint()}|{len(keys)}|{decision.fingerprint(number)}"
-        record = read_record(_shard_record(path))
+        record = read_json(_shard_record(path))
         if not (record and record.get("plan") == plan and _is_written(path, record)):
             jobs.append((unit, path, set(keys), plan))
     for place, record in in_processes(_write, jobs, options.workers, "writing", options.progress):
         write_record(_shard_record(jobs[place][1]), record)
-    records = map(read_record, map(_shard_record, paths))
+    records = map(read_json, map(_shard_record, paths))
     return [record for record in records if record is not None and record["samples"]]
 
 

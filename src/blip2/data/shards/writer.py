@@ -58,15 +58,6 @@ def write_record(path: Path, value: Any) -> None:
         write_json(path, value)
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """A JSON object that an earlier run wrote; None where there is none that can be read."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
 def stored_image(data: bytes) -> tuple[str, bytes]:
     """Suffix and bytes under which an image goes into a shard.
 
