@@ -1,4 +1,4 @@
-"""Small pictures, and shards written by the `webdataset` library."""
+"""Small images, and shards written by the `webdataset` library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 @pytest.fixture(scope="session")
 def jpeg() -> Callable[..., bytes]:
-    """Bytes of a seeded noise picture; `width`, `height`, `kind` and whatever Pillow's `save` takes."""
+    """Bytes of a seeded noise image; `width`, `height`, `kind` and whatever Pillow's `save` takes."""
 
     def make(number: int = 0, width: int = 24, height: int = 20, kind: str = "JPEG", **options: Any) -> bytes:
         values = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)

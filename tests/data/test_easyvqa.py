@@ -47,12 +47,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_shards_hold_every_image(built: Path) -> None:
-    found = read_shards("easy", sorted(built.glob("test-*.tar")))
-    assert len(found.samples) == 1000
-    assert not found.bad
-    assert sum(bool(sample.captions) for sample in found.samples) > 950
-    assert all(len(question.answers) == 1 for sample in found.samples for question in sample.questions)
-    assert all(sample.questions for sample in found.samples)
+    collection = read_shards("easy", sorted(built.glob("test-*.tar")))
+    assert len(collection.samples) == 1000
+    assert not collection.bad
+    assert sum(bool(sample.captions) for sample in collection.samples) > 950
+    assert all(len(question.answers) == 1 for sample in collection.samples for question in sample.questions)
+    assert all(sample.questions for sample in collection.samples)
     with tarfile.open(next(built.glob("test-*.tar"))) as tar:
         handle = tar.extractfile(next(m for m in tar if m.name.endswith(".json")))
         assert handle is not None

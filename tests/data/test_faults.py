@@ -59,21 +59,21 @@ class Failing(http.server.BaseHTTPRequestHandler):
     """Serves a folder, with ranges; what goes wrong is drawn by a seed from the shard and the number of the answer."""
 
     folder: Path
-    asked: Counter[str]
+    requests: Counter[str]
     done: Counter[str]
     closing: threading.Event
 
     def do_GET(self) -> None:
         name = self.path.rpartition("/")[2]
-        number, self.asked[name] = self.asked[name], self.asked[name] + 1
+        number, self.requests[name] = self.requests[name], self.requests[name] + 1
         data = (self.folder / name).read_bytes()
         trouble = self.trouble(name, number)
         self.done[trouble] += 1
         if trouble == "refuse":
             self.send_error(503)
             return
-        asked = self.headers.get("Range")
-        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
+        byte_range = self.headers.get("Range")
+        start = int(byte_range.removeprefix("bytes=").rstrip("-")) if byte_range else 0
         body = data[start:]
         if trouble == "corrupt":
             half = len(body) // 2
@@ -115,7 +115,7 @@ def server(disk: Path) -> Iterator[tuple[str, Counter[str]]]:
     """Address of the failing server, and how often it did what."""
     done: Counter[str] = Counter()
     closing = threading.Event()
-    own = {"folder": disk, "asked": Counter(), "done": done, "closing": closing}
+    own = {"folder": disk, "requests": Counter(), "done": done, "closing": closing}
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Failing,), own))
     thread = threading.Thread(target=httpd.serve_forever)
     thread.start()
@@ -139,8 +139,8 @@ def batches(spec: str, steps: int, **options: Any) -> list[Batch]:
     return list(islice(stream.steps_from(0), steps))
 
 
-def require_same(found: list[Batch], expected: list[Batch]) -> None:
-    for one, other in zip(found, expected, strict=True):
+def require_same(actual: list[Batch], expected: list[Batch]) -> None:
+    for one, other in zip(actual, expected, strict=True):
         assert (one.keys, one.captions) == (other.keys, other.captions)
         assert one.pixels is not None
         assert other.pixels is not None
@@ -156,19 +156,19 @@ def test_failing_http_server(server: tuple[str, Counter[str]], disk: Path) -> No
         f"{address}/{SLOW}": "shard cannot be fetched in 6 attempts (less than 4096 bytes a second)",
     }
     assert all(done[kind] > 0 for kind in KINDS), done
-    whole = [disk / f"s-{n:05d}.tar" for n in range(SHARDS) if f"s-{n:05d}.tar" not in (DEAD, SLOW)]
-    for path in whole:
+    intact = [disk / f"s-{n:05d}.tar" for n in range(SHARDS) if f"s-{n:05d}.tar" not in (DEAD, SLOW)]
+    for path in intact:
         assert remote.cached(f"{address}/{path.name}").read_bytes() == path.read_bytes()
-    left = disk / f"s-{{{','.join(p.stem.removeprefix('s-') for p in whole)}}}.tar"
+    left = disk / f"s-{{{','.join(p.stem.removeprefix('s-') for p in intact)}}}.tar"
     require_same(batches(spec, 25), batches(str(left), 25))
 
 
 def test_nothing_is_lost_of_shards_that_can_be_had(disk: Path, server: tuple[str, Counter[str]]) -> None:
     """Whatever fails on the way: the two hopeless shards left out, every sample comes."""
     names = ",".join(f"{n:05d}" for n in range(SHARDS) if f"s-{n:05d}.tar" not in (DEAD, SLOW))
-    found = open_collection(f"{server[0]}/s-{{{names}}}.tar")
-    assert found.bad == []
-    assert len(found.samples) == (SHARDS - 2) * SAMPLES
+    collection = open_collection(f"{server[0]}/s-{{{names}}}.tar")
+    assert collection.bad == []
+    assert len(collection.samples) == (SHARDS - 2) * SAMPLES
 
 
 def test_run_ends_and_its_report_names_every_lost_shard(
@@ -233,11 +233,11 @@ def bucket(disk: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def test_s3(bucket: Any, disk: Path) -> None:
     """The batches of the disk; a shard that is missing and one that is damaged are named, nothing else is lost."""
-    whole = (disk / "s-00002.tar").read_bytes()
-    bucket.pipe_file("shards/s-00002.tar", whole[:700] + bytes(255 - byte for byte in whole[700:708]) + whole[708:])
+    shard = (disk / "s-00002.tar").read_bytes()
+    bucket.pipe_file("shards/s-00002.tar", shard[:700] + bytes(255 - byte for byte in shard[700:708]) + shard[708:])
     spec = "s3://shards/s-{00000..00007}.tar"
-    found = open_collection(spec)
-    assert {bad.path: bad.reason for bad in found.bad} == {
+    collection = open_collection(spec)
+    assert {bad.path: bad.reason for bad in collection.bad} == {
         "s3://shards/s-00005.tar": "shard is not there",
         "s3://shards/s-00002.tar": "shard cannot be fetched in 6 attempts (checksum differs from the manifest's)",
     }

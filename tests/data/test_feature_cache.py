@@ -56,8 +56,8 @@ def build(folder: Path, collection: Collection, encode: Encoder, **options: Any)
 def test_values_of_plain_and_augmented_views(tmp_path: Path, collection: Collection) -> None:
     cache = build(tmp_path, collection, Encoder())
     assert (cache.shape, cache.views, cache.bad, cache.usable) == ((2, 13, 16, 3), 2, [], list(range(13)))
-    picture = decode_image(collection.samples[5].read())
-    views = [plain_view(picture, SPEC), augmented_view(picture, SPEC, np.random.default_rng([1, 1, 5]), 0.5)]
+    image = decode_image(collection.samples[5].read())
+    views = [plain_view(image, SPEC), augmented_view(image, SPEC, np.random.default_rng([1, 1, 5]), 0.5)]
     got = cache.get([5, 5, 2], [0, 1, 0])
     assert got.dtype == torch.bfloat16
     for row, view in zip(got, views, strict=False):
@@ -98,19 +98,19 @@ def test_every_setting_has_a_cache_of_its_own(cache: Path, collection: Collectio
 
 @pytest.mark.parametrize("stop_after", [0, 1, 3, 5])
 def test_stopped_and_resumed(stop_after: int, tmp_path: Path, collection: Collection) -> None:
-    whole = build(tmp_path / "whole", collection, Encoder())
+    complete = build(tmp_path / "whole", collection, Encoder())
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "cut", collection, Encoder(stop_after))
     encoder = Encoder()
     resumed = build(tmp_path / "cut", collection, encoder)
     assert encoder.images == 26 - 4 * stop_after  # nothing is encoded twice
     for view in range(2):
-        assert torch.equal(resumed.get(range(13), [view] * 13), whole.get(range(13), [view] * 13))
+        assert torch.equal(resumed.get(range(13), [view] * 13), complete.get(range(13), [view] * 13))
 
 
 @pytest.mark.parametrize("damage", ["features", "progress"])
 def test_resume_after_damage_begins_again(damage: str, tmp_path: Path, collection: Collection) -> None:
-    whole = build(tmp_path / "whole", collection, Encoder())
+    complete = build(tmp_path / "whole", collection, Encoder())
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "cut", collection, Encoder(3))
     (folder,) = (tmp_path / "cut").iterdir()
@@ -119,7 +119,7 @@ def test_resume_after_damage_begins_again(damage: str, tmp_path: Path, collectio
     else:
         (folder / "progress.json").write_text("")
     resumed = build(tmp_path / "cut", collection, Encoder())
-    assert torch.equal(resumed.get(range(13), [0] * 13), whole.get(range(13), [0] * 13))
+    assert torch.equal(resumed.get(range(13), [0] * 13), complete.get(range(13), [0] * 13))
 
 
 def test_finished_cache_that_lost_its_file_is_built_again(cache: Path, collection: Collection) -> None:

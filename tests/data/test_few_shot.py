@@ -47,8 +47,8 @@ def collection(folder: Path, jpeg: Callable[..., bytes]) -> Collection:
     samples = []
     for n in range(5):
         (folder / f"{n}.jpg").write_bytes(jpeg(n))
-        asked = (Question("How many?", ("two", "three", "three")),) if n else ()
-        samples.append(Sample(f"k{n}", f"k{n}", (f"caption {n}",), str(folder / f"{n}.jpg"), questions=asked))
+        questions = (Question("How many?", ("two", "three", "three")),) if n else ()
+        samples.append(Sample(f"k{n}", f"k{n}", (f"caption {n}",), str(folder / f"{n}.jpg"), questions=questions))
     return Collection("set", samples)
 
 

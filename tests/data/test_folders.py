@@ -28,13 +28,13 @@ def test_folder(tmp_path: Path, jpeg: Jpeg) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "silent.txt").write_text("\n")
     (tmp_path / "odd.txt").mkdir()
-    found = read_folder(tmp_path)
-    assert {sample.key: sample.captions for sample in found.samples} == {
+    collection = read_folder(tmp_path)
+    assert {sample.key: sample.captions for sample in collection.samples} == {
         "a": ("a cat", "a dog"),
         "deep/er/b": ("a bird",),
     }
-    assert found.samples[0].read() == jpeg()
-    assert {bad.key: bad.reason for bad in found.bad} == {
+    assert collection.samples[0].read() == jpeg()
+    assert {bad.key: bad.reason for bad in collection.bad} == {
         "untold": "no text",
         "zero": "zero-byte image",
         "latin": "text is not UTF-8",
@@ -59,10 +59,10 @@ def test_file_name_that_is_not_utf8(tmp_path: Path, jpeg: Jpeg) -> None:
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
     Path(os.fsdecode(name + b".txt")).write_text("a cup")
-    found = read_folder(tmp_path)
-    assert [sample.key for sample in found.samples] == ["caf\ufffd"]
-    assert found.samples[0].read() == jpeg()
-    assert found.fingerprint()
+    collection = read_folder(tmp_path)
+    assert [sample.key for sample in collection.samples] == ["caf\ufffd"]
+    assert collection.samples[0].read() == jpeg()
+    assert collection.fingerprint()
 
 
 def test_jsonl(tmp_path: Path, jpeg: Jpeg) -> None:
@@ -82,12 +82,12 @@ def test_jsonl(tmp_path: Path, jpeg: Jpeg) -> None:
         "{broken",
     ]
     (tmp_path / "set.jsonl").write_text("\n".join(lines))
-    found = read_jsonl(tmp_path / "set.jsonl")
-    first, second, third = found.samples
+    collection = read_jsonl(tmp_path / "set.jsonl")
+    first, second, third = collection.samples
     assert (first.image_id, first.captions, first.read()) == ("3", ("a cat", "a pet"), jpeg())
     assert (third.questions, third.captions) == ((Question("what?", ("this", "that")),), ())
     assert second.image_id == third.image_id  # the same file is the same image
-    assert [bad.reason for bad in found.bad] == [
+    assert [bad.reason for bad in collection.bad] == [
         "no image",
         "zero-byte image",
         "no caption",
@@ -95,7 +95,7 @@ def test_jsonl(tmp_path: Path, jpeg: Jpeg) -> None:
         "image file cannot be read",
         "JSON is broken",
     ]
-    assert found.bad[-1].key == "line 10"
+    assert collection.bad[-1].key == "line 10"
 
 
 def test_jsonl_that_is_gone(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from blip2.data.hashes import distances, keep_first, near_pairs, nearest, percep
 
 
 def scene(number: int, side: int = 160) -> Image.Image:
-    """A smooth random picture, as photographs are."""
+    """A smooth random image, as photos are."""
     values = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(values).resize((side, side), Image.Resampling.BICUBIC)
 
@@ -21,23 +21,23 @@ def bits(a: Image.Image, b: Image.Image) -> int:
     return (perceptual_hash(a) ^ perceptual_hash(b)).bit_count()
 
 
-def recompressed(picture: Image.Image, quality: int) -> Image.Image:
+def recompressed(image: Image.Image, quality: int) -> Image.Image:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=quality)
+    image.save(buffer, "JPEG", quality=quality)
     return Image.open(buffer).convert("RGB")
 
 
 def test_copies_are_near_and_others_far() -> None:
-    pictures = [scene(n) for n in range(20)]
-    for picture in pictures:
+    images = [scene(n) for n in range(20)]
+    for image in images:
         copies = (
-            recompressed(picture, 40),
-            picture.resize((90, 90), Image.Resampling.LANCZOS),
-            ImageEnhance.Brightness(picture).enhance(0.9),
-            picture.filter(ImageFilter.GaussianBlur(1)),
+            recompressed(image, 40),
+            image.resize((90, 90), Image.Resampling.LANCZOS),
+            ImageEnhance.Brightness(image).enhance(0.9),
+            image.filter(ImageFilter.GaussianBlur(1)),
         )
-        assert [bits(picture, copy) <= 6 for copy in copies] == [True] * 4
-    others = [bits(a, b) for n, a in enumerate(pictures) for b in pictures[:n]]
+        assert [bits(image, copy) <= 6 for copy in copies] == [True] * 4
+    others = [bits(a, b) for n, a in enumerate(images) for b in images[:n]]
     assert min(others) > 10
 
 
@@ -61,15 +61,15 @@ def test_pairs_equal_the_plain_comparison(threshold: int) -> None:
     hashes = base[rng.integers(0, 60, 300)] ^ flips
     apart = distances(hashes[:, None], hashes[None, :])
     expected = {(i, j, int(apart[i, j])) for j in range(300) for i in range(j) if apart[i, j] <= threshold}
-    found = set(map(tuple, near_pairs(hashes, threshold).tolist()))
-    assert found <= expected
+    pairs = set(map(tuple, near_pairs(hashes, threshold).tolist()))
+    assert pairs <= expected
     # only pairs of which one end equals an earlier hash are left to that one
     first = {j: min(i for i in range(300) if hashes[i] == hashes[j]) for j in range(300)}
     assert {tuple(sorted((first[i], first[j]))) for i, j, _ in expected if first[i] != first[j]} <= {
-        (i, j) for i, j, _ in found
+        (i, j) for i, j, _ in pairs
     }
-    kept = [n for n in range(300) if n not in keep_first(near_pairs(hashes, threshold))]
-    assert all(apart[i, j] > threshold for i in kept for j in kept if i < j)
+    left = [n for n in range(300) if n not in keep_first(near_pairs(hashes, threshold))]
+    assert all(apart[i, j] > threshold for i in left for j in left if i < j)
 
 
 def test_first_is_kept_and_chains_do_not_join_their_ends() -> None:
@@ -81,8 +81,8 @@ def test_first_is_kept_and_chains_do_not_join_their_ends() -> None:
 def test_nearest_of_another_set() -> None:
     other = np.array([0b1111, 0, 2**60], np.uint64)
     own = np.array([0b1, 0b111, 2**40 + 7 * 2**50, 2**60, 0b1], np.uint64)
-    found = nearest(own, other, 3)
-    assert found == {0: (1, 1), 1: (0, 1), 3: (2, 0), 4: (1, 1)}
+    matches = nearest(own, other, 3)
+    assert matches == {0: (1, 1), 1: (0, 1), 3: (2, 0), 4: (1, 1)}
     assert nearest(own, np.array([], np.uint64), 3) == {}
 
 

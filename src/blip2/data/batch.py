@@ -54,8 +54,7 @@ class Batch:
 
     def _slice(self, part: slice, *, first: bool) -> Batch:
         def texts(of: list[str]) -> list[str]:
-            rounds = (of[start : start + len(self)] for start in range(0, len(of), len(self)))
-            return [text for one in rounds for text in one[part]]
+            return [text for start in range(0, len(of), len(self)) for text in of[start : start + len(self)][part]]
 
         return Batch(
             self.keys[part],

@@ -58,11 +58,11 @@ def check_collection(spec: str, progress: bool = True) -> CheckReport:
     sizes: list[tuple[int, int]] = []
     good: list[Sample] = []
     seen: set[bytes] = set()
-    for sample, found in _decoded(collection, progress):
-        if isinstance(found, str):
-            report.bad.append(BadSample(sample.key, sample.path, found))
+    for sample, result in _decoded(collection, progress):
+        if isinstance(result, str):
+            report.bad.append(BadSample(sample.key, sample.path, result))
             continue
-        size, digest = found
+        size, digest = result
         report.duplicates += digest in seen
         seen.add(digest)
         sizes.append(size)
@@ -117,12 +117,12 @@ def format_report(report: CheckReport) -> str:
 
 def _decoded(collection: Collection, progress: bool) -> Iterator[tuple[Sample, str | tuple[tuple[int, int], bytes]]]:
     with ThreadPoolExecutor(2) as pool:
-        results = pool.map(_look, collection.samples)
+        results = pool.map(_decode, collection.samples)
         pairs = zip(collection.samples, results, strict=True)
         yield from tqdm(pairs, total=len(collection.samples), unit="image", desc="checking", disable=not progress)
 
 
-def _look(sample: Sample) -> str | tuple[tuple[int, int], bytes]:
+def _decode(sample: Sample) -> str | tuple[tuple[int, int], bytes]:
     """Size and digest of an image, or the reason why it is bad."""
     try:
         data = sample.read()

@@ -45,10 +45,10 @@ def build_easy_vqa(split: str, folder: Path) -> Path:
 
 
 def captions_of(questions: list[tuple[str, str]]) -> list[str]:
-    """Captions from an image's questions and answers; empty where they do not tell shape and colour."""
+    """Captions from an image's questions and answers; empty where they name neither shape nor colour."""
     words: list[str] = []
     for question, answer in questions:
-        # "what color is the circle?" tells the shape as well.
+        # "what color is the circle?" names the shape as well.
         if answer not in ("yes", "no") or _affirms(question, answer):
             words += re.findall(r"[a-z]+", f"{question} {answer}".lower())
     shape = next((word for word in words if word in SHAPES), None)

@@ -15,7 +15,7 @@ from blip2.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Shot:
-    """An image and what was said of it.
+    """An image with its text, shown to the model as an example.
 
     Args:
         image: path, bytes or Pillow image.
@@ -61,13 +61,12 @@ def as_shot(entry: dict[str, Any], folder: Path | None = None) -> Shot:
         image = folder / image
     if not image:
         raise BadSampleError('no "image"')
-    asks = "question" in entry
-    text, question = entry.get("answer" if asks else "caption"), entry.get("question")
-    for name, value in (("answer" if asks else "caption", text), *((("question", question),) if asks else ())):
-        if not isinstance(value, str) or not value.strip():
+    names = ("answer", "question") if "question" in entry else ("caption",)
+    for name in names:
+        if not isinstance(entry.get(name), str) or not entry[name].strip():
             raise BadSampleError(f'"{name}" is not a text: give "caption", or "question" and "answer"')
-    assert isinstance(text, str)
-    return Shot(image, text.strip(), question.strip() if isinstance(question, str) else None, str(entry["image"]))
+    texts = {name: entry[name].strip() for name in names}
+    return Shot(image, texts[names[0]], texts.get("question"), str(entry["image"]))
 
 
 def draw_shots(collection: Collection, count: int, seed: int, *, questions: bool) -> list[Shot]:
@@ -85,7 +84,7 @@ def draw_shots(collection: Collection, count: int, seed: int, *, questions: bool
     ]
     if len(usable) < count:
         raise ConfigError(f"--shots is {count}: {collection.name} has {len(usable)} images with such a text")
-    found = []
+    shots = []
     for n in rng.permutation(len(usable))[:count]:
         sample = usable[int(n)]
         try:
@@ -93,11 +92,11 @@ def draw_shots(collection: Collection, count: int, seed: int, *, questions: bool
         except BadSampleError as error:
             raise DataError(f"{collection.name}: {sample.key}: {error.reason}: choose another --shots-seed") from error
         if questions:
-            asked = [q for q in sample.questions if q.answers]
-            question = asked[int(rng.integers(len(asked)))]
+            answered = [q for q in sample.questions if q.answers]
+            question = answered[int(rng.integers(len(answered)))]
             # the answer that most people gave, the first of equals
             answer = max(question.answers, key=question.answers.count)
-            found.append(Shot(image, answer, question.text, sample.key))
+            shots.append(Shot(image, answer, question.text, sample.key))
         else:
-            found.append(Shot(image, sample.captions[int(rng.integers(len(sample.captions)))], None, sample.key))
-    return found
+            shots.append(Shot(image, sample.captions[int(rng.integers(len(sample.captions)))], None, sample.key))
+    return shots

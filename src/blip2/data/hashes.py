@@ -1,6 +1,6 @@
 """Perceptual hashes of 64 bits, and pairs of near-equal ones among millions.
 
-The hash is the DCT one ("pHash"): signs of the 64 lowest frequencies of a 32 x 32 grey picture
+The hash is the DCT one ("pHash"): signs of the 64 lowest frequencies of a 32 x 32 grey image
 against their median. Re-encoded, scaled and lightly edited copies differ in few bits.
 
 Shape letters: N hashes, K pairs.
@@ -17,7 +17,7 @@ from PIL import Image
 from blip2.ops.devices import to_list
 
 BITS = 64
-# Bits in which copies may differ. Of 250 photographs of Flickr8k re-encoded, scaled, made brighter or cropped by 2%,
+# Bits in which copies may differ. Of 250 images of Flickr8k re-encoded, scaled, made brighter or cropped by 2%,
 # 95 to 100% stay within 6; two different ones of them differ in 14 or more.
 THRESHOLD = 6
 _SIDE = 32
@@ -32,9 +32,9 @@ def _dct_rows() -> np.ndarray:
 _DCT = _dct_rows()
 
 
-def perceptual_hash(picture: Image.Image) -> int:
-    """The 64-bit hash of an RGB picture."""
-    grey = np.asarray(picture.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BILINEAR), np.float64)
+def perceptual_hash(image: Image.Image) -> int:
+    """The 64-bit hash of an RGB image."""
+    grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BILINEAR), np.float64)
     low = (_DCT @ grey @ _DCT.T).ravel()
     # Rounded: sums that are equal on paper must not differ by the order of additions.
     low = np.round(low, 6)
@@ -56,15 +56,15 @@ def near_pairs(hashes_N: np.ndarray, threshold: int = THRESHOLD) -> np.ndarray:
         int64 [K, 3]: earlier place, later place, distance; sorted by the later, then the earlier.
     """
     unique, first, back = np.unique(hashes_N, return_index=True, return_inverse=True)
-    found = [_equal(first, back.ravel())]
-    seen: list[np.ndarray] = []
+    parts = [_equal(first, back.ravel())]
+    near: list[np.ndarray] = []
     for masks in itertools.combinations(_masks(threshold + 2), 2):
-        seen += _within(unique, unique & (masks[0] | masks[1]), threshold)
-    if seen:
-        left, right, distance = np.unique(np.concatenate(seen, axis=1), axis=1)
+        near += _within(unique, unique & (masks[0] | masks[1]), threshold)
+    if near:
+        left, right, distance = np.unique(np.concatenate(near, axis=1), axis=1)
         places = np.sort(np.stack([first[left], first[right]]), axis=0)
-        found.append(np.stack([*places, distance], axis=1))
-    pairs: np.ndarray = np.concatenate(found).astype(np.int64)
+        parts.append(np.stack([*places, distance], axis=1))
+    pairs: np.ndarray = np.concatenate(parts).astype(np.int64)
     return pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
 
 

@@ -92,12 +92,12 @@ def distinct(images: list[ImageLike]) -> tuple[list[ImageLike], list[int]]:
 
 
 def decode_image(data: bytes, opened: Callable[[Image.Image], object] | None = None) -> Image.Image:
-    """An RGB picture, upright, of the first frame.
+    """An RGB image, upright, of the first frame.
 
-    CMYK, 16-bit, palette and grey pictures are converted; transparency is laid on white.
+    CMYK, 16-bit, palette and grey images are converted; transparency is laid on white.
 
     Args:
-        opened: called with the picture when its header is read and no pixel is decoded yet.
+        opened: called with the image when its header is read and no pixel is decoded yet.
 
     Raises:
         BadSampleError: zero bytes, no image, truncated, or a decompression bomb.
@@ -105,12 +105,12 @@ def decode_image(data: bytes, opened: Callable[[Image.Image], object] | None = N
     if not data:
         raise BadSampleError("zero-byte image")
     try:
-        picture = _opened(data)
-        _refuse_bomb(picture)
+        image = _opened(data)
+        _refuse_bomb(image)
         if opened is not None:
-            opened(picture)
-        picture.load()
-        return to_rgb(picture)
+            opened(image)
+        image.load()
+        return to_rgb(image)
     except (BadSampleError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
@@ -124,41 +124,41 @@ def decode_image(data: bytes, opened: Callable[[Image.Image], object] | None = N
         raise BadSampleError("image is truncated" if cut else "image cannot be decoded") from None
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """A picture of any mode upright and in RGB; itself where it is both."""
-    picture = _upright(picture)
-    if picture.mode.startswith(("I", "F")):
-        picture = _eight_bit(picture)
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode upright and in RGB; itself where it is both."""
+    image = _upright(image)
+    if image.mode.startswith(("I", "F")):
+        image = _eight_bit(image)
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def plain_view(picture: Image.Image, spec: ImageSpec) -> Tensor:
-    """The whole picture (or its centre) as [3, S, S] float32, normalised; bicubic."""
+def plain_view(image: Image.Image, spec: ImageSpec) -> Tensor:
+    """The whole image (or its centre) as [3, S, S] float32, normalised; bicubic."""
     size = spec.size
     if spec.resize == "crop":
-        width, height = picture.size
+        width, height = image.size
         short = min(width, height)
         if max(width, height) > _LONGEST * short:
             # A strip one pixel wide would be scaled to gigabytes, of which the centre is kept.
-            picture = _centre(picture, min(width, _LONGEST * short), min(height, _LONGEST * short))
-            width, height = picture.size
+            image = _centre(image, min(width, _LONGEST * short), min(height, _LONGEST * short))
+            width, height = image.size
         # Rounded down, as transformers and torchvision do.
         wide, high = (size * width // short, size) if width > height else (size, size * height // short)
-        picture = _centre(picture.resize((wide, high), Image.Resampling.BICUBIC), size, size)
-    return _normalised(picture.resize((size, size), Image.Resampling.BICUBIC), spec)
+        image = _centre(image.resize((wide, high), Image.Resampling.BICUBIC), size, size)
+    return _normalised(image.resize((size, size), Image.Resampling.BICUBIC), spec)
 
 
-def augmented_view(picture: Image.Image, spec: ImageSpec, rng: np.random.Generator, crop_min: float) -> Tensor:
+def augmented_view(image: Image.Image, spec: ImageSpec, rng: np.random.Generator, crop_min: float) -> Tensor:
     """A random resized crop, flipped half of the time, as [3, S, S] float32, normalised.
 
     Crops keep a share of the area in [crop_min, 1] and an aspect ratio in [3/4, 4/3]; cropping
     before resizing equals torchvision's RandomResizedCrop bit for bit.
     """
-    return _cropped(picture, _random_box(*picture.size, rng, crop_min), 1, spec, rng)
+    return _cropped(image, _random_box(*image.size, rng, crop_min), 1, spec, rng)
 
 
 def decode_augmented(data: bytes, spec: ImageSpec, rng: np.random.Generator, crop_min: float) -> Tensor:
@@ -175,33 +175,33 @@ def decode_augmented(data: bytes, spec: ImageSpec, rng: np.random.Generator, cro
     box: tuple[int, int, int, int] | None = None
     scale = 1
 
-    def opened(picture: Image.Image) -> None:
+    def opened(image: Image.Image) -> None:
         nonlocal box, scale
-        # the box is drawn in the upright picture
-        if picture.format != "JPEG" or _orientation(picture) != 1:
+        # the box is drawn in the upright image
+        if image.format != "JPEG" or _orientation(image) != 1:
             return
-        box = _random_box(*picture.size, rng, crop_min)
-        wide, high = picture.size
+        box = _random_box(*image.size, rng, crop_min)
+        wide, high = image.size
         fits = [s for s in (8, 4, 2) if min(box[2:]) >= s * spec.size]
         if fits:
-            picture.draft(None, (wide // fits[0], high // fits[0]))
-            scale = round(wide / picture.size[0])
+            image.draft(None, (wide // fits[0], high // fits[0]))
+            scale = round(wide / image.size[0])
 
-    picture = decode_image(data, opened)
-    return _cropped(picture, box or _random_box(*picture.size, rng, crop_min), scale, spec, rng)
+    image = decode_image(data, opened)
+    return _cropped(image, box or _random_box(*image.size, rng, crop_min), scale, spec, rng)
 
 
 def _cropped(
-    picture: Image.Image, box: tuple[int, int, int, int], scale: int, spec: ImageSpec, rng: np.random.Generator
+    image: Image.Image, box: tuple[int, int, int, int], scale: int, spec: ImageSpec, rng: np.random.Generator
 ) -> Tensor:
-    """The box (left, top, width, height) of a picture decoded at 1 / scale, resized, flipped half of the time."""
+    """The box (left, top, width, height) of an image decoded at 1 / scale, resized, flipped half of the time."""
     left, top, width, height = box
     size = (spec.size, spec.size)
     if scale == 1:
-        view = picture.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.BICUBIC)
+        view = image.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.BICUBIC)
     else:
-        right, bottom = min((left + width) / scale, picture.width), min((top + height) / scale, picture.height)
-        view = picture.resize(size, Image.Resampling.BICUBIC, box=(left / scale, top / scale, right, bottom))
+        right, bottom = min((left + width) / scale, image.width), min((top + height) / scale, image.height)
+        view = image.resize(size, Image.Resampling.BICUBIC, box=(left / scale, top / scale, right, bottom))
     if rng.random() < 0.5:
         view = ImageOps.mirror(view)
     return _normalised(view, spec)
@@ -210,9 +210,9 @@ def _cropped(
 def _random_box(width: int, height: int, rng: np.random.Generator, crop_min: float) -> tuple[int, int, int, int]:
     area = width * height
     for _ in range(10):
-        wanted = area * rng.uniform(crop_min, 1.0)
+        crop_area = area * rng.uniform(crop_min, 1.0)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(wanted * ratio)), round(math.sqrt(wanted / ratio))
+        w, h = round(math.sqrt(crop_area * ratio)), round(math.sqrt(crop_area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1)), w, h
     # No box fits: the largest centred one within the aspect ratios.
@@ -220,25 +220,25 @@ def _random_box(width: int, height: int, rng: np.random.Generator, crop_min: flo
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def _centre(picture: Image.Image, width: int, height: int) -> Image.Image:
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    return picture.crop((left, top, left + width, top + height))
+def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
-def _normalised(picture: Image.Image, spec: ImageSpec) -> Tensor:
+def _normalised(image: Image.Image, spec: ImageSpec) -> Tensor:
     # channels first while a value is still one byte
-    values = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float().mul_(1 / 255)
+    values = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().mul_(1 / 255)
     return values.sub_(torch.tensor(spec.mean).view(3, 1, 1)).div_(torch.tensor(spec.std).view(3, 1, 1))
 
 
-def _eight_bit(picture: Image.Image) -> Image.Image:
-    """Grey picture of 16-bit, 32-bit or float values, scaled by what its mode or its values say is white."""
-    values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Grey image of 16-bit, 32-bit or float values, scaled by what its mode or its values say is white."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     largest = values.max(initial=0)
-    if picture.mode.startswith("I;16") or largest > 255:
+    if image.mode.startswith("I;16") or largest > 255:
         white = 65535.0
     else:
-        white = 1.0 if picture.mode == "F" and largest <= 1 else 255.0
+        white = 1.0 if image.mode == "F" and largest <= 1 else 255.0
     return Image.fromarray(np.clip(values * (255.0 / white), 0, 255).astype(np.uint8))
 
 
@@ -255,26 +255,26 @@ def _opened(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=formats)
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF orientation says; as it is where there is none or the EXIF is broken."""
-    if _orientation(picture) == 1:
-        return picture
+    if _orientation(image) == 1:
+        return image
     try:
-        return ImageOps.exif_transpose(picture)
+        return ImageOps.exif_transpose(image)
     except _BROKEN_EXIF:
-        return picture
+        return image
 
 
-def _orientation(picture: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int:
     """EXIF's orientation, 1 (upright) to 8; 1 where there is none or it cannot be read."""
     try:
-        found = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except _BROKEN_EXIF:
         return 1
-    return found if found in range(1, 9) else 1
+    return orientation if orientation in range(1, 9) else 1
 
 
-def _refuse_bomb(picture: Image.Image) -> None:
-    width, height = picture.size
+def _refuse_bomb(image: Image.Image) -> None:
+    width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadSampleError(f"image is a decompression bomb ({width}x{height} pixels)")

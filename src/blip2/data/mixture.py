@@ -37,14 +37,14 @@ def parse_mixture(spec: str) -> list[Part]:
     parts = spec.split("+")
     if Path(spec).expanduser().exists() or not all(part.strip() for part in parts):
         return [Part(spec, 1.0)]
-    found = []
+    mixture = []
     for part in map(str.strip, parts):
         weighted = re.fullmatch(r"(.*[^*\s])\s*\*\s*(\d+(?:\.\d+)?)", part)
         name, weight = (weighted[1], float(weighted[2])) if weighted else (part, 1.0)
         if weight == 0:
             raise ConfigError(f"data.train: {part} has weight 0: leave it out, or give it a positive one")
-        found.append(Part(name, weight))
-    return found
+        mixture.append(Part(name, weight))
+    return mixture
 
 
 def epoch_size(part_U: np.ndarray, weights: tuple[float, ...]) -> int:

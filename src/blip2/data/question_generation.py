@@ -1,12 +1,13 @@
 """Questions whose answers several captions of an image agree on, written by rule.
 
-A bridge that learned from captions alone answers questions with captions. Data sets without questions
+A model that learned from captions alone answers questions with captions. Data sets without questions
 get simple ones here, in the manner of COCO-QA (arXiv 1505.02074): what is there, how many, which
 colour, what somebody does, where. English only; what fewer than two captions say is not asked.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import zlib
 from collections import Counter
@@ -76,8 +77,8 @@ def questions_from(captions: Sequence[str]) -> tuple[Question, ...]:
     rng = np.random.default_rng(zlib.crc32(" ".join(captions).encode()))
     counts = _counts(texts)
     several = {noun for noun, number in counts.items() if number != "one"}
-    found = [*_what(said, several), *_how_many(counts, rng), *_colours(texts), *_acts(texts, several)]
-    return (*found, *_places(said), *_presence(said, rng))
+    questions = [*_what(said, several), *_how_many(counts, rng), *_colours(texts), *_acts(texts, several)]
+    return (*questions, *_places(said), *_presence(said, rng))
 
 
 def _words(caption: str) -> list[str]:
@@ -94,22 +95,22 @@ def _singular(word: str) -> str:
 
 def _agreed(values: Iterable[set[str]]) -> Iterator[str]:
     """Values that enough captions give, where no other value has as many."""
-    counts = Counter(value for one in values for value in one).most_common(2)
+    counts = Counter(itertools.chain.from_iterable(values)).most_common(2)
     if counts and counts[0][1] >= _AGREED and (len(counts) == 1 or counts[1][1] < counts[0][1]):
         yield counts[0][0]
 
 
-def _asked(text: str, answer: str, kind: str) -> Question:
+def _question(text: str, answer: str, kind: str) -> Question:
     return Question(text, (answer,), kind)
 
 
 def _what(said: Counter[str], several: set[str]) -> Iterator[Question]:
     there = [name for name in _ANIMALS if said[name] >= _AGREED]
     if len(there) == 1:
-        yield _asked("What animal is in the picture?", there[0], "object")
+        yield _question("What animal is in the picture?", there[0], "object")
     people = [name for name in ("man", "woman", "boy", "girl") if said[name] >= _AGREED]
     if len(people) == 1 and people[0] not in several:
-        yield _asked("Who is in the picture?", f"a {people[0]}", "object")
+        yield _question("Who is in the picture?", f"a {people[0]}", "object")
 
 
 def _counts(texts: list[list[str]]) -> dict[str, str]:
@@ -123,13 +124,13 @@ def _counts(texts: list[list[str]]) -> dict[str, str]:
 def _how_many(counts: dict[str, str], rng: np.random.Generator) -> Iterator[Question]:
     for noun, number in counts.items():
         if number != "one" or rng.random() < _SINGLE:
-            yield _asked(f"How many {_PLURAL.get(noun, noun + 's')} are there?", number, "number")
+            yield _question(f"How many {_PLURAL.get(noun, noun + 's')} are there?", number, "number")
 
 
 def _colours(texts: list[list[str]]) -> Iterator[Question]:
     for noun in _COLOURED:
         for colour in _agreed({w for w in _before(text, noun) if w in _COLOURS} for text in texts):
-            yield _asked(f"What color is the {noun}?", colour, "color")
+            yield _question(f"What color is the {noun}?", colour, "color")
 
 
 def _before(text: list[str], noun: str) -> list[str]:
@@ -142,7 +143,7 @@ def _acts(texts: list[list[str]], several: set[str]) -> Iterator[Question]:
     for noun in _ACTORS:
         for act in _agreed({*_act_of(text, noun)} for text in texts):
             who = f"are the {_PLURAL.get(noun, noun + 's')}" if noun in several else f"is the {noun}"
-            yield _asked(f"What {who} doing?", act, "action")
+            yield _question(f"What {who} doing?", act, "action")
 
 
 def _act_of(text: list[str], noun: str) -> Iterator[str]:
@@ -160,7 +161,7 @@ def _act_of(text: list[str], noun: str) -> Iterator[str]:
 def _places(said: Counter[str]) -> Iterator[Question]:
     there = [place for place, words in _PLACES.items() if max(said[word] for word in words) >= _AGREED]
     if len(there) == 1:
-        yield _asked("Where was the picture taken?", there[0], "place")
+        yield _question("Where was the picture taken?", there[0], "place")
 
 
 def _presence(said: Counter[str], rng: np.random.Generator) -> Iterator[Question]:
@@ -172,4 +173,4 @@ def _presence(said: Counter[str], rng: np.random.Generator) -> Iterator[Question
     for answer, among in (("yes", there), ("no", absent)):
         for n in rng.permutation(len(among))[:count]:
             article = "" if among[n] in ("snow", "sand", "grass") else "an " if among[n][0] in "aeiou" else "a "
-            yield _asked(f"Is there {article}{among[n]} in the picture?", answer, "yes/no")
+            yield _question(f"Is there {article}{among[n]} in the picture?", answer, "yes/no")

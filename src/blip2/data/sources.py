@@ -35,8 +35,8 @@ NAMED = (
 )
 # Of easy-vqa's 4,000 training images, which the package does not split, the last ones are dev.
 _EASY_VQA_DEV = 400
-# Colour photographs that ship inside scikit-image's wheel.
-_PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
+# Colour images that ship inside scikit-image's wheel.
+_SKIMAGE = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
 
 
 def open_collection(spec: str) -> Collection:
@@ -65,10 +65,10 @@ def _mixed(spec: str, parts: list[Part]) -> Collection:
     """All parts one after the other; equal image ids of two data sets are two images."""
     mixed = Collection(spec, [])
     for number, part in enumerate(parts):
-        found = open_collection(part.spec)
-        mixed.samples += [replace(sample, image_id=f"{number}:{sample.image_id}") for sample in found.samples]
-        mixed.bad += found.bad
-        mixed.mixture += ((len(found.samples), part.weight),)
+        collection = open_collection(part.spec)
+        mixed.samples += [replace(sample, image_id=f"{number}:{sample.image_id}") for sample in collection.samples]
+        mixed.bad += collection.bad
+        mixed.mixture += ((len(collection.samples), part.weight),)
     return mixed
 
 
@@ -120,26 +120,26 @@ def _expand(spec: str) -> list[Path]:
     folder = next(place for place in (path, *path.parents) if place.exists())
     if folder == path:
         return [path]
-    try:
-        patterns = list(braceexpand(str(path.relative_to(folder))))
-    except ValueError as error:
-        raise DataError(f"{spec}: not a brace pattern that can be expanded: {error}") from error
     shards: list[Path] = []
-    for pattern in patterns:
-        one = folder / pattern
-        matches = [one] if one.exists() else sorted(folder / name for name in glob.glob(pattern, root_dir=folder))
+    for pattern in _expand_braces(spec, str(path.relative_to(folder))):
+        shard = folder / pattern
+        matches = [shard] if shard.exists() else sorted(folder / name for name in glob.glob(pattern, root_dir=folder))
         if not matches:
-            raise DataError(f"{one}: no such shard")
+            raise DataError(f"{shard}: no such shard")
         shards += matches
     return shards
 
 
-def _remote(spec: str) -> Collection:
-    """Shards of an address with braces; what could not be fetched is among the bad samples."""
+def _expand_braces(spec: str, pattern: str) -> list[str]:
     try:
-        urls = list(braceexpand(spec))
+        return list(braceexpand(pattern))
     except ValueError as error:
         raise DataError(f"{spec}: not a brace pattern that can be expanded: {error}") from error
+
+
+def _remote(spec: str) -> Collection:
+    """Shards of an address with braces; what could not be fetched is among the bad samples."""
+    urls = _expand_braces(spec, spec)
     if not all(url.endswith(".tar") for url in urls):
         raise DataError(f"{spec}: not shards: give addresses that end in .tar, with braces for several")
     copies = fetch_all(urls)
@@ -158,26 +158,26 @@ def _named_shards(name: str, split: str) -> list[Path]:
         shards = sorted((place / folder).glob(f"{split}-*.tar"))
         if shards:
             return shards
-    looked = ", ".join(dict.fromkeys(str(place / folder) for place in places))
+    tried = ", ".join(dict.fromkeys(str(place / folder) for place in places))
     raise DataError(
-        f"{name}:{split}: no shards {split}-*.tar found (looked in {looked}): put them there, or set BLIP2_DATA to the "
+        f"{name}:{split}: no shards {split}-*.tar found (looked in {tried}): put them there, or set BLIP2_DATA to the "
         f"folder that holds {folder}/"
     )
 
 
 def _easy_vqa(spec: str, split: str) -> Collection:
-    packed = "test" if split == "test" else "train"
-    shards = sorted(build_easy_vqa(packed, cache_folder() / "easy-vqa").glob(f"{packed}-*.tar"))
-    found = read_shards(spec, shards)
-    cut = len(found.samples) - _EASY_VQA_DEV
-    kept = {"train": slice(0, cut), "dev": slice(cut, None), "test": slice(None)}[split]
-    return Collection(spec, found.samples[kept], found.bad)
+    source = "test" if split == "test" else "train"
+    shards = sorted(build_easy_vqa(source, cache_folder() / "easy-vqa").glob(f"{source}-*.tar"))
+    packed = read_shards(spec, shards)
+    cut = len(packed.samples) - _EASY_VQA_DEV
+    part = {"train": slice(0, cut), "dev": slice(cut, None), "test": slice(None)}[split]
+    return Collection(spec, packed.samples[part], packed.bad)
 
 
 def _skimage() -> Collection:
-    found = importlib.util.find_spec("skimage")
-    if found is None or not found.submodule_search_locations:
+    package = importlib.util.find_spec("skimage")
+    if package is None or not package.submodule_search_locations:
         raise DataError("skimage: scikit-image is not installed: pip install scikit-image")
-    folder = Path(found.submodule_search_locations[0]) / "data"
-    files = [folder / name for name in _PHOTOGRAPHS if (folder / name).is_file()]
+    folder = Path(package.submodule_search_locations[0]) / "data"
+    files = [folder / name for name in _SKIMAGE if (folder / name).is_file()]
     return Collection("skimage", [Sample(file.stem, file.stem, (), str(file)) for file in files])

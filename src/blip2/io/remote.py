@@ -157,13 +157,13 @@ def _http(url: str, start: int) -> Iterator[bytes]:
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             announced = answer.headers.get("Content-Length")
-            left = int(announced) if announced is not None else None
-            unwanted = start if answer.status != 206 else 0  # a server without ranges sends all again
+            missing = int(announced) if announced is not None else None
+            repeated = start if answer.status != 206 else 0  # a server without ranges sends all again
             while chunk := answer.read1(_CHUNK):  # what is there: `read` would wait for all of it
-                left = left - len(chunk) if left is not None else None
-                yield chunk[unwanted:]
-                unwanted = max(unwanted - len(chunk), 0)
-            if left:
+                missing = missing - len(chunk) if missing is not None else None
+                yield chunk[repeated:]
+                repeated = max(repeated - len(chunk), 0)
+            if missing:
                 raise OSError("connection closed early")
     except urllib.error.HTTPError as error:
         if error.code in (403, 404, 410):

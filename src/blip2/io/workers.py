@@ -33,21 +33,21 @@ def in_processes(
     Raises:
         RunError: processes die again and again.
     """
-    left = dict(enumerate(jobs))
+    remaining = dict(enumerate(jobs))
     with tqdm(total=len(jobs), desc=what, unit="shard", disable=not progress or not jobs) as bar:
         if workers == 1:
-            for place, job in left.items():
+            for place, job in remaining.items():
                 yield place, work(job)
                 bar.update()
             return
         failures = 0
-        while left:
-            before = len(left)
-            for place, result in _round(work, left, min(workers, len(left))):
-                del left[place]
+        while remaining:
+            before = len(remaining)
+            for place, result in _round(work, remaining, min(workers, len(remaining))):
+                del remaining[place]
                 yield place, result
                 bar.update()
-            failures = failures + 1 if len(left) == before else 0
+            failures = failures + 1 if len(remaining) == before else 0
             if failures == _PATIENCE:
                 raise RunError(
                     f"{what}: processes are killed again and again, most often for want of memory: lower --workers "

@@ -1,4 +1,4 @@
-"""Miniature originals: pictures unlike each other, and the conversion of a source to samples."""
+"""Miniature originals: images unlike each other, and the conversion of a source to samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from blip2.data.convert.records import Options, Request, ShardSize
 
 
 def draw(path: Path, number: int, side: int = 96) -> Path:
-    """A picture of its own for every number."""
+    """An image of its own for every number."""
     path.parent.mkdir(parents=True, exist_ok=True)
     values = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     Image.fromarray(values).resize((side, side), Image.Resampling.BICUBIC).save(path)
@@ -25,7 +25,7 @@ def draw(path: Path, number: int, side: int = 96) -> Path:
 
 
 @pytest.fixture
-def picture() -> Callable[..., Path]:
+def draw_image() -> Callable[..., Path]:
     return draw
 
 
@@ -39,9 +39,9 @@ def converted(tmp_path: Path) -> Converted:
     def run(
         kind: str, source: Path, out: Path | None = None, size: str = "1000", **options: Any
     ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-        asked = {name: options.pop(name) for name in ("images", "split", "columns") if name in options}
+        requested = {name: options.pop(name) for name in ("images", "split", "columns") if name in options}
         target = out or tmp_path / "out"
-        request = Request(source, size=ShardSize.parse(size), **asked)
+        request = Request(source, size=ShardSize.parse(size), **requested)
         manifest = convert(request, target, Options(kind, progress=False, **options))
         return manifest, samples_of(target)
 
@@ -50,7 +50,7 @@ def converted(tmp_path: Path) -> Converted:
 
 def samples_of(folder: Path) -> dict[str, dict[str, Any]]:
     """JSON object by key of all shards, with the name of its image member as `member`."""
-    found: dict[str, dict[str, Any]] = {}
+    samples: dict[str, dict[str, Any]] = {}
     for shard in sorted(folder.glob("*.tar")):
         with tarfile.open(shard) as tar:
             names = tar.getnames()
@@ -60,5 +60,5 @@ def samples_of(folder: Path) -> dict[str, dict[str, Any]]:
                     handle = tar.extractfile(name)
                     assert handle is not None
                     image = next(n for n in names if n.startswith(f"{key}.") and n != name)
-                    found[key] = {**json.loads(handle.read()), "member": image}
-    return found
+                    samples[key] = {**json.loads(handle.read()), "member": image}
+    return samples

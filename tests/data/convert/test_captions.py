@@ -29,10 +29,10 @@ KARPATHY = {
 
 
 @pytest.fixture
-def coco(tmp_path: Path, picture: Callable[..., Path]) -> Path:
+def coco(tmp_path: Path, draw_image: Callable[..., Path]) -> Path:
     source = tmp_path / "coco"
     for n in range(7, 11):
-        picture(source / "val2014" / f"COCO_val2014_{n:012d}.jpg", n)
+        draw_image(source / "val2014" / f"COCO_val2014_{n:012d}.jpg", n)
     (source / "dataset_coco.json").write_text(json.dumps(KARPATHY))
     return source
 
@@ -72,7 +72,7 @@ def test_lavis_and_original_forms(coco: Path, converted: Any, tmp_path: Path) ->
     assert samples["COCO_val2014_000000000009"]["captions"] == ["five", "six"]
 
 
-def test_nocaps_keeps_the_domain(tmp_path: Path, picture: Callable[..., Path], converted: Any) -> None:
+def test_nocaps_keeps_the_domain(tmp_path: Path, draw_image: Callable[..., Path], converted: Any) -> None:
     domains = ("in-domain", "near-domain", "out-domain")
     data = {
         "images": [
@@ -82,7 +82,7 @@ def test_nocaps_keeps_the_domain(tmp_path: Path, picture: Callable[..., Path], c
         "annotations": [{"image_id": n, "caption": f"caption {n} {k}"} for n in range(3) for k in range(10)],
     }
     for n in range(3):
-        picture(tmp_path / "images" / f"{n:02x}.jpg", n)
+        draw_image(tmp_path / "images" / f"{n:02x}.jpg", n)
     path = tmp_path / "nocaps_val_4500_captions.json"
     path.write_text(json.dumps(data))
     _, samples = converted("nocaps", tmp_path, images=tmp_path / "images")
@@ -96,9 +96,9 @@ def test_nocaps_keeps_the_domain(tmp_path: Path, picture: Callable[..., Path], c
 
 
 @pytest.mark.parametrize("form", ["token", "csv", "json"])
-def test_flickr30k(form: str, tmp_path: Path, picture: Callable[..., Path], converted: Any) -> None:
+def test_flickr30k(form: str, tmp_path: Path, draw_image: Callable[..., Path], converted: Any) -> None:
     for n in (1, 2):
-        picture(tmp_path / "images" / f"{n}.jpg", n)
+        draw_image(tmp_path / "images" / f"{n}.jpg", n)
     if form == "token":
         lines = [f"{n}.jpg#{k}\tA man {n} {k} ." for n in (1, 2) for k in range(2)]
         (tmp_path / "results_20130124.token").write_text("\n".join(lines) + "\n")
@@ -118,9 +118,9 @@ def test_flickr30k(form: str, tmp_path: Path, picture: Callable[..., Path], conv
     }
 
 
-def test_visual_genome(tmp_path: Path, picture: Callable[..., Path], converted: Any) -> None:
-    picture(tmp_path / "VG_100K" / "3.jpg", 3)
-    picture(tmp_path / "VG_100K_2" / "4.jpg", 4)
+def test_visual_genome(tmp_path: Path, draw_image: Callable[..., Path], converted: Any) -> None:
+    draw_image(tmp_path / "VG_100K" / "3.jpg", 3)
+    draw_image(tmp_path / "VG_100K_2" / "4.jpg", 4)
     regions = [
         {"region_id": k, "x": k, "y": 1, "width": 5, "height": 6, "phrase": p, "image_id": 3}
         for k, p in enumerate(("a red bus", "the sky ", "a red bus"))

@@ -18,11 +18,11 @@ from blip2.errors import ConfigError, DataError
 
 
 @pytest.fixture
-def source(tmp_path: Path, picture: Callable[..., Path]) -> Path:
-    """Ten pictures as JSON lines; 5 is a small copy of 1, and 6 is 1 again under the same image_id."""
+def source(tmp_path: Path, draw_image: Callable[..., Path]) -> Path:
+    """Ten images as JSON lines; 5 is a small copy of 1, and 6 is 1 again under the same image_id."""
     lines = []
     for n in range(10):
-        path = picture(tmp_path / "images" / f"{n}.png", n)
+        path = draw_image(tmp_path / "images" / f"{n}.png", n)
         if n in (5, 6):
             path = path.with_suffix(".jpg")
             Image.open(tmp_path / "images" / "1.png").resize((70, 70)).save(path, quality=70)
@@ -62,16 +62,16 @@ def test_duplicates_are_dropped(source: Path, converted: Any, tmp_path: Path) ->
     assert "6-5" not in samples
     assert "7-6" in samples  # the same image by its image_id
     (line,) = (tmp_path / "out" / "left_out.jsonl").read_text().splitlines()
-    found = json.loads(line)
-    assert (found["key"], found["duplicate"], found["dropped"]) == ("6-5", "2-1", True)
-    assert found["bits"] <= 6
+    record = json.loads(line)
+    assert (record["key"], record["duplicate"], record["dropped"]) == ("6-5", "2-1", True)
+    assert record["bits"] <= 6
 
 
-def test_leaks_are_dropped(source: Path, converted: Any, tmp_path: Path, picture: Callable[..., Path]) -> None:
+def test_leaks_are_dropped(source: Path, converted: Any, tmp_path: Path, draw_image: Callable[..., Path]) -> None:
     evaluation = tmp_path / "test-set"
     evaluation.mkdir()
     Image.open(tmp_path / "images" / "3.png").resize((90, 70)).save(evaluation / "secret.jpg", quality=60)
-    picture(evaluation / "new.png", 1000)
+    draw_image(evaluation / "new.png", 1000)
     manifest, samples = converted("jsonl", source, against=(str(evaluation),))
     assert manifest["leaks"] == {str(evaluation): 1}
     assert "4-3" not in samples

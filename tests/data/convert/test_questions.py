@@ -33,13 +33,13 @@ def answered(words: dict[int, str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("kind", "prefix"), [("vqav2", "v2_"), ("okvqa", "")])
-def test_vqa(kind: str, prefix: str, tmp_path: Path, picture: Callable[..., Path], converted: Any) -> None:
-    asked = {"questions": ASKED, "data_subtype": "val2014"}
-    (tmp_path / f"{prefix}OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps(asked))
+def test_vqa(kind: str, prefix: str, tmp_path: Path, draw_image: Callable[..., Path], converted: Any) -> None:
+    questions = {"questions": ASKED, "data_subtype": "val2014"}
+    (tmp_path / f"{prefix}OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps(questions))
     annotations = tmp_path / f"{prefix}mscoco_val2014_annotations.json"
     annotations.write_text(json.dumps(answered({420: "dog", 421: "2", 730: "no"})))
-    picture(tmp_path / "val2014" / "COCO_val2014_000000000042.jpg", 42)
-    picture(tmp_path / "val2017" / "000000000073.jpg", 73)
+    draw_image(tmp_path / "val2014" / "COCO_val2014_000000000042.jpg", 42)
+    draw_image(tmp_path / "val2017" / "000000000073.jpg", 73)
     manifest, samples = converted(kind, tmp_path, split="val")
     assert list(samples) == ["COCO_val2014_000000000042", "000000000073"]
     assert samples["000000000073"]["qa"] == [
@@ -59,22 +59,22 @@ def test_vqa(kind: str, prefix: str, tmp_path: Path, picture: Callable[..., Path
         converted(kind, tmp_path, split="val")
 
 
-def test_vqa_test_split_has_no_answers(tmp_path: Path, picture: Callable[..., Path], converted: Any) -> None:
+def test_vqa_test_split_has_no_answers(tmp_path: Path, draw_image: Callable[..., Path], converted: Any) -> None:
     for name in ("test2015", "test-dev2015"):
-        asked = {"questions": ASKED[:1] if "dev" in name else ASKED[:2], "data_subtype": "test2015"}
-        (tmp_path / f"v2_OpenEnded_mscoco_{name}_questions.json").write_text(json.dumps(asked))
-    picture(tmp_path / "test2015" / "COCO_test2015_000000000042.jpg", 42)
+        questions = {"questions": ASKED[:1] if "dev" in name else ASKED[:2], "data_subtype": "test2015"}
+        (tmp_path / f"v2_OpenEnded_mscoco_{name}_questions.json").write_text(json.dumps(questions))
+    draw_image(tmp_path / "test2015" / "COCO_test2015_000000000042.jpg", 42)
     assert converted("vqav2", tmp_path, tmp_path / "a", split="test")[0]["questions"] == 2
     assert converted("vqav2", tmp_path, tmp_path / "b", split="test-dev")[0]["questions"] == 1
 
 
-def test_gqa(tmp_path: Path, picture: Callable[..., Path], converted: Any) -> None:
+def test_gqa(tmp_path: Path, draw_image: Callable[..., Path], converted: Any) -> None:
     rows = {
         "01": {"imageId": "n5", "question": "Is it?", "answer": "yes", "types": {"structural": "verify"}},
         "02": {"imageId": "n5", "question": "What?", "answer": "cup", "types": {"structural": "query"}},
     }
     (tmp_path / "testdev_balanced_questions.json").write_text(json.dumps(rows))
-    picture(tmp_path / "images" / "n5.jpg", 5)
+    draw_image(tmp_path / "images" / "n5.jpg", 5)
     _, samples = converted("gqa", tmp_path)
     assert [(q["question_id"], q["answers"], q["answer_type"]) for q in samples["gqa-n5"]["qa"]] == [
         ("01", ["yes"], "verify"),

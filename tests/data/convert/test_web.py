@@ -15,7 +15,7 @@ from blip2.errors import ConfigError, DataError
 
 
 @pytest.fixture
-def img2dataset(tmp_path: Path, picture: Callable[..., Path], write_shard: Callable[..., Path]) -> Path:
+def img2dataset(tmp_path: Path, draw_image: Callable[..., Path], write_shard: Callable[..., Path]) -> Path:
     """Two shards as img2dataset writes them, one sample of them broken."""
     folder = tmp_path / "laion"
     folder.mkdir()
@@ -23,10 +23,10 @@ def img2dataset(tmp_path: Path, picture: Callable[..., Path], write_shard: Calla
         rows = []
         for n in range(3):
             number = 3 * shard + n
-            told = {"caption": f"text {number}", "url": f"http://x/{number}.jpg", "key": "k", "status": "success"}
-            told |= {"similarity": 0.3, "exif": "{}", "error_message": None}
-            data = picture(tmp_path / f"{number}.jpg", number).read_bytes() if number != 4 else b"\xff\xd8\xffcut"
-            rows.append({"__key__": f"{shard:05d}{n:04d}", "jpg": data, "txt": f"text {number}", "json": told})
+            entry = {"caption": f"text {number}", "url": f"http://x/{number}.jpg", "key": "k", "status": "success"}
+            entry |= {"similarity": 0.3, "exif": "{}", "error_message": None}
+            data = draw_image(tmp_path / f"{number}.jpg", number).read_bytes() if number != 4 else b"\xff\xd8\xffcut"
+            rows.append({"__key__": f"{shard:05d}{n:04d}", "jpg": data, "txt": f"text {number}", "json": entry})
         write_shard(folder / f"{shard:05d}.tar", rows)
     return folder
 
@@ -47,12 +47,12 @@ def test_img2dataset_shards_one_to_one(img2dataset: Path, converted: Any, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["cc3m", "cc12m", "sbu"])
-def test_lists_of_addresses(kind: str, tmp_path: Path, picture: Callable[..., Path], converted: Any) -> None:
+def test_lists_of_addresses(kind: str, tmp_path: Path, draw_image: Callable[..., Path], converted: Any) -> None:
     urls = [f"http://a.org/p/{n}_x.jpg?big=1" for n in range(4)]
     texts = [f"caption {n}" for n in range(4)]
-    picture(tmp_path / "images" / "0_x.jpg", 0)
-    picture(tmp_path / "images" / f"{zlib.crc32(urls[1].encode())}.png", 1)
-    picture(tmp_path / "images" / "00" / "000000002.webp", 2)
+    draw_image(tmp_path / "images" / "0_x.jpg", 0)
+    draw_image(tmp_path / "images" / f"{zlib.crc32(urls[1].encode())}.png", 1)
+    draw_image(tmp_path / "images" / "00" / "000000002.webp", 2)
     if kind == "sbu":
         source = tmp_path / "sbu.json"
         source.write_text(json.dumps({"image_urls": urls, "captions": texts, "user_names": []}))
@@ -69,10 +69,10 @@ def test_lists_of_addresses(kind: str, tmp_path: Path, picture: Callable[..., Pa
         converted(kind, source, tmp_path / "b", images=tmp_path / "none")
 
 
-def test_sbu_as_two_texts(tmp_path: Path, picture: Callable[..., Path], converted: Any) -> None:
+def test_sbu_as_two_texts(tmp_path: Path, draw_image: Callable[..., Path], converted: Any) -> None:
     (tmp_path / "SBU_captioned_photo_dataset_urls.txt").write_text("http://f/1_a.jpg\nhttp://f/2_b.jpg\n")
     (tmp_path / "SBU_captioned_photo_dataset_captions.txt").write_text("one\ntwo\n")
-    picture(tmp_path / "2_b.jpg", 2)
+    draw_image(tmp_path / "2_b.jpg", 2)
     _, samples = converted("sbu", tmp_path, images=tmp_path)
     assert [s["captions"] for s in samples.values()] == [["two"]]
     (tmp_path / "SBU_captioned_photo_dataset_captions.txt").write_text("one\n")
@@ -81,9 +81,9 @@ def test_sbu_as_two_texts(tmp_path: Path, picture: Callable[..., Path], converte
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
-def test_tables(kind: str, tmp_path: Path, picture: Callable[..., Path], converted: Any) -> None:
+def test_tables(kind: str, tmp_path: Path, draw_image: Callable[..., Path], converted: Any) -> None:
     for n in range(2):
-        picture(tmp_path / "images" / f"{n}.jpg", n)
+        draw_image(tmp_path / "images" / f"{n}.jpg", n)
     rows = [{"filepath": f"{n // 2}.jpg", "title": f'a "quoted", text {n}'} for n in range(3)]
     path = tmp_path / f"t.{kind}"
     if kind == "parquet":
@@ -106,11 +106,11 @@ def test_tables(kind: str, tmp_path: Path, picture: Callable[..., Path], convert
         converted("table", path, tmp_path / "b", columns={"sound": "title"})
 
 
-def test_parquet_with_the_images_inside(tmp_path: Path, picture: Callable[..., Path], converted: Any) -> None:
+def test_parquet_with_the_images_inside(tmp_path: Path, draw_image: Callable[..., Path], converted: Any) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     rows = [
-        {"image": {"bytes": picture(tmp_path / f"{n}.jpg", n).read_bytes(), "path": None}, "text": f"text {n}"}
+        {"image": {"bytes": draw_image(tmp_path / f"{n}.jpg", n).read_bytes(), "path": None}, "text": f"text {n}"}
         for n in range(5)
     ]
     (tmp_path / "p").mkdir()
@@ -128,12 +128,12 @@ def test_parquet_without_pyarrow(tmp_path: Path, converted: Any, monkeypatch: py
         converted("table", tmp_path / "a.parquet")
 
 
-def test_jsonl_and_folder(tmp_path: Path, picture: Callable[..., Path], converted: Any) -> None:
-    picture(tmp_path / "d" / "x.y.png", 1)
-    picture(tmp_path / "d" / "sub" / "b.bmp", 2)
+def test_jsonl_and_folder(tmp_path: Path, draw_image: Callable[..., Path], converted: Any) -> None:
+    draw_image(tmp_path / "d" / "x.y.png", 1)
+    draw_image(tmp_path / "d" / "sub" / "b.bmp", 2)
     (tmp_path / "d" / "x.y.txt").write_text("one\n\ntwo\n")
     (tmp_path / "d" / "sub" / "b.json").write_text('{"captions": ["three"], "domain": "in"}')
-    picture(tmp_path / "d" / "silent.png", 3)
+    draw_image(tmp_path / "d" / "silent.png", 3)
     manifest, samples = converted("folder", tmp_path / "d", tmp_path / "a")
     assert {key: s["captions"] for key, s in samples.items()} == {"sub_b": ["three"], "x_y": ["one", "two"]}
     assert samples["sub_b"]["domain"] == "in"

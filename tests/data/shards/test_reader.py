@@ -46,12 +46,12 @@ def test_grouping_follows_webdataset(tmp_path: Path, write_shard: Write, jpeg: C
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    found = read_shards("set", [path])
+    collection = read_shards("set", [path])
     theirs = {sample["__key__"] for sample in webdataset.WebDataset([str(path)], shardshuffle=False)}
     assert theirs == {"a/b.c/one", "two"}
-    assert [sample.key for sample in found.samples] == ["a/b.c/one"]
+    assert [sample.key for sample in collection.samples] == ["a/b.c/one"]
     rule = "no image: the extension is .small.jpg, as WebDataset's keys end at a file name's first dot"
-    assert reasons(found) == {"two": rule}
+    assert reasons(collection) == {"two": rule}
 
 
 @pytest.mark.parametrize("suffix", ["bmp", "gif", "tiff", "jfif", "jpe", "PNG", "ppm"])
@@ -113,9 +113,9 @@ def test_bad_samples_have_reasons(
 ) -> None:
     good = {"__key__": "good", "jpg": jpeg(), "json": {"captions": ["a"]}}
     bad = {name: value for name, value in {**good, "__key__": "bad", **parts}.items() if value is not None}
-    found = read_shards("set", [write_shard(tmp_path / "set.tar", [bad, good])])
-    assert [sample.key for sample in found.samples] == ["good"]
-    assert reasons(found) == {"bad": reason}
+    collection = read_shards("set", [write_shard(tmp_path / "set.tar", [bad, good])])
+    assert [sample.key for sample in collection.samples] == ["good"]
+    assert reasons(collection) == {"bad": reason}
 
 
 def test_txt_alone_questions_and_null_ids(tmp_path: Path, write_shard: Write, jpeg: Callable[..., bytes]) -> None:
@@ -147,11 +147,11 @@ def test_truncated_shard_keeps_whole_samples(
     }[where]
     with path.open("r+b") as handle:
         handle.truncate(cut)
-    found = read_shards("set", [path])
+    collection = read_shards("set", [path])
     whole = 3 if where == "end" else 2
-    assert [sample.key for sample in found.samples] == ["k0", "k1", "k2"][:whole]
-    assert all(sample.read() == jpeg(n) for n, sample in enumerate(found.samples))
-    assert "shard is truncated here" in reasons(found).values()
+    assert [sample.key for sample in collection.samples] == ["k0", "k1", "k2"][:whole]
+    assert all(sample.read() == jpeg(n) for n, sample in enumerate(collection.samples))
+    assert "shard is truncated here" in reasons(collection).values()
 
 
 def test_broken_header_is_reported(shards: Path) -> None:
@@ -161,9 +161,9 @@ def test_broken_header_is_reported(shards: Path) -> None:
     with path.open("r+b") as handle:
         handle.seek(offset)
         handle.write(b"garbage" * 73)
-    found = read_shards("set", [path])
-    assert [sample.key for sample in found.samples] == ["key000", "key001", "key002"]
-    assert reasons(found) == {"after key002.json": "shard is truncated here"}
+    collection = read_shards("set", [path])
+    assert [sample.key for sample in collection.samples] == ["key000", "key001", "key002"]
+    assert reasons(collection) == {"after key002.json": "shard is truncated here"}
 
 
 @pytest.mark.parametrize("content", [b"", b"no tar at all" * 100, None])
@@ -195,9 +195,9 @@ def test_name_that_is_not_utf8(tmp_path: Path, jpeg: Callable[..., bytes]) -> No
             member = tarfile.TarInfo(f"caf\udce9.{extension}")
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    found = read_shards("set", [path])
-    assert [sample.key for sample in found.samples] == ["caf\ufffd"]
-    assert found.fingerprint()
+    collection = read_shards("set", [path])
+    assert [sample.key for sample in collection.samples] == ["caf\ufffd"]
+    assert collection.fingerprint()
 
 
 def test_fingerprint_of_a_copy_is_the_same_and_of_a_changed_image_is_not(shards: Path, tmp_path: Path) -> None:

@@ -23,11 +23,11 @@ def read_genome(request: Request) -> list[Unit]:
     if data and isinstance(data, list) and isinstance(data[0], dict) and "caption" in data[0]:
         return read_coco(replace(request, source=path, split=None))
     images = images_of(request, path)
-    beside = path.with_name("image_data.json")
+    image_data = path.with_name("image_data.json")
     coco: dict[int, Any] = {}
-    if beside.is_file():
-        with expecting(beside, "Visual Genome's image data"):
-            coco = {image["image_id"]: image.get("coco_id") for image in load_json(beside)}
+    if image_data.is_file():
+        with expecting(image_data, "Visual Genome's image data"):
+            coco = {image["image_id"]: image.get("coco_id") for image in load_json(image_data)}
     with expecting(path, "Visual Genome's region descriptions"):
         return split_into_units(_samples(data, images, coco), request.size)
 
