@@ -17,7 +17,7 @@ import torch
 
 from blip2.data.collection import Collection
 from blip2.data.feature_cache import FeatureCache
-from blip2.data.images import ImageSpec, augmented_view, decode_image, plain_view
+from blip2.data.images import ImageSpec, decode_augmented, decode_image, plain_view
 from blip2.data.sources import open_collection
 from blip2.errors import DataError
 
@@ -56,8 +56,11 @@ def build(folder: Path, collection: Collection, encode: Encoder, **options: Any)
 def test_values_of_plain_and_augmented_views(tmp_path: Path, collection: Collection) -> None:
     cache = build(tmp_path, collection, Encoder())
     assert (cache.shape, cache.views, cache.bad, cache.usable) == ((2, 13, 16, 3), 2, [], list(range(13)))
-    image = decode_image(collection.samples[5].read())
-    views = [plain_view(image, SPEC), augmented_view(image, SPEC, np.random.default_rng([1, 1, 5]), 0.5)]
+    data = collection.samples[5].read()
+    views = [
+        plain_view(decode_image(data), SPEC),
+        decode_augmented(data, SPEC, np.random.default_rng([1, 1, 5]), 0.5),
+    ]
     got = cache.get([5, 5, 2], [0, 1, 0])
     assert got.dtype == torch.bfloat16
     for row, view in zip(got, views, strict=False):

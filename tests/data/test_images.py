@@ -15,11 +15,16 @@ import torch
 from PIL import Image
 
 from blip2.data.collection import BadSampleError
-from blip2.data.images import ImageSpec, augmented_view, decode_augmented, decode_image, plain_view
+from blip2.data.images import ImageSpec, decode_augmented, decode_image, plain_view
 
 Jpeg = Callable[..., bytes]
 RAW = ImageSpec(size=16, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def augmented_view(image: Image.Image, spec: ImageSpec, rng: np.random.Generator, crop_min: float) -> torch.Tensor:
+    """A crop of what is decoded at its full size, as all but JPEGs are."""
+    return decode_augmented(saved(image, "PNG"), spec, rng, crop_min)
 
 
 def saved(image: Image.Image, kind: str, **options: Any) -> bytes:

@@ -152,22 +152,14 @@ def plain_view(image: Image.Image, spec: ImageSpec) -> Tensor:
     return _normalised(image.resize((size, size), Image.Resampling.BICUBIC), spec)
 
 
-def augmented_view(image: Image.Image, spec: ImageSpec, rng: np.random.Generator, crop_min: float) -> Tensor:
-    """A random resized crop, flipped half of the time, as [3, S, S] float32, normalised.
+def decode_augmented(data: bytes, spec: ImageSpec, rng: np.random.Generator, crop_min: float) -> Tensor:
+    """A random resized crop of an image, flipped half of the time, as [3, S, S] float32, normalised.
 
     Crops keep a share of the area in [crop_min, 1] and an aspect ratio in [3/4, 4/3]; cropping
-    before resizing equals torchvision's RandomResizedCrop bit for bit.
-    """
-    return _cropped(image, _random_box(*image.size, rng, crop_min), 1, spec, rng)
-
-
-def decode_augmented(data: bytes, spec: ImageSpec, rng: np.random.Generator, crop_min: float) -> Tensor:
-    """`augmented_view` of `decode_image`, with the same crop and flip, and less work for large JPEGs.
-
-    Where the crop is twice as large as the view or more, the JPEG is decoded at a half, a quarter
-    or an eighth of its size, never below the view's: libjpeg then skips what the resizing would
-    average away. Values differ by less than one of 255 on average; smaller crops and other formats
-    give the same values bit for bit.
+    before resizing equals torchvision's RandomResizedCrop bit for bit. Where the crop is twice as
+    large as the view or more, a JPEG is decoded at a half, a quarter or an eighth of its size, never
+    below the view's: libjpeg then skips what the resizing would average away. Values differ by less
+    than one of 255 on average; smaller crops and other formats give the same values bit for bit.
 
     Raises:
         BadSampleError: as `decode_image`.

@@ -75,22 +75,20 @@ def _mixed(spec: str, parts: list[Part]) -> Collection:
 def index(spec: str) -> Collection:
     """As `open_collection`, but a data set may be empty or all bad (`blip2 data check` shows why)."""
     name, _, split = spec.partition(":")
-    if name in _SHARDS and split in _SHARDS[name][1]:
-        return read_shards(spec, _named_shards(name, split))
     if name == "easy-vqa" and split in ("train", "dev", "test"):
         return _easy_vqa(spec, split)
     if spec == "skimage":
         return _skimage()
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        shards = sorted(path.glob("*.tar"))
-        return read_shards(spec, shards) if shards else read_folder(path)
-    if path.suffix == ".jsonl":
-        return read_jsonl(path)
     if is_remote(spec):
         return _remote(spec)
-    if spec.endswith(".tar"):
-        return read_shards(spec, _expand(os.path.expanduser(spec)))
+    shards = _local_shards(spec)
+    if shards:
+        return read_shards(spec, shards)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return read_folder(path)
+    if path.suffix == ".jsonl":
+        return read_jsonl(path)
     if path.exists():
         raise DataError(f"{spec}: not a data set: give .tar shards, a .jsonl file, or a folder of images")
     raise DataError(f"{spec}: no such file or folder, and not a named set ({', '.join(NAMED)})")
@@ -102,16 +100,21 @@ def shard_paths(spec: str) -> list[Path]:
     Raises:
         DataError: there are none.
     """
+    shards = _local_shards(spec)
+    if not shards:
+        raise DataError(f"{spec}: no .tar shards: make them with `blip2 data convert`")
+    return shards
+
+
+def _local_shards(spec: str) -> list[Path]:
+    """The shards that a spec means; none where it means something else."""
     name, _, split = spec.partition(":")
     if name in _SHARDS and split in _SHARDS[name][1]:
         return _named_shards(name, split)
     path = Path(spec).expanduser()
-    if spec.endswith(".tar"):
-        return _expand(os.path.expanduser(spec))
-    shards = sorted(path.glob("*.tar")) if path.is_dir() else []
-    if not shards:
-        raise DataError(f"{spec}: no .tar shards: make them with `blip2 data convert`")
-    return shards
+    if path.is_dir():
+        return sorted(path.glob("*.tar"))
+    return _expand(str(path)) if spec.endswith(".tar") else []
 
 
 def _expand(spec: str) -> list[Path]:
