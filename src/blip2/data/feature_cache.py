@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -191,14 +192,14 @@ class _Builder:
     def _loaded(self, done: int, total: int) -> Generator[tuple[range, list[Tensor | str]], None, None]:
         """Views of one batch after the other; the next is read while the last is encoded."""
         ranges = [range(start, min(start + self.batch, total)) for start in range(done, total, self.batch)]
+        pending: deque[tuple[range, Iterator[Tensor | str]]] = deque()
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            ahead = [(places, pool.map(self._view, places)) for places in ranges[:1]]
-            for following in [*ranges[1:], None]:
-                if not ahead:
-                    return
-                places, views = ahead.pop()
-                if following is not None:
-                    ahead.append((following, pool.map(self._view, following)))
+            for following in ranges:
+                pending.append((following, pool.map(self._view, following)))
+                if len(pending) > 1:
+                    places, views = pending.popleft()
+                    yield places, list(views)
+            for places, views in pending:
                 yield places, list(views)
 
     def _encoded(self, views: list[Tensor]) -> np.ndarray:

@@ -40,7 +40,7 @@ def read_flickr30k(request: Request) -> list[Unit]:
         return _units(request, path)
     if request.split is not None:
         raise DataError(f"{path}: names no splits: use dataset_flickr30k.json, or leave out --split")
-    images = images_of(request, path)
+    images = images_of(request)
     with expecting(path, "a Flickr30k token file"):
         samples = merge_by_image(_sample(images, name, [text]) for name, text in _tokens(path))
         return split_into_units(samples, request.size)
@@ -49,7 +49,7 @@ def read_flickr30k(request: Request) -> list[Unit]:
 def _units(request: Request, path: Path) -> list[Unit]:
     """Units of a JSON file, whichever of the three forms it has."""
     data = load_json(path)
-    images = images_of(request, path)
+    images = images_of(request)
     forms: tuple[tuple[bool, str, Callable[[Any, Images], Iterator[RawSample]]], ...] = (
         (isinstance(data, list), "a list of images with captions", _listed),
         (isinstance(data, dict) and "annotations" in data, "a COCO captions file", _original),

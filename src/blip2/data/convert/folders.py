@@ -37,7 +37,7 @@ def read_json_lines(request: Request) -> list[Unit]:
     """
     if not request.source.is_file():
         raise DataError(f"{request.source}: no such JSON lines file")
-    return split_into_units(_lines(request.source, images_of(request, request.source)), request.size)
+    return split_into_units(_lines(request.source, images_of(request)), request.size)
 
 
 def _with_sidecar(path: Path, key: str) -> RawSample:

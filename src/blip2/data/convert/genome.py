@@ -22,7 +22,7 @@ def read_genome(request: Request) -> list[Unit]:
     data = load_json(path)
     if data and isinstance(data, list) and isinstance(data[0], dict) and "caption" in data[0]:
         return read_coco(replace(request, source=path, split=None))
-    images = images_of(request, path)
+    images = images_of(request)
     image_data = path.with_name("image_data.json")
     coco: dict[int, Any] = {}
     if image_data.is_file():

@@ -92,9 +92,7 @@ class Images:
         return self._names
 
 
-def images_of(request: Request, annotations: Path) -> Images:
-    """The folder of images that was given, else that of the annotation file."""
-    if request.images is not None:
-        return Images(request.images)
-    folder = annotations.parent
-    return Images(folder.parent if folder.name == "annotations" else folder)
+def images_of(request: Request) -> Images:
+    """The folder of images that was given, else that of the annotation file (of `annotations/` the one above)."""
+    folder = request.source if request.source.is_dir() else request.source.parent
+    return Images(request.images or (folder.parent if folder.name == "annotations" else folder))

@@ -18,7 +18,7 @@ def read_vqa(request: Request) -> list[Unit]:
     path = annotation(request, f"*_{split}20*_questions.json", f"*{split}*_questions.json")
     questions = load_json(path)
     answers = _answers(path, split)
-    images = images_of(request, path)
+    images = images_of(request)
     with expecting(path, "a VQA questions file"):
         samples = list(_vqa_samples(questions, answers, images))
     missing = len(answers) and sum(not sample.entry["qa"][0]["answers"] for sample in samples)
@@ -34,7 +34,7 @@ def read_gqa(request: Request) -> list[Unit]:
         paths = sorted((request.source / f"{split}_questions").glob("*.json"))
     else:
         paths = [annotation(request, f"{split}_questions.json", f"{split}*_questions.json")]
-    images = Images(request.images or request.source) if request.source.is_dir() else images_of(request, paths[0])
+    images = images_of(request)
     samples: list[RawSample] = []
     for path in paths:
         data = load_json(path)

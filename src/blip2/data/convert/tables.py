@@ -46,7 +46,7 @@ def read_table(request: Request) -> list[Unit]:
         return _parquet(source, request)
     if source.suffix not in (".csv", ".tsv"):
         raise DataError(f"{source}: not a table: expected .csv, .tsv or .parquet")
-    images = images_of(request, source)
+    images = images_of(request)
     try:
         with source.open(encoding="utf-8-sig", newline="") as handle:
             rows = csv.DictReader(handle, delimiter="\t" if source.suffix == ".tsv" else ",")
@@ -96,7 +96,7 @@ def _parquet(path: Path, request: Request) -> list[Unit]:
         numbers = range(table.metadata.num_row_groups)
         parts = request.size.split(numbers, lambda n: group(n).num_rows, lambda n: group(n).total_byte_size)
         return [RowGroups(str(path), part, named) for part in parts]
-    images = images_of(request, path)
+    images = images_of(request)
     rows = (row for batch in table.iter_batches(columns=sorted(set(columns.values()))) for row in batch.to_pylist())
     return split_into_units(merge_by_image(_sample(row, columns, images) for row in rows), request.size)
 

@@ -71,7 +71,7 @@ _SBU = ("SBU_captioned_photo_dataset_urls.txt", "SBU_captioned_photo_dataset_cap
 def _from_list(request: Request) -> list[Unit]:
     source = request.source
     rows = _sbu_texts(source) if source.is_dir() else _rows(source)
-    images = images_of(request, source / "-" if source.is_dir() else source)
+    images = images_of(request)
     samples: list[RawSample] = []
     count = 0
     for count, (url, caption) in enumerate(rows, 1):
