@@ -25,7 +25,7 @@ _SHARDS = {
     "coco": ("photos/coco", ("train", "dev")),
     "daquar": ("photos/daquar", ("train", "test")),
     "scenes": ("photos/scenes", ("train",)),
-    "objects": ("photos/objects", ("train",)),
+    "objects": ("photos/objects", ("train", "dev")),
     "imagenet": ("photos/imagenet", ("train",)),
     "caltech101": ("photos/caltech101", ("train",)),
 }
@@ -33,6 +33,8 @@ NAMED = (
     *(f"{name}:{split}" for name, (_, splits) in _SHARDS.items() for split in splits),
     *("easy-vqa:train", "easy-vqa:dev", "easy-vqa:test", "skimage"),
 )
+# Of the four images of each of the 200 things of objects, in this order, the last is dev: there is no other split.
+_OBJECTS_DEV = 4
 # Of easy-vqa's 4,000 training images, which the package does not split, the last ones are dev.
 _EASY_VQA_DEV = 400
 # Colour images that ship inside scikit-image's wheel.
@@ -77,6 +79,8 @@ def index(spec: str) -> Collection:
     name, _, split = spec.partition(":")
     if name == "easy-vqa" and split in ("train", "dev", "test"):
         return _easy_vqa(spec, split)
+    if name == "objects" and split in ("train", "dev"):
+        return _objects(spec, split)
     if spec == "skimage":
         return _skimage()
     if is_remote(spec):
@@ -175,6 +179,13 @@ def _easy_vqa(spec: str, split: str) -> Collection:
     cut = len(packed.samples) - _EASY_VQA_DEV
     part = {"train": slice(0, cut), "dev": slice(cut, None), "test": slice(None)}[split]
     return Collection(spec, packed.samples[part], packed.bad)
+
+
+def _objects(spec: str, split: str) -> Collection:
+    packed = read_shards(spec, _named_shards("objects", "train"))
+    held_back = [number % _OBJECTS_DEV == _OBJECTS_DEV - 1 for number in range(len(packed.samples))]
+    samples = [s for s, is_dev in zip(packed.samples, held_back, strict=True) if is_dev == (split == "dev")]
+    return Collection(spec, samples, packed.bad)
 
 
 def _skimage() -> Collection:
