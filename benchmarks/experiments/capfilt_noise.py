@@ -101,7 +101,8 @@ def judged(
         own = list(captions[start : start + BATCH])
         itm += [values[0] for values in ranker.matches(images, [[text] for text in own])]
         torch.manual_seed(start)
-        drawn = captioner.captions(images, settings.samples) if captioner else [[] for _ in own]
+        prompts = [settings.prompt_for({})] * len(images)
+        drawn = captioner.captions(images, prompts, settings.samples) if captioner else [[] for _ in own]
         pools = [pool([text], texts) for text, texts in zip(own, drawn, strict=True)]
         scores = ranker.scores(images, [[one.text for one in candidates] for candidates in pools])
         itc += [values[0] for values in scores]

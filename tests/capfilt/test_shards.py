@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from blip2.capfilt.pipeline import find_jobs, part_of
-from blip2.capfilt.settings import CapFiltSettings
+from blip2.capfilt.settings import CapFiltSettings, Prompt
 from blip2.capfilt.shards import Job, filter_shard, finished, seed_of
 from blip2.data.shards.writer import write_shard
 from blip2.data.sources import open_collection
@@ -30,7 +30,8 @@ class Drawn:
     def __init__(self, dies_after: int | None = None) -> None:
         self.left = dies_after
 
-    def captions(self, images: Sequence[Image.Image], count: int) -> list[list[str]]:
+    def captions(self, images: Sequence[Image.Image], prompts: Sequence[Prompt], count: int) -> list[list[str]]:
+        assert len(prompts) == len(images)
         if self.left is not None:
             self.left -= 1
             if self.left < 0:
@@ -177,3 +178,16 @@ def test_jobs_and_parts(source: Path, tmp_path: Path) -> None:
 def test_settings_are_checked(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=name.replace("_", "-")):
         CapFiltSettings("c", **{name: value})
+
+
+def test_a_label_is_part_of_prompt_and_caption() -> None:
+    settings = CapFiltSettings("captioner", prompt="a photo of {label} and {place}")
+    entry = {"label": "a tabby cat", "place": "a mat", "captions": []}
+    assert settings.prompt_for(entry) == Prompt("a photo of a tabby cat and a mat", "a tabby cat and a mat")
+    for other in ({}, {"label": "a cat", "place": " "}, {"label": ["a"], "place": "b"}):
+        assert settings.prompt_for(other) == Prompt(None)
+    assert CapFiltSettings("c", prompt="a photo of").prompt_for(entry) == Prompt("a photo of")
+    assert CapFiltSettings("c", prompt="{{a}} {label}").prompt_for({"label": "b"}).text == "{a} b"
+    for wrong in ("a {label", "a } b", "a {} b", "a {0} b", "a {label.x}"):
+        with pytest.raises(ConfigError, match="prompt"):
+            CapFiltSettings("captioner", prompt=wrong)

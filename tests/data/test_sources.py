@@ -59,6 +59,23 @@ def test_named_set_in_blip2_data(
     assert [Path(sample.path).parent for sample in collection.samples] == [place] * 7
 
 
+def test_objects_keeps_the_last_of_each_four_back(
+    jpeg: Callable[..., bytes], write_shard: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "photos" / "objects"
+    folder.mkdir(parents=True)
+    rows = [
+        {"__key__": f"t{n // 4}_{n % 4}", "jpg": jpeg(n), "json": {"captions": [f"a thing {n // 4}"]}}
+        for n in range(12)
+    ]
+    write_shard(folder / "train-00000.tar", rows)
+    monkeypatch.setenv("BLIP2_DATA", str(tmp_path))
+    train, dev = open_collection("objects:train"), open_collection("objects:dev")
+    assert [sample.key for sample in dev.samples] == ["t0_3", "t1_3", "t2_3"]
+    assert len(train.samples) == 9
+    assert not {s.key for s in train.samples} & {s.key for s in dev.samples}
+
+
 def test_named_set_that_is_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLIP2_DATA", str(tmp_path / "here"))
     monkeypatch.setenv("BLIP2_CACHE", str(tmp_path / "there"))

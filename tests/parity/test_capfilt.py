@@ -21,7 +21,7 @@ from PIL import Image
 import blip2
 from blip2.capfilt import engines
 from blip2.capfilt.models import Blip2Model, HuggingFaceBlip, HuggingFaceClip, model_type, open_models
-from blip2.capfilt.settings import CapFiltSettings
+from blip2.capfilt.settings import CapFiltSettings, Prompt
 from blip2.cli.main import main
 from blip2.data.shards.writer import write_shard
 from blip2.errors import ConfigError
@@ -82,7 +82,7 @@ def test_image_is_encoded_once(hf: HF, images: list[Image.Image]) -> None:
         Blip2Model(model, CapFiltSettings("x", min_tokens=1, max_tokens=6)),
         Blip2Model(ranker, CapFiltSettings("x")),
     )
-    assert [len(texts) for texts in captioner.captions(images, 5)] == [5, 5, 5]
+    assert [len(texts) for texts in captioner.captions(images, [Prompt(None)] * 3, 5)] == [5, 5, 5]
     assert len(calls) == 1
     judge.scores(images, TEXTS)
     judge.matches(images, TEXTS)
@@ -115,16 +115,25 @@ def test_blip_draws_captions(hf: HF, images: list[Image.Image]) -> None:
     calls: list[int] = []
     captioner.model.vision_model.register_forward_hook(lambda *parts: calls.append(1))
     torch.manual_seed(1)
-    drawn = captioner.captions(images, 5)
+    drawn = captioner.captions(images, [Prompt(None)] * 3, 5)
     assert calls == [1]
     assert [len(texts) for texts in drawn] == [5, 5, 5]
     assert len({text for texts in drawn for text in texts}) > 5
     torch.manual_seed(1)
-    assert captioner.captions(images, 5) == drawn
-    prompted = HuggingFaceBlip(
-        str(hf("blip")[0]), CapFiltSettings("x", prompt="a photo of", min_tokens=1, max_tokens=4), "cpu"
-    )
-    assert all(text.startswith("a photo of") for texts in prompted.captions(images, 2) for text in texts)
+    assert captioner.captions(images, [Prompt(None)] * 3, 5) == drawn
+    prompted = HuggingFaceBlip(str(hf("blip")[0]), CapFiltSettings("x", min_tokens=1, max_tokens=4), "cpu")
+    starts = ["a photo of", "a photo", "a photo of"]
+    captions = prompted.captions(images, [Prompt(text) for text in starts], 2)
+    assert all(text.startswith(start) for start, texts in zip(starts, captions, strict=True) for text in texts)
+
+
+def test_captions_of_ours_keep_the_label(hf: HF, images: list[Image.Image]) -> None:
+    settings = CapFiltSettings("x", min_tokens=2, max_tokens=4)
+    captioner = Blip2Model(blip2.load(hf("opt")[0], dtype="fp32"), settings)
+    prompts = [Prompt("a photo of a cat", "a cat"), Prompt(None), Prompt("a photo of")]
+    cats, plain, photos = captioner.captions(images, prompts, 2)
+    assert all(text.startswith("a cat ") and len(text) > len("a cat ") for text in cats)
+    assert not any(text.startswith("a cat") for text in plain + photos)
 
 
 @pytest.mark.parametrize(("captioner", "ranker"), [("opt", "itm"), ("blip", "clip")])

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from blip2.capfilt.settings import CapFiltSettings
+from blip2.capfilt.settings import CapFiltSettings, Prompt
 from blip2.configs import DecodingConfig
 from blip2.data.images import ImageSpec, plain_view
 from blip2.errors import ConfigError
@@ -28,8 +28,8 @@ from blip2.weights.formats import located
 class Captioner(Protocol):
     """Draws captions."""
 
-    def captions(self, images: Sequence[Image.Image], count: int) -> list[list[str]]:
-        """`count` captions per image, drawn with torch's global generator."""
+    def captions(self, images: Sequence[Image.Image], prompts: Sequence[Prompt], count: int) -> list[list[str]]:
+        """`count` captions per image that continue its prompt, drawn with torch's global generator."""
 
 
 class Ranker(Protocol):
@@ -49,7 +49,7 @@ class Blip2Model:
         self.model, self.settings = model, settings
         self._last: tuple[Sequence[Image.Image], Tensor] | None = None
 
-    def captions(self, images: Sequence[Image.Image], count: int) -> list[list[str]]:
+    def captions(self, images: Sequence[Image.Image], prompts: Sequence[Prompt], count: int) -> list[list[str]]:
         """Nucleus samples of the language model; the run's prompt unless another was given."""
         settings = self.settings
         decoding = DecodingConfig(
@@ -61,7 +61,12 @@ class Blip2Model:
             min_tokens=settings.min_tokens,
             max_tokens=settings.max_tokens,
         )
-        return self.model.caption_features(self._features(images), settings.prompt, decoding)
+        texts = [self.model.config.language.prompt if prompt.text is None else prompt.text for prompt in prompts]
+        drawn = self.model.caption_features(self._features(images), texts, decoding)
+        return [
+            [" ".join(filter(None, (prompt.kept, text))) for text in own]
+            for prompt, own in zip(prompts, drawn, strict=True)
+        ]
 
     def scores(self, images: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
         """ITC similarity: the largest dot product over the queries."""
@@ -95,13 +100,20 @@ class HuggingFaceBlip:
         self.settings, self.device = settings, device
         self.model, self.tokenizer, self.spec = _load(BlipForConditionalGeneration, source, settings.dtype, device)
 
+    def captions(self, images: Sequence[Image.Image], prompts: Sequence[Prompt], count: int) -> list[list[str]]:
+        """Nucleus samples; the prompt is part of the caption, as BLIP writes it. Equal prompts run together."""
+        captions: dict[int, list[str]] = {}
+        for text in dict.fromkeys(prompt.text for prompt in prompts):
+            own = [number for number, prompt in enumerate(prompts) if prompt.text == text]
+            captions.update(zip(own, self._drawn([images[number] for number in own], text, count), strict=True))
+        return [captions[number] for number in range(len(images))]
+
     @torch.no_grad()
-    def captions(self, images: Sequence[Image.Image], count: int) -> list[list[str]]:
-        """Nucleus samples; the prompt is part of the caption, as BLIP writes it."""
+    def _drawn(self, images: Sequence[Image.Image], text: str | None, count: int) -> list[list[str]]:
         settings = self.settings
         prompt: dict[str, Tensor] = {}
-        if settings.prompt:
-            prompt = dict(self.tokenizer([settings.prompt] * len(images), return_tensors="pt"))
+        if text:
+            prompt = dict(self.tokenizer([text] * len(images), return_tensors="pt"))
             prompt = {name: prompt[name].to(self.device) for name in ("input_ids", "attention_mask")}
         rows = self.model.generate(
             pixel_values=_pixels(images, self.spec, self.model, self.device),

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from string import Formatter
+from typing import Any
 
 from blip2.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a caption of one image continues.
+
+    Args:
+        text: the prompt; None takes the captioner's.
+        kept: the end of it that belongs to the caption: fields of the sample and what follows them.
+    """
+
+    text: str | None
+    kept: str = ""
 
 
 @dataclass(frozen=True)
@@ -19,7 +35,9 @@ class CapFiltSettings:
         keep: captions kept per image.
         itm_threshold: keep only texts that the ITM head finds matching with at least this
             probability (BLIP's rule is 0.5); None asks no ITM.
-        prompt: text that captions continue; None takes the captioner's.
+        prompt: text that captions continue; None takes the captioner's. `a photo of {label}` takes the text of
+            that field of a sample's JSON, which is then part of the caption; a sample without the field is
+            captioned with the captioner's own prompt.
         batch: images at a time; captions are seeded by the keys of a batch.
         dtype: of the frozen towers (`fp32`, `bf16`, `fp16`); None picks by hardware.
     """
@@ -46,5 +64,32 @@ class CapFiltSettings:
             raise ConfigError(
                 f"min-tokens is {self.min_tokens}: it must be between 0 and max-tokens ({self.max_tokens})"
             )
+        _fields(self.prompt)
         if self.itm_threshold is not None and not 0 <= self.itm_threshold <= 1:
             raise ConfigError(f"itm-threshold is {self.itm_threshold}: it must be between 0 and 1")
+
+    def prompt_for(self, entry: dict[str, Any]) -> Prompt:
+        """The prompt of a sample, by its JSON object."""
+        if self.prompt is None or not (names := _fields(self.prompt)):
+            return Prompt(self.prompt)
+        values = {name: entry.get(name) for name in names}
+        if not all(isinstance(value, str) and value.strip() for value in values.values()):
+            return Prompt(None)
+        start = self.prompt.index("{")
+        return Prompt(self.prompt.format(**values), self.prompt[start:].format(**values))
+
+
+def _fields(prompt: str | None) -> Sequence[str]:
+    """Names of the fields in a prompt.
+
+    Raises:
+        ConfigError: braces that are no fields.
+    """
+    try:
+        parts = list(Formatter().parse(prompt or ""))
+    except ValueError as error:
+        raise ConfigError(f"prompt {prompt!r}: {error}; a field is written {{label}}") from error
+    names = [name for _, name, _, _ in parts if name is not None]
+    if not all(name.isidentifier() for name in names):
+        raise ConfigError(f"prompt {prompt!r}: a field is the name of one in the samples' JSON, as {{label}}")
+    return names

@@ -146,7 +146,8 @@ def _scored(
     if captioner is not None and settings.samples and samples:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed_of(settings.seed, [sample.key for sample in samples]))
-            synthetic = captioner.captions(images, settings.samples)
+            prompts = [settings.prompt_for(sample.entry) for sample in samples]
+            synthetic = captioner.captions(images, prompts, settings.samples)
     pools = [pool(_web_texts(sample), texts) for sample, texts in zip(samples, synthetic, strict=True)]
     if not any(pools):
         return pools

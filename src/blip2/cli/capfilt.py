@@ -26,7 +26,12 @@ def add_parser(commands: Commands) -> None:
         ("samples", int, 10, "captions drawn per image; 0 only ranks"),
         ("keep", int, 2, "captions kept per image"),
         ("itm-threshold", float, None, "least ITM probability of a kept text (BLIP: 0.5)"),
-        ("prompt", str, None, "text that captions continue"),
+        (
+            "prompt",
+            str,
+            None,
+            "text that captions continue; {label} is that field of a sample's JSON, and part of the caption",
+        ),
         ("top-p", float, 0.9, "of the nucleus sampling"),
         ("temperature", float, 1.0, "of the sampling"),
         ("min-tokens", int, 5, "of a caption"),

@@ -178,9 +178,17 @@ class Blip2(LoadedModel):
         return loss_M.new_zeros(len(prompts)).index_add(0, row_M, -loss_M)
 
     def caption_features(
-        self, features_BPC: Tensor, prompt: str | None, config: DecodingConfig, examples: Examples | None = None
+        self,
+        features_BPC: Tensor,
+        prompt: str | Sequence[str] | None,
+        config: DecodingConfig,
+        examples: Examples | None = None,
     ) -> list[list[str]]:
-        """Captions from image features: B lists of `config.num` strings; see `caption`."""
+        """Captions from image features: B lists of `config.num` strings; see `caption`.
+
+        Args:
+            prompt: of all images, or one per image; None takes the run's.
+        """
         if config.rerank:
             wide = replace(config, rerank=0, num=config.rerank, beams=max(config.beams, config.rerank))
             captions = self.caption_features(features_BPC, prompt, wide)
@@ -190,8 +198,8 @@ class Blip2(LoadedModel):
             ]
         if self.stage2 is None:
             return [[text] for text in self._caption_with_qformer(features_BPC, config)]
-        prompt = self.config.language.prompt if prompt is None else prompt
-        return self._generate(self.soft_prompts(features_BPC), [prompt] * len(features_BPC), config, examples=examples)
+        prompts = _paired(self.config.language.prompt if prompt is None else prompt, len(features_BPC), "prompts")
+        return self._generate(self.soft_prompts(features_BPC), prompts, config, examples=examples)
 
     def itc_scores(self, features_BPC: Tensor, texts: list[list[str]]) -> list[list[float]]:
         """ITC similarity of each image with its own texts: B lists, as long as those of `texts`."""
