@@ -82,7 +82,7 @@ def train(folder: Path, itm: Path, counter: Counter, *, only_step: bool) -> None
         with counter:
             return step(*arguments)  # what comes after it is not counted
 
-    Trainer._one_step = counted  # type: ignore[method-assign]
+    Trainer._one_step = counted  # type: ignore[assignment, method-assign]
     try:
         with contextlib.nullcontext() if only_step else counter:
             main(list(map(str, given)))

@@ -129,6 +129,8 @@ def test_help_shows_every_setting() -> None:
     for name in ("--optim.lr", "--train.steps", "--loss.itc_one_sided", "--data.cache_features", "--init"):
         assert name in text
     assert all(long in text for long in SHORT.values())
+    # each with its description, from the docstrings of the configs
+    assert "number of learned query tokens" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(

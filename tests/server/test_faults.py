@@ -312,3 +312,14 @@ def test_kill_9_while_serving(stage1_only: Blip2, tiny: Path, photos: Path, tmp_
         assert {p: p.read_bytes() for p in (tmp_path / "i").rglob("*") if p.is_file()} == before
     assert answers[0] == answers[1]
     assert_same(answers[0], truth(stage1_only, photos))
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_that_is_stopped_says_so(tiny: Path, kind: signal.Signals) -> None:
+    command = [sys.executable, "-m", "blip2", "serve", "--model", str(tiny), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert "Ctrl-C stops" in server.stdout.readline()
+        server.send_signal(kind)
+        out, _ = server.communicate(timeout=60)
+    assert (server.returncode, out) == (0, "blip2: stopped\n")

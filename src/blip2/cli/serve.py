@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -162,8 +163,9 @@ def _serve(options: argparse.Namespace, settings: Settings, listening: socket.so
     )
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    print(f"blip2: {', '.join(names)} at http://{shown}:{port} (API at /docs); Ctrl-C stops", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it anew once all is answered
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises both signals anew once all is answered
+        print(f"blip2: {', '.join(names)} at http://{shown}:{port} (API at /docs); Ctrl-C stops", flush=True)
         uvicorn.Server(config).run(sockets=[listening])
     print("blip2: stopped", flush=True)
     return 0

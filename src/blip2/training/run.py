@@ -203,4 +203,6 @@ def _write_summary(
 def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{distributed.world_size()} x {torch.cuda.get_device_name(device)}"
-    return f"{torch.get_num_threads()} CPU threads x {distributed.world_size()} ({platform.machine()})"
+    threads, processes = torch.get_num_threads(), distributed.world_size()
+    text = f"{threads} CPU thread{'s' * (threads > 1)} ({platform.machine()})"
+    return f"{processes} processes of {text}" if processes > 1 else text
