@@ -198,6 +198,16 @@ def test_repeated_steps_of_a_resumed_run_count_once(tmp_path: Path) -> None:
     assert run.train[1]["loss"] == 6.0
 
 
+def test_answers_are_called_answers(run_folder: Path) -> None:
+    assert "Captions of images" in page_of(run_folder).text
+    entries = [{**sample("dog1", "what is it? a dog"), "answer": "a dog"}]
+    (run_folder / "samples" / "step-000200.json").write_text(json.dumps(entries))
+    text = page_of(run_folder).text
+    assert "Answers about images" in text
+    assert "People answered" in text
+    assert "People wrote" not in text
+
+
 def test_aborted_run_without_samples_or_summary(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(CONFIG)
     lines = [train_line(1), train_line(2, loss=float("nan")), train_line(3)]
