@@ -171,6 +171,43 @@ def test_retrieval(
     assert main([*command, "--out", str(tmp_path / "e"), "-k", "2"]) == 2
 
 
+def test_classes(hf: HF, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, labels = str(hf("itm")[0]), ["dog", "cat", "red sofa", "dog", "grass", "cat"]
+    path = data.parent / "labels.jsonl"
+    path.write_text("\n".join(json.dumps({"image": f"{n}.png", "label": label}) for n, label in enumerate(labels)))
+    command = ["evaluate", "classify", "--model", source, "--data", str(path), "--dtype", "fp32", "--json"]
+    templates = ["--template", "a {}", "--template", "two {}"]
+    assert main([*command, *templates, "--out", str(tmp_path / "e")]) == 0
+    result = last(capsys)
+    lines = [json.loads(line) for line in (tmp_path / "e" / "predictions.jsonl").read_text().splitlines()]
+    # the plain procedure
+    model, classes = blip2.load(source, dtype="fp32"), ["dog", "cat", "red sofa", "grass"]
+    texts = [(model.embed_texts([f"a {name}", f"two {name}"])).mean(dim=0) for name in classes]
+    named = []
+    for n, label in enumerate(labels):
+        queries = model.embed_images(data.parent / f"{n}.png")[0]
+        scores = [float((queries @ (text / text.norm())).max()) for text in texts]
+        order = np.argsort(-np.array(scores), kind="stable")
+        named.append(classes[int(order[0])])
+        assert lines[n]["best"] == [classes[k] for k in order]
+        assert lines[n]["rank"] == 1 + [classes[k] for k in order].index(label)
+        assert lines[n]["similarity"] == pytest.approx(sorted(scores, reverse=True), abs=1e-4)
+    assert result["metrics"]["top1"] == pytest.approx(
+        100 * np.mean([a == b for a, b in zip(named, labels, strict=True)]), abs=0.01
+    )
+    assert result["metrics"]["top5"] == 100
+    (tmp_path / "classes.txt").write_text("\n".join([*classes, "horse"]))
+    assert main([*command, "--out", str(tmp_path / "f"), "--classes", str(tmp_path / "classes.txt")]) == 0
+    assert last(capsys)["settings"]["classes"] == 5
+    (tmp_path / "classes.txt").write_text("dog\nhorse\n")
+    for options, message in (
+        (["--classes", str(tmp_path / "classes.txt")], "classes.txt: 'cat' of "),
+        (["--template", "a photo"], "--template 'a photo': it needs one {}"),
+    ):
+        assert main([*command, "--out", str(tmp_path / "g"), *options]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_pairs_are_joined_and_each_direction_keeps_its_own() -> None:
     similarity = np.array([[0.9, 0.1, 0.2], [0.3, 0.8, 0.7]])
     pairs = candidate_pairs(similarity, 1)
@@ -215,6 +252,8 @@ def test_two_processes_give_the_same(hf: HF, data: Path, tmp_path: Path) -> None
         ("vqa", [{"image": "0.png", "captions": ["a"], "question": "q"}], "has a question without answers: 'q'"),
         ("retrieval", [{"image": "0.png", "captions": ["a"]}], "retrieval needs two or more"),
         ("caption", [], "nothing in it"),
+        ("classify", [{"image": "0.png", "captions": ["a"]}], "has no label"),
+        ("classify", [{"image": "0.png", "label": "a"}], "all images are 'a'"),
     ],
 )
 def test_refused_before_a_model_is_loaded(

@@ -1,4 +1,4 @@
-"""`blip2 evaluate caption|vqa|retrieval|prompts`: checks first, then work, then the table and the page."""
+"""`blip2 evaluate caption|vqa|retrieval|classify|prompts`: checks first, then work, then the table and the page."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ def add_parser(commands: Commands) -> None:
     caption = tasks.add_parser("caption", help="BLEU, METEOR, ROUGE-L, CIDEr, SPICE against all references")
     vqa = tasks.add_parser("vqa", help="VQA accuracy over people's answers, or exact match")
     retrieval = tasks.add_parser("retrieval", help="recall by ITC, and re-ranked by ITM, both ways")
+    classify = tasks.add_parser("classify", help="zero-shot classification: the class whose name is the most similar")
     prompts = tasks.add_parser("prompts", help="instructed generation: prompts of a file, side by side over models")
     prompts.add_argument("--prompts", required=True, metavar="FILE", help="one prompt per line")
     prompts.add_argument(
         "--models", required=True, nargs="+", metavar="MODEL", help="one or more, as --model elsewhere"
     )
-    for task in (caption, vqa, retrieval, prompts):
+    for task in (caption, vqa, retrieval, classify, prompts):
         task.add_argument("--data", required=True, help="named set, shards, folder or JSONL file")
         task.add_argument("--split", help="of a named set")
         task.add_argument("--limit", type=int, help="first N images only")
@@ -41,7 +42,7 @@ def add_parser(commands: Commands) -> None:
         else:
             add_model(task)
         task.set_defaults(run=run)
-    for task in (caption, vqa, retrieval):
+    for task in (caption, vqa, retrieval, classify):
         task.add_argument("--skip-bad", action="store_true", help="evaluate without the samples that cannot be used")
     for task in (caption, vqa, prompts):
         for option, kind in (
@@ -69,6 +70,13 @@ def add_parser(commands: Commands) -> None:
         default="auto",
         help="compare base forms of words; auto does for OK-VQA, whose answers are such (default: %(default)s)",
     )
+    classify.add_argument("--classes", metavar="FILE", help="a class per line (default: the labels of the data)")
+    classify.add_argument(
+        "--template",
+        action="append",
+        metavar="TEXT",
+        help="text with {} for the class; several are averaged (default: a photo of {}, a picture of {}, {})",
+    )
     retrieval.add_argument("-k", type=int, default=128, help="candidates re-ranked per query (default: %(default)s)")
     retrieval.add_argument(
         "--itc-weight",
@@ -94,6 +102,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     """One model on one data set."""
     from blip2.data.check import decodable
     from blip2.evaluation.captioning import Captioning
+    from blip2.evaluation.classification import Classification
     from blip2.evaluation.inputs import open_data
     from blip2.evaluation.prediction_log import Folder
     from blip2.evaluation.published import published
@@ -105,8 +114,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     from blip2.ops import distributed
 
     # Each refuses what can be known to fail when it is made, before a model is loaded.
-    tasks: dict[str, type[Captioning] | type[VQA] | type[Retrieval]]
-    tasks = {"caption": Captioning, "vqa": VQA, "retrieval": Retrieval}
+    tasks: dict[str, type[Captioning] | type[VQA] | type[Retrieval] | type[Classification]]
+    tasks = {"caption": Captioning, "vqa": VQA, "retrieval": Retrieval, "classify": Classification}
     data = open_data(options)
     _refuse_bad(data, skip=options.skip_bad)
     tasks[options.task](options, data)  # before the images are decoded, which takes a while

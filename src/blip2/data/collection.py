@@ -58,6 +58,7 @@ class Sample:
         image_id: samples of the same image share it.
         questions: asked about it.
         domain: part of the data set that it counts for (NoCaps: `in`, `near`, `out`).
+        label: name of its class, where the data set has classes.
         path, offset, size: file and bytes that hold the image; offset 0 and size -1 is a whole file.
     """
 
@@ -69,6 +70,7 @@ class Sample:
     size: int = -1
     questions: tuple[Question, ...] = ()
     domain: str | None = None
+    label: str | None = None
 
     def read(self) -> bytes:
         """The image's bytes.

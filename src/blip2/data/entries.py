@@ -35,12 +35,13 @@ def texts_of(entry: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(qa, list | tuple) or not all(isinstance(item, dict) for item in qa):
         raise BadSampleError("qa is not a list of questions")
     questions = tuple(question for item in qa if (question := _question(item)) is not None)
-    if not captions and not questions:
+    fields = {name: value if isinstance(value := entry.get(name), str) else None for name in ("domain", "label")}
+    if not captions and not questions and not fields["label"]:
         raise BadSampleError("no caption")
     for text in (*captions, *(text for question in questions for text in (question.text, *question.answers))):
         _require_utf8(text)
-    domain = entry.get("domain")
-    return {"captions": captions, "questions": questions, "domain": domain if isinstance(domain, str) else None}
+    _require_utf8(fields["label"] or "")
+    return {"captions": captions, "questions": questions, **fields}
 
 
 def image_id_of(entry: dict[str, Any], default: str) -> str:
