@@ -39,7 +39,7 @@ def model(tiny: Path) -> Blip2:
 def index(model: Blip2, photos: Path, tmp_path: Path) -> Index:
     """The twelve photographs with their captions."""
     store = Store.create(tmp_path / "i", identify(model, "tiny"), "exact", "data")
-    Builder(store, model, progress=False).add(list_samples([str(photos)])[0])
+    Builder(store, model, progress=False).add(list_samples([str(photos)]).samples)
     return Index(store, model)
 
 
@@ -128,7 +128,7 @@ def test_copies_moves_changes_and_losses(index: Index, model: Blip2, photos: Pat
     encoded = []
     real = Builder._encode
     monkeypatch.setattr(Builder, "_encode", lambda self, looks: (encoded.extend(looks), real(self, looks)))
-    report = Builder(index.store, model, progress=False).add(list_samples([str(photos)])[0])
+    report = Builder(index.store, model, progress=False).add(list_samples([str(photos)]).samples)
     assert encoded == []
     assert (report.added, report.moved, report.duplicates, report.replaced) == (0, 1, 2, 1)
     assert [bad.reason for bad in report.bad] == ["not an image"]
@@ -139,12 +139,12 @@ def test_copies_moves_changes_and_losses(index: Index, model: Blip2, photos: Pat
 def test_two_images_that_swap_their_names(model: Blip2, photos: Path, tmp_path: Path) -> None:
     """Each is the other's content by now; one is read again, none is lost."""
     store = Store.create(tmp_path / "i", identify(model, "tiny"), "exact", None)
-    Builder(store, model, progress=False).add(list_samples([str(photos)])[0])
+    Builder(store, model, progress=False).add(list_samples([str(photos)]).samples)
     before = {hit.key: hit.parts["text"] for hit in Index(store, model).search(TEXT, k=12, rerank=0)}
     (photos / "p01.png").rename(photos / "away")
     (photos / "p02.png").rename(photos / "p01.png")
     (photos / "away").rename(photos / "p02.png")
-    report = Builder(store, model, progress=False).add(list_samples([str(photos)])[0])
+    report = Builder(store, model, progress=False).add(list_samples([str(photos)]).samples)
     assert (report.unchanged, report.replaced, report.moved, report.added) == (10, 1, 1, 1)
     hits = Index(Store(store.path), model).search(TEXT, k=12, rerank=0)
     after = {hit.key: hit.parts["text"] for hit in hits}
@@ -173,17 +173,17 @@ def test_shards_are_indexed_in_place(model: Blip2, tmp_path: Path, photos: Path)
                 tar.add(path.with_suffix(".txt"), path.with_suffix(".txt").name)
     store = Store.create(tmp_path / "i", identify(model, "tiny"), "exact", None)
     builder = Builder(store, model, progress=False)
-    assert builder.add(list_samples([str(tmp_path / "s.tar")])[0]).added == 6
+    assert builder.add(list_samples([str(tmp_path / "s.tar")]).samples).added == 6
     hit = Index(store, model).search(image=photos / "p01.png", k=1)[0]
     assert (hit.key, hit.state, hit.score) == ("p01", "ok", pytest.approx(1, abs=1e-3))
-    again = Builder(store, model, progress=False).add(list_samples([str(photos / "p01.png")])[0])
+    again = Builder(store, model, progress=False).add(list_samples([str(photos / "p01.png")]).samples)
     assert (again.duplicates, again.added) == (1, 0)
 
 
 def test_an_open_index_takes_up_what_is_written(index: Index, model: Blip2, photos: Path) -> None:
     open_index = Index.open(index.store.path, model)
     Image.new("RGB", (40, 40), "green").save(photos / "green.png")
-    Builder(index.store, model, progress=False).add(list_samples([str(photos)])[0])
+    Builder(index.store, model, progress=False).add(list_samples([str(photos)]).samples)
     assert (len(open_index), len(open_index.search(TEXT, k=20, rerank=0))) == (12, 12)
     open_index.refresh()
     assert {hit.key for hit in open_index.search(TEXT, k=20, rerank=0)} >= {"green", "p01"}
@@ -205,8 +205,10 @@ def test_commands(tiny: Path, photos: Path, tmp_path: Path, capsys: pytest.Captu
         0,
         {"added": 12, "unchanged": 0, "duplicates": 0, "moved": 0, "replaced": 0, "bad": 0, "images": 12},
     )
-    code, said, _ = run(capsys, "index", "build", photos, "--out", out, "--model", tiny, "--captions")
+    (photos / "film.mp4").touch()
+    code, said, err = run(capsys, "index", "build", photos, "--out", out, "--model", tiny, "--captions")
     assert (code, said.split(";")[0]) == (0, "0 added, 12 unchanged")
+    assert err.splitlines()[-1] == "1 other files not read: 1 .mp4"
     code, said, _ = run(capsys, "search", out, TEXT, "--k", "3", "--json", "--out", page)
     hits = [json.loads(line) for line in said.splitlines()]
     assert len(hits) == 3
@@ -327,7 +329,7 @@ build._SEGMENT = 2
 model = blip2.load(sys.argv[1])
 model.batch = 1
 print("ready", flush=True)
-Builder(Store(sys.argv[2]), model, progress=False).add(list_samples([sys.argv[3]])[0])
+Builder(Store(sys.argv[2]), model, progress=False).add(list_samples([sys.argv[3]]).samples)
 """
 
 
@@ -351,7 +353,7 @@ def test_kill_9_while_indexing_leaves_a_whole_index(model: Blip2, tiny: Path, ph
     assert 6 <= count < 162
     assert len({row.digest for _, row in store.items()}) == count
     assert len(Index(store, model).search(TEXT, k=5, rerank=0)) == 5
-    report = Builder(store, model, progress=False).add(list_samples([str(photos)])[0])
+    report = Builder(store, model, progress=False).add(list_samples([str(photos)]).samples)
     assert report.unchanged == count
     assert report.added == 162 - count
     paths = sorted(str(p) for p in photos.rglob("*.png"))
@@ -377,10 +379,10 @@ def test_segments_are_written_as_it_goes(
 
     monkeypatch.setattr(Builder, "_encode", failing)
     with pytest.raises(KeyboardInterrupt):
-        Builder(store, model, progress=False).add(list_samples([str(photos)])[0])
+        Builder(store, model, progress=False).add(list_samples([str(photos)]).samples)
     assert len(Store(tmp_path / "i")) == 4
     monkeypatch.setattr(Builder, "_encode", real)
-    assert Builder(store, model, progress=False).add(list_samples([str(photos)])[0]).added == 8
+    assert Builder(store, model, progress=False).add(list_samples([str(photos)]).samples).added == 8
 
 
 def test_the_model_in_the_manifest_is_a_name_and_a_fingerprint() -> None:

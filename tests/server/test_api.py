@@ -256,7 +256,7 @@ def test_search_serves_thumbnails_of_its_hits_only(
     from blip2.search.store import Store
 
     store = Store.create(tmp_path / "index", identify(stage1_only, "tiny"), "exact", "data")
-    Builder(store, stage1_only, progress=False).add(list_samples([str(photos)])[0])
+    Builder(store, stage1_only, progress=False).add(list_samples([str(photos)]).samples)
     index = Index(store, stage1_only)
     client = serve(model=stage1_only, index=index)
     digest = next(row.digest for _, row in store.items())

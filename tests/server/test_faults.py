@@ -45,7 +45,7 @@ build._SEGMENT = 2
 model = blip2.load(sys.argv[1], device="cpu")
 model.batch = 1
 print("ready", flush=True)
-build.Builder(Store(sys.argv[2]), model, progress=False).add(build.list_samples([sys.argv[3]])[0])
+build.Builder(Store(sys.argv[2]), model, progress=False).add(build.list_samples([sys.argv[3]]).samples)
 """
 
 
@@ -57,7 +57,7 @@ def more(photos: Path, count: int) -> None:
 
 def built(model: Blip2, photos: Path, path: Path) -> Store:
     store = Store.create(path, identify(model, str(model.home)), "exact", "data")
-    Builder(store, model, progress=False).add(list_samples([str(photos)])[0])
+    Builder(store, model, progress=False).add(list_samples([str(photos)]).samples)
     return store
 
 

@@ -52,7 +52,7 @@ def axe() -> str:
 def address(both: Blip2, listening: Any, photos: Path, tmp_path: Path) -> Iterator[str]:
     """A server with a language model, a stage 1 and an index."""
     store = Store.create(tmp_path / "index", identify(both, "tiny"), "exact", "data")
-    Builder(store, both, progress=False).add(list_samples([str(photos)])[0])
+    Builder(store, both, progress=False).add(list_samples([str(photos)]).samples)
     with listening(both, index=Index(store, both)) as (address, _, _):
         yield address
 

@@ -62,7 +62,7 @@ def api(both: Blip2, listening: Any) -> Iterator[Any]:
 def search_api(stage1_only: Blip2, listening: Any, photos: Path, tmp_path: Path) -> Iterator[Any]:
     """The document of a server with an index."""
     store = Store.create(tmp_path / "index", identify(stage1_only, "tiny"), "exact", "data")
-    Builder(store, stage1_only, progress=False).add(list_samples([str(photos)])[0])
+    Builder(store, stage1_only, progress=False).add(list_samples([str(photos)]).samples)
     with listening(stage1_only, index=Index(store, stage1_only)) as (address, _, _):
         yield schemathesis.openapi.from_url(f"{address}/openapi.json")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def run_convert(options: argparse.Namespace) -> int:
     """Convert a public data set to shards; prints what was written and what was left out."""
     from blip2.data.convert.pipeline import convert
     from blip2.data.convert.records import Options, Request, ShardSize
+    from blip2.data.image_files import images_below
 
     request = Request(
         Path(options.source).expanduser(),
@@ -81,6 +83,8 @@ def run_convert(options: argparse.Namespace) -> int:
         progress=not options.json,
     )
     manifest = convert(request, Path(options.out), rule)
+    if options.kind == "folder" and (note := images_below(request.source).note()):
+        print(note, file=sys.stderr)
     print(json.dumps(manifest) if options.json else _summary(manifest, options.out))
     return 0
 

@@ -82,13 +82,13 @@ def _read(names: list[str]) -> list[tuple[Sample, Image.Image]]:
     from blip2.data.images import decode_image
     from blip2.search.build import list_samples
 
-    samples, bad = list_samples(names or ["skimage"])
-    for refused in bad:
+    data = list_samples(names or ["skimage"])
+    for refused in data.bad:
         _say(f"left out: {refused.path}: {refused.reason}")
     images: list[tuple[Sample, Image.Image]] = []
-    for sample in samples:
+    for sample in data.samples:
         if len(images) == _LIMIT:
-            _say(f"{len(samples)} images: the first {_LIMIT} are shown")
+            _say(f"{len(data.samples)} images: the first {_LIMIT} are shown")
             break
         try:
             images.append((sample, decode_image(sample.read())))

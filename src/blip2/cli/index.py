@@ -14,6 +14,7 @@ from blip2.cli.options import Commands, add_json, add_model
 from blip2.errors import Blip2Error, ConfigError, DataError
 
 if TYPE_CHECKING:
+    from blip2.data.collection import Collection
     from blip2.inference import Blip2
     from blip2.search.segments import Row
     from blip2.search.store import Store
@@ -70,7 +71,7 @@ def run_build(options: argparse.Namespace) -> int:
     from blip2.search.model_id import identify, require_same
     from blip2.search.store import Store
 
-    samples, bad = list_samples(options.sources)
+    data = list_samples(options.sources)
     exists = (Path(options.out) / "manifest.json").exists()
     if exists:
         _require_settings(Store(options.out), options)
@@ -82,7 +83,7 @@ def run_build(options: argparse.Namespace) -> int:
     else:
         settings = {} if options.exact_below is None else {"exact_below": options.exact_below}
         store = Store.create(options.out, model_id, current_name(options.engine), options.captions, **settings)
-    return _fill(store, model, samples, bad, options)
+    return _fill(store, model, data, options)
 
 
 def run_add(options: argparse.Namespace) -> int:
@@ -91,8 +92,8 @@ def run_add(options: argparse.Namespace) -> int:
     from blip2.search.store import Store
 
     store = Store(options.index)
-    samples, bad = list_samples(options.sources)
-    return _fill(store, model_of(store, options), samples, bad, options)
+    data = list_samples(options.sources)
+    return _fill(store, model_of(store, options), data, options)
 
 
 def run_remove(options: argparse.Namespace) -> int:
@@ -173,15 +174,17 @@ def _require_settings(store: Store, options: argparse.Namespace) -> None:
         )
 
 
-def _fill(store: Store, model: Blip2, samples: list[Any], bad: list[Any], options: argparse.Namespace) -> int:
+def _fill(store: Store, model: Blip2, data: Collection, options: argparse.Namespace) -> int:
     from blip2.search.build import Builder
 
-    report = Builder(store, model, progress=len(samples) > 1).add(samples)
-    report.bad = [*bad, *report.bad]
+    report = Builder(store, model, progress=len(data.samples) > 1).add(data.samples)
+    report.bad = [*data.bad, *report.bad]
     for image in report.bad[:_SHOWN]:
         print(f"blip2: {image.path}: {image.key}: {image.reason}", file=sys.stderr)
     if len(report.bad) > _SHOWN:
         print(f"blip2: and {len(report.bad) - _SHOWN} more", file=sys.stderr)
+    if data.note:
+        print(data.note, file=sys.stderr)
     counts = asdict(report) | {"bad": len(report.bad), "images": len(store)}
     _print(counts, f"{report.line()}; {len(store)} images in {store.path}", options)
     return 0 if len(store) else 2

@@ -125,12 +125,12 @@ class Collection:
         if count is None:
             return self
         if not self.mixture:
-            return Collection(self.name, self.samples[:count], self.bad)
+            return Collection(self.name, self.samples[:count], self.bad, note=self.note)
         starts = itertools.accumulate((size for size, _ in self.mixture), initial=0)
         sizes = [min(size, count) for size, _ in self.mixture]
         samples = [s for start, size in zip(starts, sizes, strict=False) for s in self.samples[start : start + size]]
         mixture = tuple((size, weight) for size, (_, weight) in zip(sizes, self.mixture, strict=True))
-        return Collection(self.name, samples, self.bad, mixture)
+        return Collection(self.name, samples, self.bad, mixture, self.note)
 
     def fingerprint(self) -> str:
         """Changes when an image, a key or the order does: a cache key for what is made from the images.

@@ -5,8 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from blip2.data.collection import BadSample, BadSampleError, Collection, Sample
-from blip2.data.entries import decode_text, image_id_of, lines_of, numbered_lines, parse_json, texts_of
-from blip2.data.image_files import images_below, keys_below, text_beside
+from blip2.data.entries import (
+    decode_text,
+    image_id_of,
+    lines_of,
+    numbered_lines,
+    parse_json,
+    texts_of,
+    with_usual_names,
+)
+from blip2.data.image_files import image_at, images_below, keys_below, text_beside
 
 
 def read_folder(folder: Path) -> Collection:
@@ -26,6 +34,8 @@ def read_folder(folder: Path) -> Collection:
 def read_jsonl(path: Path) -> Collection:
     """One object per line: `image` (relative to the file), `captions`, `image_id`, `question`, `answers`.
 
+    Other usual names are understood (`file_name` and `text`, see `entries.FIELDS`).
+
     Raises:
         DataError: the file cannot be read.
     """
@@ -33,11 +43,11 @@ def read_jsonl(path: Path) -> Collection:
     for number, line in numbered_lines(path):
         key = f"line {number}"
         try:
-            entry = parse_json(line)
+            entry = with_usual_names(parse_json(line))
             if not isinstance(entry.get("image"), str):
                 raise BadSampleError("no image")
             key = str(entry.get("key", f"{number}-{Path(entry['image']).stem}"))
-            image = path.parent / entry["image"]
+            image = image_at(path.parent, entry["image"])
             texts = texts_of(entry)
             _not_empty(image)
             collection.samples.append(Sample(key, image_id_of(entry, str(image)), path=str(image), **texts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,9 +51,24 @@ def images_below(folder: Path) -> ImageFiles:
 
     What lies in hidden folders and in those of tools (`@eaDir`, `__MACOSX`) is counted, not read.
     """
-    files, seen, links = ImageFiles(), set[tuple[int, int]](), [folder]
+    files = ImageFiles()
+    for place, names in folders_below(folder, files.ignored):
+        for name in names:
+            _sort_in(place / name, files)
+    files.paths.sort()
+    files.ignored = +files.ignored
+    return files
+
+
+def folders_below(folder: Path, ignored: Counter[str]) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and those below it, each once, with the names of their files; `ignored` counts what is left out."""
+    seen, links = set[tuple[int, int]](), [folder]
+
+    def count_unreadable(error: OSError) -> None:
+        ignored["folder that cannot be read"] += 1
+
     while links:  # real folders first, so that a link to one of them brings nothing twice
-        for place, folders, names in os.walk(links.pop(0), followlinks=False):
+        for place, folders, names in os.walk(links.pop(0), onerror=count_unreadable, followlinks=False):
             number = os.stat(place)
             if (number.st_dev, number.st_ino) in seen:
                 folders.clear()
@@ -62,13 +77,9 @@ def images_below(folder: Path) -> ImageFiles:
             inside = Path(place)
             for name in [name for name in folders if name.startswith(".") or name in _TOOL_FOLDERS]:
                 folders.remove(name)
-                files.ignored[f"in {name}"] += sum(len(found) for _, _, found in os.walk(inside / name))
+                ignored[f"in {name}"] += sum(len(files) for _, _, files in os.walk(inside / name))
             links += sorted(inside / name for name in folders if (inside / name).is_symlink())
-            for name in names:
-                _sort_in(inside / name, files)
-    files.paths.sort()
-    files.ignored = +files.ignored
-    return files
+            yield inside, names
 
 
 def _sort_in(path: Path, files: ImageFiles) -> None:
@@ -112,6 +123,13 @@ def keys_below(folder: Path, paths: Sequence[Path]) -> list[str]:
     below = [path.relative_to(folder) for path in paths]
     count = Counter(path.with_suffix("") for path in below)
     return [printable((path if count[path.with_suffix("")] > 1 else path.with_suffix("")).as_posix()) for path in below]
+
+
+def image_at(folder: Path, name: str) -> Path:
+    """An image of an annotation file by its path from a folder, which may be written as Windows does."""
+    path = folder / name
+    windows = folder / name.replace("\\", "/")
+    return windows if "\\" in name and not os.path.exists(path) and os.path.exists(windows) else path
 
 
 def text_beside(image: Path, suffix: str = ".txt") -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from blip2.data.collection import BadSample, Collection, Sample
+from blip2.data.convert.forms import form_of
 from blip2.data.easyvqa import build_easy_vqa
 from blip2.data.folders import read_folder, read_jsonl
 from blip2.data.mixture import Part, parse_mixture
@@ -58,7 +59,9 @@ def open_collection(spec: str) -> Collection:
     if not collection.samples:
         if collection.bad:
             first = collection.bad[0]
-            raise DataError(f"{spec}: every sample is bad, the first: {first.key}: {first.reason}")
+            path = Path(spec).expanduser()
+            reader = _converter(path) if path.is_dir() and not any(path.glob("*.tar")) else ""
+            raise DataError(f"{spec}: every sample is bad, the first: {first.key}: {first.reason}{reader}")
         raise DataError(f"{spec}: nothing in it: expected .tar shards, or images with a .txt beside each")
     return collection
 
@@ -71,6 +74,7 @@ def _mixed(spec: str, parts: list[Part]) -> Collection:
         mixed.samples += [replace(sample, image_id=f"{number}:{sample.image_id}") for sample in collection.samples]
         mixed.bad += collection.bad
         mixed.mixture += ((len(collection.samples), part.weight),)
+        mixed.note = "; ".join(filter(None, (mixed.note, collection.note)))
     return mixed
 
 
@@ -91,11 +95,20 @@ def index(spec: str) -> Collection:
     path = Path(spec).expanduser()
     if path.is_dir():
         return read_folder(path)
-    if path.suffix == ".jsonl":
+    if path.name.lower().endswith((".jsonl", ".jsonl.gz")):
         return read_jsonl(path)
     if path.exists():
-        raise DataError(f"{spec}: not a data set: give .tar shards, a .jsonl file, or a folder of images")
+        reader = _converter(path)
+        raise DataError(f"{spec}: not a data set: give .tar shards, a .jsonl file, or a folder of images{reader}")
     raise DataError(f"{spec}: no such file or folder, and not a named set ({', '.join(NAMED)})")
+
+
+def _converter(path: Path) -> str:
+    """The end of a message: which converter reads annotations of another form; empty where none does."""
+    form = form_of(path) if path.exists() else None
+    if form is None or not form.kinds or form.kinds[0] == "folder":
+        return ""
+    return f" ({form.what}: `blip2 data convert {form.path} OUT --from {form.kinds[0]}` makes shards of it)"
 
 
 def shard_paths(spec: str) -> list[Path]:

@@ -12,8 +12,8 @@ import contextlib
 import hashlib
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from blip2.configs import DecodingConfig
 from blip2.data import sources
-from blip2.data.collection import BadSample, BadSampleError, Sample, printable
+from blip2.data.collection import BadSample, BadSampleError, Collection, Sample, printable
 from blip2.data.entries import decode_text, lines_of
-from blip2.data.image_files import find_images, keys_below, text_beside
+from blip2.data.image_files import ImageFiles, find_images, keys_below, text_beside
 from blip2.data.image_formats import suffixes
 from blip2.data.images import decode_image, plain_view
 from blip2.errors import DataError
@@ -68,7 +68,7 @@ class _Read:
     unchanged: bool = False
 
 
-def list_samples(names: Iterable[str]) -> tuple[list[Sample], list[BadSample]]:
+def list_samples(names: Sequence[str]) -> Collection:
     """Images of folders, files, shards and named sets; captions are optional.
 
     Raises:
@@ -76,11 +76,13 @@ def list_samples(names: Iterable[str]) -> tuple[list[Sample], list[BadSample]]:
     """
     samples: list[Sample] = []
     bad: list[BadSample] = []
+    ignored = Counter[str]()
     for name in names:
         path = Path(name).expanduser()
         if path.is_dir() and not any(path.glob("*.tar")):
-            files = find_images([str(path)]).paths
-            samples += map(_file_sample, files, keys_below(path, files))
+            files = find_images([str(path)])
+            samples += map(_file_sample, files.paths, keys_below(path, files.paths))
+            ignored += files.ignored
         elif path.suffix.lower() in suffixes() and path.exists():
             samples.append(_file_sample(path, printable(path.stem)))
         else:
@@ -90,7 +92,7 @@ def list_samples(names: Iterable[str]) -> tuple[list[Sample], list[BadSample]]:
     if not samples:
         reason = f", the first: {bad[0].key}: {bad[0].reason}" if bad else ""
         raise DataError(f"{' '.join(names)}: no image that can be indexed{reason}")
-    return samples, bad
+    return Collection(" ".join(names), samples, bad, note=ImageFiles(ignored=ignored).note())
 
 
 def _file_sample(path: Path, key: str) -> Sample:

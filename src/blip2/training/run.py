@@ -137,7 +137,8 @@ def _images(collection: Collection) -> str:
     """The name of a data set, its number of images and why others were skipped."""
     reasons = Counter(bad.reason for bad in collection.bad).most_common()
     skipped = f"; {len(collection.bad)} skipped: " + ", ".join(f"{n} {reason}" for reason, n in reasons)
-    return f"{collection.name}, {len(collection.samples)} images" + (skipped if reasons else "")
+    note = f"; {collection.note}" if collection.note else ""
+    return f"{collection.name}, {len(collection.samples)} images" + (skipped if reasons else "") + note
 
 
 def _lost_shards(collection: Collection) -> dict[str, str]:

@@ -144,7 +144,7 @@ def test_bad_originals(coco: Path, converted: Any, tmp_path: Path) -> None:
     (coco / "broken.json").write_text('{"images": [')
     with pytest.raises(DataError, match="broken.json: not valid JSON"):
         converted("coco", coco / "broken.json")
-    (coco / "other.json").write_text('{"questions": []}')
+    (coco / "other.json").write_text('{"sounds": []}')
     with pytest.raises(DataError, match="other.json: not an annotation file of captions"):
         converted("coco", coco / "other.json")
     (coco / "half.json").write_text('{"images": [{"filename": "a.jpg"}]}')

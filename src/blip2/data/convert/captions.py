@@ -11,6 +11,7 @@ from typing import Any
 from blip2.data.collection import RawSample
 from blip2.data.convert.locate import Images, annotation, expecting, images_of, load_json
 from blip2.data.convert.records import Request, Unit, clean_key, merge_by_image, split_into_units
+from blip2.data.convert.rows import read_text
 from blip2.data.entries import text_lines
 from blip2.errors import DataError
 
@@ -52,7 +53,7 @@ def _units(request: Request, path: Path) -> list[Unit]:
     images = images_of(request)
     forms: tuple[tuple[bool, str, Callable[[Any, Images], Iterator[RawSample]]], ...] = (
         (isinstance(data, list), "a list of images with captions", _listed),
-        (isinstance(data, dict) and "annotations" in data, "a COCO captions file", _original),
+        (isinstance(data, dict) and "annotations" in data, "a file of images and annotations with captions", _original),
         (isinstance(data, dict) and "images" in data, "Karpathy's split file", _karpathy),
     )
     for matches, what, read in forms:
@@ -60,7 +61,7 @@ def _units(request: Request, path: Path) -> list[Unit]:
             with expecting(path, what):
                 samples = merge_by_image(read(data, images))
             return split_into_units(_of_split(samples, request.split, path), request.size)
-    raise DataError(f"{path}: not an annotation file of captions: expected Karpathy's, LAVIS's or COCO's own")
+    raise DataError(f"{path}: not an annotation file of captions: no sentences, captions or annotations in it")
 
 
 def _of_split(samples: list[RawSample], split: str | None, path: Path) -> list[RawSample]:
@@ -110,13 +111,12 @@ def _domain(row: dict[str, Any]) -> dict[str, str]:
 
 def _tokens(path: Path) -> Iterator[tuple[str, str]]:
     """(image, caption) of `1.jpg#0<TAB>text` lines, or of `image_name| comment_number| comment` ones."""
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text") from error
+    text = read_text(path)
     if path.suffix == ".csv":
-        rows = csv.reader(io.StringIO(text), delimiter="|" if "|" in text.partition("\n")[0] else ",")
-        next(rows, None)
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter="|" if "|" in text.partition("\n")[0] else ",")
+        header = [name.strip() for name in next(rows, [])]
+        if header[:1] not in (["image_name"], ["image"]) or header[-1] not in ("comment", "caption"):
+            raise ValueError(f"its columns are {', '.join(header)}")
         yield from ((row[0].strip(), row[-1].strip()) for row in rows if row)
         return
     for line in text_lines(text):

@@ -10,7 +10,7 @@ from typing import Any
 from blip2.data.collection import BadSampleError, RawSample
 from blip2.data.convert.locate import Images, images_of
 from blip2.data.convert.records import Request, Unit, clean_key, split_into_units
-from blip2.data.entries import decode_text, numbered_lines, parse_json, text_lines
+from blip2.data.entries import decode_text, numbered_lines, parse_json, text_lines, with_usual_names
 from blip2.data.image_files import find_images, keys_below, text_beside
 from blip2.errors import DataError
 
@@ -57,7 +57,7 @@ def _with_sidecar(path: Path, key: str) -> RawSample:
 def _lines(path: Path, images: Images) -> Iterator[RawSample]:
     for number, line in numbered_lines(path):
         try:
-            entry = json.loads(line)
+            entry = with_usual_names(json.loads(line))
             name = entry.pop("image")
             key = clean_key(str(entry.pop("key", f"{number}-{Path(name).stem}")))
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError):

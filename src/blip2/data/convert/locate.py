@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from blip2.data.convert.records import Request
-from blip2.errors import DataError, os_error_as
+from blip2.data.entries import read_file
+from blip2.data.image_files import folders_below, image_at
+from blip2.data.image_formats import suffixes
+from blip2.errors import DataError
 
 
 def annotation(request: Request, *names: str) -> Path:
@@ -33,14 +37,13 @@ def annotation(request: Request, *names: str) -> Path:
 
 
 def load_json(path: Path) -> Any:
-    """A JSON file.
+    """A JSON file, which may be compressed by gzip.
 
     Raises:
         DataError: it cannot be read or is no JSON.
     """
     try:
-        with os_error_as(DataError, f"{path}: cannot be read"):
-            return json.loads(path.read_bytes())
+        return json.loads(read_file(path))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error})") from error
 
@@ -50,13 +53,16 @@ def expecting(path: Path, what: str) -> Iterator[None]:
     """Turn a missing or misshapen field of an annotation file into one line that names the file."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
         cause = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise DataError(f"{path}: not {what} ({cause})") from error
 
 
 class Images:
-    """Images of a folder by their name or their name's last part, wherever below it they lie.
+    """Images of a folder by their path or its last part, wherever below the folder they lie.
+
+    Paths may be those of another machine, in Windows's notation too; letter case and the normal form of Unicode, in
+    which file systems differ, decide nothing where one file alone can be meant.
 
     Raises:
         DataError: no such folder.
@@ -66,30 +72,52 @@ class Images:
         if not root.is_dir():
             raise DataError(f"{root}: no such folder of images: give --images DIR")
         self.root = root
-        self._names: dict[str, str] | None = None
-        self._stems: dict[str, str] = {}
+        self._names: dict[str, list[Path]] | None = None
+        self._stems: dict[str, Path] = {}
 
     def find(self, name: str) -> str:
-        """Path of an image; where there is none, the path at which it was expected."""
-        direct = self.root / name
+        """Path of an image; where there is none, the path at which it was expected.
+
+        Of several files of that name it is the one whose folders agree best; a name without an image's suffix may be
+        a file's stem.
+        """
+        direct = image_at(self.root, name)
         if direct.is_file():
             return str(direct)
-        return self._index().get(os.path.basename(name), str(direct))
+        parts = name.replace("\\", "/").split("/")
+        candidates = self._index().get(_plain(parts[-1]), [])
+        if not candidates and Path(parts[-1]).suffix.lower() not in suffixes():
+            candidates = [self._stems[stem] for stem in [parts[-1]] if stem in self._stems]
+        return str(max(candidates, key=lambda path: _agreement(path, parts), default=direct))
 
     def find_stem(self, *stems: str) -> str | None:
         """Path of the first of the stems that an image has; None where no image has one."""
         self._index()
-        return next((self._stems[stem] for stem in stems if stem in self._stems), None)
+        return next((str(self._stems[stem]) for stem in stems if stem in self._stems), None)
 
-    def _index(self) -> dict[str, str]:
+    def _index(self) -> dict[str, list[Path]]:
         if self._names is None:
             self._names = {}
-            for folder, _, files in sorted(os.walk(self.root)):
+            for folder, files in sorted(folders_below(self.root, Counter())):
                 for file in sorted(files):
-                    self._names.setdefault(file, os.path.join(folder, file))
+                    self._names.setdefault(_plain(file), []).append(folder / file)
                     if not file.endswith((".txt", ".json")):
-                        self._stems.setdefault(os.path.splitext(file)[0], os.path.join(folder, file))
+                        self._stems.setdefault(Path(file).stem, folder / file)
         return self._names
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _agreement(path: Path, parts: list[str]) -> tuple[int, bool]:
+    """How many of the last parts of two paths are the same, and whether the last is letter by letter."""
+    count = 0
+    for mine, other in zip(reversed(path.parts), reversed(parts), strict=False):
+        if _plain(mine) != _plain(other):
+            break
+        count += 1
+    return count, path.name == parts[-1]
 
 
 def images_of(request: Request) -> Images:

@@ -16,6 +16,7 @@ from typing import Any
 
 from blip2.data.collection import BadSampleError, RawSample, printable
 from blip2.data.convert.duplicates import Decision, decide
+from blip2.data.convert.forms import naming_the_reader
 from blip2.data.convert.readers import READERS
 from blip2.data.convert.records import Options, Request, Unit, clean_key
 from blip2.data.convert.scan import Scan, hashes_of, scan_unit
@@ -39,28 +40,36 @@ def convert(request: Request, out: Path, options: Options) -> dict[str, Any]:
         DataError: an annotation file or image is missing or broken, or nothing usable is in it.
         RunError: `out` cannot be written, or processes died again and again.
     """
-    module, _, function = READERS[options.kind].partition(".")
-    read: Reader = getattr(import_module(f"blip2.data.convert.{module}"), function)
-    units = read(request)
-    if not units:
-        raise DataError(f"{request.source}: nothing in it")
+    with naming_the_reader(request.source, options.kind):
+        units = _read(request, options.kind)
     name = clean_key(request.split or options.kind)
     _prepare(out, units, name)
-    scans = _scan_all(units, out, options)
+    with naming_the_reader(request.source, options.kind):
+        scans = _scan_all(units, out, options)
+        if not any(scan.keys for scan in scans):
+            key, reason = next(bad for scan in scans for bad in scan.bad)
+            raise DataError(f"{request.source}: every sample is bad, the first: {printable(key)}: {reason}")
     evaluation = {spec: hashes_of(spec, options.workers, options.progress) for spec in options.against}
     decision = decide(scans, evaluation, options.threshold, options.drop_duplicates)
     left_out: list[dict[str, Any]] = [{"key": key, "bad": reason} for scan in scans for key, reason in scan.bad]
     left_out += decision.lines(scans)
     if not any(decision.kept(n, scan) for n, scan in enumerate(scans)):
-        first = left_out[0]
-        cause = f"{printable(first['key'])}: {first['bad']}" if "bad" in first else f"{first}"
-        raise DataError(f"{request.source}: every sample is bad, the first: {cause}")
+        raise DataError(f"{request.source}: every sample is left out, the first: {left_out[0]}")
     shards = _write_all(units, scans, decision, out, name, options)
     manifest = _manifest(request, options, scans, decision, shards)
     with os_error_as(RunError, f"{out / REPORT}: cannot be written"):
         write_json_lines(out / REPORT, left_out)
     write_record(out / MANIFEST, manifest)
     return manifest
+
+
+def _read(request: Request, kind: str) -> list[Unit]:
+    module, _, function = READERS[kind].partition(".")
+    read: Reader = getattr(import_module(f"blip2.data.convert.{module}"), function)
+    units = read(request)
+    if not units:
+        raise DataError(f"{request.source}: nothing in it")
+    return units
 
 
 def _prepare(out: Path, units: list[Unit], name: str) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from blip2.data.collection import BadSample, RawSample
 from blip2.data.convert.readers import READERS
@@ -18,6 +18,8 @@ from blip2.errors import ConfigError
 
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 T = TypeVar("T")
+Item = RawSample | BadSample
+S = TypeVar("S", bound=Item)
 
 
 class Unit(Protocol):
@@ -123,13 +125,17 @@ class Options:
 class AnnotatedSamples:
     """A unit of samples that were read from an annotation file."""
 
-    samples: tuple[RawSample, ...]
+    samples: tuple[Item, ...]
 
     def fingerprint(self) -> str:
         """Of keys, texts and places."""
         digest = hashlib.blake2b(digest_size=16)
         for sample in self.samples:
-            digest.update(json.dumps([sample.key, sample.entry, sample.path, sample.offset, sample.size]).encode())
+            if isinstance(sample, BadSample):
+                state: list[Any] = [sample.key, sample.path, sample.reason]
+            else:
+                state = [sample.key, sample.entry, sample.path, sample.offset, sample.size]
+            digest.update(json.dumps(state).encode())
         return digest.hexdigest()
 
     def read(self) -> Iterator[RawSample | BadSample]:
@@ -137,7 +143,7 @@ class AnnotatedSamples:
         return iter(self.samples)
 
 
-def split_into_units(samples: Iterable[RawSample], size: ShardSize) -> list[Unit]:
+def split_into_units(samples: Iterable[Item], size: ShardSize) -> list[Unit]:
     """Samples in order as units of at most `size`; keys that repeat get a number."""
     return [AnnotatedSamples(part) for part in size.split(_with_unique_keys(samples), lambda _: 1, _image_bytes)]
 
@@ -147,19 +153,22 @@ def clean_key(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", name) or "_"
 
 
-def merge_by_image(samples: Iterable[RawSample]) -> list[RawSample]:
+def merge_by_image(samples: Iterable[S]) -> list[S]:
     """Samples of one image joined: captions and questions one after the other; the rest is the first's."""
-    merged: dict[str, RawSample] = {}
-    for sample in samples:
+    merged: dict[str, S] = {}
+    for number, sample in enumerate(samples):
+        if isinstance(sample, BadSample):
+            merged[f"bad {number}"] = sample
+            continue
         first = merged.setdefault(sample.path, sample)
-        if first is not sample:
+        if first is not sample and isinstance(first, RawSample):
             for name in ("captions", "qa"):
                 if name in sample.entry:
                     first.entry.setdefault(name, []).extend(sample.entry[name])
     return list(merged.values())
 
 
-def _with_unique_keys(samples: Iterable[RawSample]) -> Iterator[RawSample]:
+def _with_unique_keys(samples: Iterable[Item]) -> Iterator[Item]:
     seen: set[str] = set()
     for sample in samples:
         key, number = sample.key, 1
@@ -170,7 +179,9 @@ def _with_unique_keys(samples: Iterable[RawSample]) -> Iterator[RawSample]:
         yield replace(sample, key=key)
 
 
-def _image_bytes(sample: RawSample) -> int:
+def _image_bytes(sample: Item) -> int:
+    if isinstance(sample, BadSample):
+        return 0
     try:
         return sample.size if sample.size >= 0 else os.path.getsize(sample.path)
     except OSError:

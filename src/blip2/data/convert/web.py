@@ -5,19 +5,20 @@ Images of the web are lost as time goes by: rows without an image are left out a
 
 from __future__ import annotations
 
-import csv
 import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from blip2.data.collection import BadSample, RawSample
 from blip2.data.convert.folders import read_image_folder
-from blip2.data.convert.locate import expecting, images_of, load_json
+from blip2.data.convert.locate import expecting, images_of
 from blip2.data.convert.records import Request, Unit, clean_key, split_into_units
-from blip2.data.entries import text_lines
+from blip2.data.convert.rows import ADDRESS, read_content, read_text
+from blip2.data.entries import field_name, text_lines
 from blip2.data.shards.reader import read_raw
 from blip2.errors import DataError
 
@@ -88,33 +89,44 @@ def _from_list(request: Request) -> list[Unit]:
 
 
 def _stems(url: str, row: int) -> list[str]:
-    last = os.path.splitext(os.path.basename(urlsplit(url).path))[0]
-    crc = zlib.crc32(url.encode())
+    try:
+        last = os.path.splitext(os.path.basename(urlsplit(url).path))[0]
+    except ValueError:  # no address that can be taken apart
+        last = ""
+    crc = zlib.crc32(url.encode("utf-8", "replace"))
     return [str(crc), *(f"{row:0{digits}d}" for digits in (9, 8, 7, 6, 1)), *([last] if last else [])]
 
 
 def _rows(path: Path) -> Iterator[tuple[str, str]]:
-    """(address, caption) of CC3M's and CC12M's TSV in either order of columns, or of SBU's JSON."""
-    if path.suffix == ".json":
-        data = load_json(path)
-        with expecting(path, "SBU's list of addresses and captions"):
-            yield from zip(data["image_urls"], data["captions"], strict=True)
+    """(address, caption) of a table with such columns (named or not), or of SBU's JSON."""
+    content = read_content(path)
+    if isinstance(content, dict) and {"image_urls", "captions"} <= content.keys():
+        with expecting(path, "two lists of addresses and captions"):
+            yield from zip(content["image_urls"], content["captions"], strict=True)
         return
-    try:
-        with path.open(encoding="utf-8", newline="") as handle:
-            for row in csv.reader(handle, delimiter="\t", quoting=csv.QUOTE_NONE):
-                if len(row) != 2 or not any(part.startswith("http") for part in row):
-                    raise DataError(f"{path}: a line is not caption and address with a tab between: {str(row)[:80]}")
-                first = row[0].startswith("http")
-                yield (row[0], row[1]) if first else (row[1], row[0])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as a list of addresses ({error})") from error
+    if not is_web_list(content):
+        raise DataError(f"{path}: no list of addresses and captions: expected columns url and caption")
+    url, caption = (field_name(content[0], what) for what in ("url", "caption"))
+    for number, row in enumerate(content, 1):
+        pair = (row.get(url or field_name(row, "image")), row.get(caption))
+        if not all(isinstance(text, str) for text in pair):
+            raise DataError(f"{path}: row {number} has no address or no caption")
+        yield pair
+
+
+def is_web_list(content: Any) -> bool:
+    """Whether the rows of a file name images by their addresses, with captions."""
+    row = content[0] if isinstance(content, list) and content else None
+    if not isinstance(row, dict) or not field_name(row, "caption"):
+        return False
+    url = field_name(row, "url")
+    return str(row[url] if url else row.get(field_name(row, "image"))).startswith(ADDRESS)
 
 
 def _sbu_texts(folder: Path) -> Iterator[tuple[str, str]]:
     try:
-        urls, captions = (text_lines((folder / name).read_text("utf-8")) for name in _SBU)
-    except (OSError, UnicodeDecodeError) as error:
+        urls, captions = (text_lines(read_text(folder / name)) for name in _SBU)
+    except DataError as error:
         raise DataError(f"{folder}: needs both {' and '.join(_SBU)} ({error})") from error
     if len(urls) != len(captions):
         raise DataError(f"{folder}: {len(urls)} addresses but {len(captions)} captions")
