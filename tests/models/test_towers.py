@@ -16,6 +16,7 @@ from blip2.models.language.model import language_model_from_config
 from blip2.models.vision.encoder import vision_encoder_from_config
 
 MILLIONS = {
+    "efficientnet-lite2": 4.8,
     "dinov2-s": 22.1,
     "vitl": 303.2,
     "vitg": 986.0,
@@ -46,7 +47,7 @@ def test_parameter_counts_of_the_published_models(name: str) -> None:
 
 
 def test_folder_of_a_name_a_hub_id_and_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setitem(towers.TOWERS, "minilm-l6", towers.Tower("bert", lambda: tmp_path, "BertConfig"))
+    monkeypatch.setitem(towers.TOWERS, "minilm-l6", towers.Tower("bert", lambda: tmp_path, "bert"))
     assert towers.folder("minilm-l6") == str(tmp_path)
     assert towers.folder("opt-2.7b") == "facebook/opt-2.7b"
     assert towers.folder("some/folder") == "some/folder"

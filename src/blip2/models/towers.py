@@ -27,22 +27,20 @@ class Tower:
     Args:
         kind: `vision`, `bert` or `language`.
         source: hub id, or function that returns the folder of an embedded model.
-        config_class: its config in transformers.
+        model_type: its type in transformers.
         sizes: what is not that class's default.
         overrides: settings that BLIP-2 changes in the published config.
     """
 
     kind: str
     source: str | Callable[[], Path]
-    config_class: str
+    model_type: str
     sizes: Mapping[str, Any] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self) -> Any:
         """Its transformers config, offline."""
-        import transformers
-
-        return getattr(transformers, self.config_class)(**self.sizes, **self.overrides)
+        return _auto_config().for_model(self.model_type, **self.sizes, **self.overrides)
 
 
 def folder(name: str) -> str:
@@ -130,17 +128,25 @@ def snapshot(name: str) -> Path:
     return folder
 
 
+def _auto_config() -> Any:
+    """transformers' `AutoConfig`, which knows the embedded encoder that is not transformers' own."""
+    from transformers import AutoConfig
+
+    from blip2.models.vision.efficientnet_lite import register
+
+    register()
+    return AutoConfig
+
+
 def load_config(name: str) -> Any:
     """The transformers config of a tower's name, a folder or a hub id.
 
     Raises:
         CheckpointError: it does not exist, cannot be reached or is not understood.
     """
-    from transformers import AutoConfig
-
     source = folder(name)
     with readable(source):
-        return AutoConfig.from_pretrained(source)
+        return _auto_config().from_pretrained(source)
 
 
 def load_part_config(name: str, part: str) -> tuple[Any, bool]:
@@ -210,7 +216,7 @@ def read_json(source: str, file: str) -> dict[str, Any] | None:
 
 def _opt(source: str, width: int) -> Tower:
     sizes = {"hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 4 * width, "vocab_size": 50272}
-    return Tower("language", source, "OPTConfig", {**sizes, "num_hidden_layers": 32, "num_attention_heads": 32})
+    return Tower("language", source, "opt", {**sizes, "num_hidden_layers": 32, "num_attention_heads": 32})
 
 
 def _flan_t5(source: str, width: int, inner: int, heads: int) -> Tower:
@@ -218,7 +224,7 @@ def _flan_t5(source: str, width: int, inner: int, heads: int) -> Tower:
     sizes |= {"vocab_size": 32128, "num_heads": heads, "decoder_start_token_id": 0}
     head = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
     # LAVIS runs FlanT5 with the exact GELU, and its checkpoints were trained so.
-    return Tower("language", source, "T5Config", {**sizes, **head}, {"dense_act_fn": "gelu"})
+    return Tower("language", source, "t5", {**sizes, **head}, {"dense_act_fn": "gelu"})
 
 
 _MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
@@ -240,12 +246,15 @@ _SMOLLM2: dict[str, Any] = {
 }
 
 TOWERS: dict[str, Tower] = {
-    "dinov2-s": Tower("vision", bundled_towers.dinov2_folder, "Dinov2Config", bundled_towers.DINOV2_SIZES),
-    "vitl": Tower("vision", "openai/clip-vit-large-patch14", "CLIPVisionConfig", _CLIP_L),
-    "vitg": Tower("vision", "Salesforce/blip2-opt-2.7b", "Blip2VisionConfig"),
-    "minilm-l6": Tower("bert", bundled_towers.minilm_folder, "BertConfig", _MINILM),
-    "bert-base": Tower("bert", "google-bert/bert-base-uncased", "BertConfig"),
-    "smollm2-135m": Tower("language", bundled_towers.smollm2_folder, "LlamaConfig", _SMOLLM2),
+    "efficientnet-lite2": Tower(
+        "vision", bundled_towers.efficientnet_folder, "efficientnet_lite", bundled_towers.EFFICIENTNET_SIZES
+    ),
+    "dinov2-s": Tower("vision", bundled_towers.dinov2_folder, "dinov2", bundled_towers.DINOV2_SIZES),
+    "vitl": Tower("vision", "openai/clip-vit-large-patch14", "clip_vision_model", _CLIP_L),
+    "vitg": Tower("vision", "Salesforce/blip2-opt-2.7b", "blip_2_vision_model"),
+    "minilm-l6": Tower("bert", bundled_towers.minilm_folder, "bert", _MINILM),
+    "bert-base": Tower("bert", "google-bert/bert-base-uncased", "bert"),
+    "smollm2-135m": Tower("language", bundled_towers.smollm2_folder, "llama", _SMOLLM2),
     "opt-2.7b": _opt("facebook/opt-2.7b", 2560),
     "opt-6.7b": _opt("facebook/opt-6.7b", 4096),
     "flan-t5-xl": _flan_t5("google/flan-t5-xl", 2048, 5120, 32),

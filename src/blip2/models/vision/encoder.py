@@ -91,6 +91,8 @@ class VisionEncoder(nn.Module):
         self._options = _interpolation(model, size)
         self._captured: dict[int, Tensor] = {}  # output of the chosen block, by thread
         if layer is not None:
+            if _no_tokens(model):
+                raise ConfigError(f"vision.layer is {layer}: {type(model).__name__} gives its last feature map only")
             _keep_blocks(model, layer).register_forward_hook(self._capture)
 
     @property
@@ -103,7 +105,7 @@ class VisionEncoder(nn.Module):
     def interpolated(self) -> str | None:
         """How the position embeddings are interpolated for another image size; None at the model's own."""
         native = getattr(getattr(self.model, "config", None), "image_size", None)
-        if native is None or _side(native) == self.size:
+        if native is None or _side(native) == self.size or _no_tokens(self.model):
             return None
         grid = self.grid * _side(native) // self.size
         return f"position embeddings of {grid} x {grid} patches interpolated to {self.grid} x {self.grid}"
@@ -267,9 +269,14 @@ def _interpolation(model: nn.Module, size: int) -> dict[str, bool]:
         return {}
     if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
         return {"interpolate_pos_encoding": True}
-    if config is not None and str(config.model_type).startswith("dino"):
-        return {}  # interpolates by itself
+    if _no_tokens(model) or (config is not None and str(config.model_type).startswith("dino")):
+        return {}  # no positions, or interpolated by itself
     raise ConfigError(f"vision.image_size is {size}: {type(model).__name__} only takes {_side(native)}")
+
+
+def _no_tokens(model: nn.Module) -> bool:
+    """Whether it is a convolutional network, which has no positions and whose blocks give maps."""
+    return getattr(getattr(model, "config", None), "model_type", "") == "efficientnet_lite"
 
 
 def _keep_blocks(model: nn.Module, layer: int) -> nn.Module:
