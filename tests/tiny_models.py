@@ -145,6 +145,46 @@ def blip_or_clip(kind: str, words: int) -> Any:
     return BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision, projection_dim=12))
 
 
+def llama_config(words: int) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=words + 8,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=2,
+        eos_token_id=2,
+        pad_token_id=1,
+    )
+
+
+def instruct(kind: str, folder: Path) -> Any:
+    """A random InstructBLIP (`instruct-t5`, `instruct-llama`), or that for films (`video-...`), and its tokenizers."""
+    import transformers
+
+    family, text = kind.split("-")
+    words = language_tokenizer(folder, front=text == "llama")
+    asked = bert_tokenizer(folder / "qformer_tokenizer")
+    name = "InstructBlip" if family == "instruct" else "InstructBlipVideo"
+    base = config(llama_config(words) if text == "llama" else t5_config(words), asked)
+    built = getattr(transformers, f"{name}Config")(
+        vision_config={k: v for k, v in base.vision_config.to_dict().items() if k != "model_type"},
+        qformer_config={k: v for k, v in base.qformer_config.to_dict().items() if k != "model_type"},
+        text_config=base.text_config.to_dict(),
+        num_query_tokens=5,
+        **{"image_token_index" if family == "instruct" else "video_token_index": words},
+    )
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(built)
+    if text == "t5":  # transformers ties a T5 that is not loaded
+        head = model.language_model.lm_head
+        head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
+    return model
+
+
 def save(kind: str, folder: Path) -> tuple[Path, Any]:
     """A random model of a kind, in eval mode, and its folder."""
     from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, OPTConfig
@@ -154,6 +194,8 @@ def save(kind: str, folder: Path) -> tuple[Path, Any]:
     torch.manual_seed(0)
     if kind in ("blip", "clip"):
         model = blip_or_clip(kind, bert_tokenizer(folder))
+    elif kind.startswith(("instruct-", "video-")):
+        model = instruct(kind, folder)
     elif kind == "itm":
         words = bert_tokenizer(folder)
         built = config(OPTConfig(), words, qformer={"use_qformer_text_input": True})

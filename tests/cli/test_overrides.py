@@ -124,6 +124,15 @@ def test_values_of_the_base_survive_the_command_line() -> None:
     assert with_overrides(odd, ["--steps", "5"]) == replace(odd, train=replace(odd.train, steps=5))
 
 
+@pytest.mark.parametrize("option", [["--qformer.question", "true"], ["--qformer.question=True"]])
+def test_an_option_of_earlier_versions(option: list[str]) -> None:
+    base = recipe("tiny/vqa")
+    plain = with_overrides(base, ["--qformer.instruction", "null"])
+    assert plain.qformer.instruction is None
+    assert with_overrides(plain, option) == base
+    assert with_overrides(base, ["--qformer.question", "false", "--steps", "5"]).qformer.instruction is None
+
+
 def test_help_shows_every_setting() -> None:
     text = help_text(BASE)
     for name in ("--optim.lr", "--train.steps", "--loss.itc_one_sided", "--data.cache_features", "--init"):

@@ -143,7 +143,9 @@ def test_fine_tuning_is_the_papers(name: str, batch: int, size: int, lr: float, 
     assert (config.optim.lr, config.optim.layer_decay, config.optim.betas) == (lr, decay, (0.9, beta2))
     assert (config.optim.warmup, config.optim.weight_decay) == (1000, 0.05)
     asks = name.endswith("vqa")
-    assert (config.qformer.question, config.data.texts) == (asks, "questions" if asks else "captions")
+    assert (config.qformer.instruction, config.data.texts) == (
+        ("question", "questions") if asks else (None, "captions")
+    )
     epochs = config.train.steps * batch / (658_111 if asks else 566_747)
     assert epochs == pytest.approx(5, abs=0.01)
 
@@ -163,6 +165,15 @@ def test_every_nested_config_is_read_back_as_itself() -> None:
     read = from_dict(RunConfig, to_dict(RunConfig()))
     for field in dataclasses.fields(RunConfig):
         assert type(getattr(read, field.name)) is type(getattr(RunConfig(), field.name)), field.name
+
+
+@pytest.mark.parametrize(("before", "now"), [(True, "question"), (False, None)])
+def test_files_of_earlier_versions_say_question(before: bool, now: str | None) -> None:
+    values = {"stage": "stage2", "data": {"texts": "questions"}, "qformer": {"question": before, "queries": 7}}
+    config = from_dict(RunConfig, values)
+    assert (config.qformer.instruction, config.qformer.queries) == (now, 7)
+    with pytest.raises(ConfigError, match="qformer: unknown setting 'question'"):
+        from_dict(RunConfig, {"qformer": {"question": "yes"}})
 
 
 @pytest.mark.parametrize(

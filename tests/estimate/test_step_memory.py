@@ -22,6 +22,7 @@ from blip2.configs import (
     VisionConfig,
 )
 from blip2.data.batch import Batch
+from blip2.data.tokenizers import InstructionReader
 from blip2.estimate import step_memory
 from blip2.estimate.kernels import Machine
 from blip2.estimate.optimizer_memory import state_bytes, step_bytes
@@ -57,8 +58,10 @@ class FixedLengthTexts:
 
     pad_id, dec_id, front = 0, 199, 0
 
-    def __init__(self) -> None:
+    def __init__(self, reads: str | None) -> None:
         self.text_tokenizer = self.language_tokenizer = self
+        texts: Any = self
+        self.instruction_reader = None if reads is None else InstructionReader(texts, reads)
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         lengths = torch.full((len(texts),), TOKENS)
@@ -91,7 +94,7 @@ def small_model(config: RunConfig, language: str = "llama") -> Stage1 | Stage2:
     vision = vision_encoder_from_config(transformers.Dinov2Config(hidden_size=24, **VISION), pool=2, size=56)
     bert = transformers.BertConfig(hidden_size=32, **BERT)
     qformer = build_qformer(
-        config.qformer, vision.width, bert, text=config.stage == "stage1" or config.qformer.question
+        config.qformer, vision.width, bert, text=config.stage == "stage1" or config.qformer.instruction is not None
     )
     if config.stage == "stage1":
         return Stage1(qformer, vision, embed_dim=config.qformer.embed_dim).train()
@@ -111,7 +114,7 @@ def on_meta(config: RunConfig, language: str = "llama") -> Stage1 | Stage2:
 def real_peak(config: RunConfig, language: str, bf16: bool) -> int:
     """Most bytes beside the weights in a step of the real objective on the CPU."""
     torch.manual_seed(0)
-    model, texts = small_model(config, language), FixedLengthTexts()
+    model, texts = small_model(config, language), FixedLengthTexts(config.qformer.instruction)
     assert isinstance(model.vision, VisionEncoder)
     apply_settings(model, config.train)
     objective = build_objective(config, model, texts)  # type: ignore[arg-type]
@@ -123,7 +126,7 @@ def real_peak(config: RunConfig, language: str, bf16: bool) -> int:
                 p.grad = torch.empty_like(p) if p.requires_grad else None
         shape = B, model.vision.tokens, model.vision.width
         features = torch.randn(shape, dtype=torch.bfloat16 if config.data.cache_features else torch.float32)
-        questions = captions if config.qformer.question else None
+        questions = captions if config.qformer.instruction else None
         batch = Batch([str(n) for n in range(B)], torch.arange(B), captions, features=features, questions=questions)
         with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
             losses = objective(batch, 0)
@@ -136,7 +139,7 @@ def counted_peak(config: RunConfig, language: str, machine: Machine) -> int:
 
 
 QUESTIONS = {
-    "qformer": QFormerConfig(queries=4, embed_dim=16, question=True),
+    "qformer": QFormerConfig(queries=4, embed_dim=16, instruction="question"),
     "data": DataConfig(cache_features=True, texts="questions"),
 }
 SETTINGS = [

@@ -23,7 +23,7 @@ from blip2.weights.formats import open_checkpoint
 from blip2.weights.lazy_tensors import LazyTensor, Tensors, as_bytes
 
 HF = Callable[[str], tuple[Path, Any]]
-KINDS = ("opt", "t5", "itm")
+KINDS = ("opt", "t5", "itm", "instruct-t5", "instruct-llama", "video-t5", "video-llama")
 WIDTH = 32  # of the image encoder
 
 
@@ -158,6 +158,31 @@ def test_lavis_keys(ours: Callable[[str], Path], tmp_path: Path) -> None:
     assert "opt_proj.weight" in opt
     assert "t5_proj.weight" in t5
     assert not any(".intermediate.dense" in name or "word_embeddings" in name or ".cls." in name for name in opt | t5)
+    for kind, projection in (("instruct-t5", "t5_proj"), ("instruct-llama", "llm_proj")):
+        instruct = set(torch.load(tmp_path / f"{kind}.pth", weights_only=True)["model"])
+        assert {f"{projection}.weight", f"{layer}intermediate.dense.weight", f"{layer}output.LayerNorm.bias"} < instruct
+        assert {f"Qformer.bert.embeddings.{n}" for n in ("position_ids", "word_embeddings.weight")} < instruct
+        assert not any(name.startswith(("Qformer.cls", "itm_head", "temp")) for name in instruct)
+
+
+@pytest.mark.parametrize("kind", ["video-t5", "video-llama"])
+def test_a_film_model_stays_one(hf: HF, ours: Callable[[str], Path], kind: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, InstructBlipVideoForConditionalGeneration
+
+    blip2.convert(ours(kind), tmp_path / "hf", "hf")
+    theirs, report = InstructBlipVideoForConditionalGeneration.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    before, after = hf(kind)[1].state_dict(), theirs.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.convert_tokens_to_ids("<video>") == theirs.config.video_token_id
+    written = json.loads((tmp_path / "hf/processor_config.json").read_text())
+    assert (written["processor_class"], written["num_query_tokens"]) == ("InstructBlipVideoProcessor", 5)
+    assert (tmp_path / "hf/qformer_tokenizer/tokenizer_config.json").is_file()
 
 
 def test_a_temperature_and_a_head_travel_through_transformers(ours: Callable[[str], Path], tmp_path: Path) -> None:

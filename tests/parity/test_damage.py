@@ -298,8 +298,8 @@ def test_files_that_are_no_pickles(tmp_path: Path, refused: Refused) -> None:
 
 def test_lavis_files_of_other_models(tmp_path: Path, refused: Refused) -> None:
     path = tmp_path / "x.pth"
-    torch.save({"model": {"query_tokens": torch.zeros(1, 2, 3), "llm_proj.weight": torch.zeros(2, 2)}}, path)
-    refused(path, "a checkpoint of InstructBLIP, not of BLIP-2")
+    torch.save({"model": {"query_tokens": torch.zeros(1, 2, 3), "unet.weight": torch.zeros(2, 2)}}, path)
+    refused(path, "a checkpoint of BLIP-Diffusion, not of BLIP-2")
     torch.save({"model": {"head.weight": torch.zeros(2)}}, path)
     refused(path, "not a LAVIS BLIP-2 checkpoint (no query_tokens and Qformer.* in it)")
     layer = "Qformer.bert.encoder.layer"

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import Blip2ForConditionalGeneration
+from transformers import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
 
 import blip2
 from blip2.cli.main import main
-from blip2.errors import CheckpointError
 from blip2.weights import runs
 from blip2.weights.formats import open_checkpoint
 from blip2.weights.lazy_tensors import read_safetensors
@@ -131,14 +130,20 @@ def test_questions_enter_the_qformer(
         assert change == 0 if f"layers.{last}." in name else 0 < change < 0.1
     model = blip2.load(run, dtype="fp32")
     features = model.features([str(pictures / "0.png")])
-    soft = [model.soft_prompts(features, [question]) for question in ("a dog", "the red sofa", None) if question]
+    soft = [model.soft_prompts(features, [question]) for question in ("a dog", "the red sofa")]
     assert (soft[0] - soft[1]).abs().max() > 1e-3
     assert len(model.ask([str(pictures / "0.png")], ["what is it"])) == 1
     assert len(dev(run, "accuracy")) == 3
     shown = json.loads((run / "samples" / "step-000002.json").read_text())
     assert shown[0]["caption"].startswith("what is it ")
-    with pytest.raises(CheckpointError, match="reads questions, for which"):
-        blip2.convert(run, tmp_path / "hf", "hf")
+    exported = blip2.convert(run, tmp_path / "hf", "hf")
+    assert any("trained on bare questions" in note for note in exported.notes)
+    theirs = InstructBlipForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
+    ids, mask = model.text_tokenizer(["a dog"])
+    pixels = torch.randn(1, 3, 56, 56)
+    with torch.no_grad():
+        want = theirs.get_image_features(pixels, ids, mask.long(), return_dict=True).pooler_output
+        torch.testing.assert_close(model.soft_prompts(model.vision(pixels), ["a dog"]), want, rtol=1e-4, atol=1e-4)
     copy = blip2.convert(run, tmp_path / "copy", "blip2").target
     assert read_safetensors(copy / runs.WEIGHTS).keys() == after.keys()
 
@@ -162,8 +167,11 @@ def test_a_linear_bridge_trains_and_loads(hf: HF, pictures: Path, tmp_path: Path
     [
         (["--vision.train", "true", "--data.cache_features", "true"], "data.cache_features is True"),
         (["--eval.best", "accuracy"], "eval.best is 'accuracy': it must be one of loss, cider here"),
-        (["--qformer.question", "true"], "qformer.question is True: it must be false unless data.texts is questions"),
-        (["--init_text", "runs/s1"], "init_text is 'runs/s1': it must be null without init and qformer.question"),
+        (
+            ["--qformer.question", "true"],
+            "qformer.instruction is 'question': it must be prompt or null unless data.texts is questions",
+        ),
+        (["--init_text", "runs/s1"], "init_text is 'runs/s1': it must be null without init and qformer.instruction"),
         (["--qformer.bridge", "linear", "--qformer.queries", "5"], "qformer.queries is 5: it must be a square"),
     ],
 )

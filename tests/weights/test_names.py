@@ -34,16 +34,20 @@ def test_an_entry_is_a_tensor_or_with_a_dot_a_part() -> None:
     assert not names.listed("qformer.header", ("qformer.head.",))
 
 
-def from_lavis(name: str) -> str:
-    """A name of LAVIS's as transformers' own conversion script rewrites it (order matters)."""
-    for old, new in (
+def from_lavis(name: str, instruct: bool) -> str:
+    """A name of LAVIS's as transformers' own conversion scripts rewrite it (order matters)."""
+    blip2 = (
         ("Qformer.bert.embeddings.LayerNorm", "qformer.layernorm"),
         ("Qformer.bert.embeddings.", "embeddings."),
+    )
+    for old, new in (
+        *((("Qformer.bert.embeddings.LayerNorm", "qformer.embeddings.layernorm"),) if instruct else blip2),
         ("Qformer.bert.", "qformer."),
         ("attention.self.", "attention.attention."),
         ("ln_vision.", "vision_model.post_layernorm."),
         ("opt_proj.", "language_projection."),
         ("t5_proj.", "language_projection."),
+        ("llm_proj.", "language_projection."),
         ("vision_proj.", "vision_projection."),
         ("text_proj.", "text_projection."),
     ):
@@ -51,12 +55,13 @@ def from_lavis(name: str) -> str:
     return name
 
 
+@pytest.mark.parametrize("instruct", [False, True])
 @pytest.mark.parametrize("projection", names.LAVIS_PROJECTIONS)
-def test_lavis_and_transformers_mean_the_same_tensor(projection: str) -> None:
+def test_lavis_and_transformers_mean_the_same_tensor(projection: str, instruct: bool) -> None:
     """Shapes alone would not tell a query from a key, nor a round trip a swap in both directions."""
-    ours_to_lavis, ours_to_hf = names.lavis(3, projection), names.huggingface(3)
+    ours_to_lavis, ours_to_hf = names.lavis(3, projection), names.huggingface(3, instruct=instruct)
     for ours in ours_to_hf:
-        assert from_lavis(ours_to_lavis[ours]) == ours_to_hf[ours]
+        assert from_lavis(ours_to_lavis[ours], instruct) == ours_to_hf[ours]
     assert {n for n in ours_to_lavis if n not in ours_to_hf} == {
         n for n in ours_to_lavis if names.listed(n, names.HF_WITHOUT)
     }

@@ -1,12 +1,14 @@
 """Published checkpoints without their weights: keys, shapes and counts, all on the meta device.
 
 What Hugging Face's files hold follows from transformers' own classes; what LAVIS's hold is written out
-here from its code (`Blip2Qformer`, `Blip2OPT`, `Blip2T5`), not from the maps under test.
+here from its code (`Blip2Qformer`, `Blip2OPT`, `Blip2T5`, `Blip2T5Instruct`, `Blip2VicunaInstruct`), not from the
+maps under test.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,9 @@ from blip2.models.freezing import parameter_table
 from blip2.models.towers import TOWERS
 from blip2.recipes import recipe
 from blip2.weights import names
+from blip2.weights.formats import open_checkpoint
 from blip2.weights.loading import trained_state
+from blip2.weights.validate import require_complete
 
 Shapes = dict[str, tuple[int, ...]]
 ENCODERS = {"vitg": 1408, "vitl": 1024}
@@ -158,6 +162,74 @@ def test_hugging_face_generation(language: str) -> None:
     assert {table[name] for name in mine} == bridge
     towers = {f"language_model.{n}": tuple(v.shape) for n, v in model.language_model.model.state_dict().items()}
     assert towers == {n: s for n, s in theirs.items() if n.startswith("language_model.")}
+
+
+INSTRUCT = {"flan-t5-xl": 2048, "flan-t5-xxl": 4096, "vicuna-7b": 4096, "vicuna-13b": 5120}
+
+
+def lavis_instruct(language: str) -> Shapes:
+    """A trained InstructBLIP of LAVIS: no head of the Q-Former, the words with [DEC]."""
+    projection = "t5_proj" if "t5" in language else "llm_proj"
+    embeddings = "Qformer.bert.embeddings"
+    return {
+        **lavis_qformer(1408, text=True),
+        f"{embeddings}.position_ids": (1, 512),
+        f"{embeddings}.word_embeddings.weight": (WORDS, D),
+        f"{embeddings}.position_embeddings.weight": (512, D),
+        **linear(projection, INSTRUCT[language], D),
+    }
+
+
+def instruct(language: str) -> tuple[Any, Shapes]:
+    base = run("stage2", "vitg", language)
+    model = build_on_meta(replace(base, qformer=replace(base.qformer, instruction="prompt")))
+    return model, {name: tuple(value.shape) for name, value in trained_state(model).items()}
+
+
+@pytest.mark.parametrize("language", INSTRUCT)
+def test_lavis_instructblip(language: str, tmp_path: Path) -> None:
+    """A file of its keys and shapes opens as the model that they are of, complete."""
+    theirs = lavis_instruct(language)
+    leaked = {"t5_model.encoder.embed_tokens.weight": (32128, 2048)} if "t5" in language else {}
+    values = {name: torch.zeros(1).expand(shape) for name, shape in (theirs | leaked).items()}
+    torch.save({"model": values}, tmp_path / "x.pth")
+    checkpoint = open_checkpoint(tmp_path / "x.pth")
+    require_complete(checkpoint)
+    mine = instruct(language)[1]
+    assert {name: lazy.shape for name, lazy in checkpoint.tensors.items()} == mine
+    assert len(mine) == len(theirs) - 1  # position_ids
+    config = checkpoint.config
+    assert (config.language.name, config.language.question, config.qformer.max_text) == (language, "{}", 128)
+    assert config.qformer.instruction == "prompt"
+    assert config.language.start == ("</s>" if "vicuna" in language else None)
+
+
+@pytest.mark.parametrize("language", INSTRUCT)
+@pytest.mark.parametrize("kind", ["InstructBlip", "InstructBlipVideo"])
+def test_hugging_face_instructblip(kind: str, language: str) -> None:
+    import transformers
+
+    model, mine = instruct(language)
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=TOWERS[language].config().to_dict(), qformer_config={"vocab_size": WORDS}
+    )
+    with torch.device("meta"):
+        built = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    theirs = {name: tuple(value.shape) for name, value in built.state_dict().items()}
+    table = names.huggingface(DEPTH, instruct=True)
+    same_but_for_form(mine, theirs, table)
+    bridge = {n for n in theirs if not names.listed(n, names.HF_TOWERS) or "post_layernorm" in n}
+    assert {table[name] for name in mine} == bridge
+    for tower, own in (("vision_model", model.vision.model), ("language_model", model.language_model.model)):
+        shapes = {f"{tower}.{n}": tuple(v.shape) for n, v in own.state_dict().items()}
+        assert shapes == {n: s for n, s in theirs.items() if n.startswith(f"{tower}.")}
+
+
+def test_instructblip_trains_188_million() -> None:
+    """What its paper counts (arXiv 2305.06500, section 3.1) without a projection to the language model."""
+    model, _ = instruct("vicuna-7b")
+    trained = sum(row.trainable for row in parameter_table(model))
+    assert trained / 1e6 == pytest.approx(188.8, abs=0.05)
 
 
 @pytest.mark.parametrize("language", [None, *LANGUAGES])

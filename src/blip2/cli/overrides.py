@@ -38,7 +38,7 @@ def with_overrides(base: RunConfig, arguments: Sequence[str]) -> RunConfig:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            parsed = parser.parse_args(_with_dev([_long(a) for a in arguments], base.data.train))
+            parsed = parser.parse_args(_with_dev(_of_today(arguments), base.data.train))
             built = parser.instantiate_classes(parsed)
     except Exception as error:  # jsonargparse wraps every kind in its own
         if isinstance(_root(error), ConfigError):
@@ -60,6 +60,18 @@ def _parser(base: RunConfig) -> Any:
     parser.add_class_arguments(RunConfig)
     parser.set_defaults(flat(base))
     return parser
+
+
+def _of_today(arguments: Sequence[str]) -> list[str]:
+    """Options in full; `--qformer.question true` of earlier versions as `--qformer.instruction question`."""
+    out: list[str] = []
+    for argument in map(_long, arguments):
+        if out and out[-1] == "--qformer.question":
+            out[-1] += f"={argument}"
+        else:
+            out.append(argument)
+    values = {"--qformer.question=true": "question", "--qformer.question=false": "null"}
+    return [f"--qformer.instruction={values[a.lower()]}" if a.lower() in values else a for a in out]
 
 
 def _long(argument: str) -> str:

@@ -8,6 +8,8 @@ name (`--optim.lr 2e-4`), and the resolved one is written to `config.yaml` in th
 from blip2.configs.decoding import DecodingConfig
 from blip2.configs.model import (
     BERT_WORDS,
+    BLIP2_TYPES,
+    INSTRUCTIONS,
     QUANTIZE,
     LanguageConfig,
     LoraConfig,
@@ -28,6 +30,8 @@ from blip2.configs.training import (
 __all__ = [
     "BERT_WORDS",
     "BEST",
+    "BLIP2_TYPES",
+    "INSTRUCTIONS",
     "PRECISIONS",
     "QUANTIZE",
     "DataConfig",

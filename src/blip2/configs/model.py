@@ -10,6 +10,10 @@ from blip2.configs.checks import BELOW_ONE, POSITIVE, at_least, check, given, on
 # Words of BERT's own; a Q-Former's vocabulary of any other size ends in [DEC], the start of captions.
 BERT_WORDS = 30_522
 QUANTIZE = ("int8", "nf4")
+# transformers' models of an image encoder, a Q-Former and a language model.
+BLIP2_TYPES = ("blip-2", "instructblip", "instructblipvideo")
+# What of a request a Q-Former reads beside its queries.
+INSTRUCTIONS = ("prompt", "question")
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class VisionConfig:
             (the encoder's own) in transformers.
         resize: `squash` scales both sides (as LAVIS and transformers do for BLIP-2), `crop` scales
             the shorter side and takes the centre.
+        frames: images that a film is drawn as, spread evenly over it; None: 4, as in transformers' InstructBlipVideo,
+            whose models set it.
         train: train the encoder as well, as the paper's fine-tuning does (`optim.layer_decay`).
         token_drop: share of the patches hidden from the Q-Former in training, drawn anew for every image
             (arXiv 2212.00794 does it inside the encoder); it augments cached features as well. 0 hides none.
@@ -37,11 +43,13 @@ class VisionConfig:
     image_size: int | None = 224
     resize: str = "squash"
     norm_eps: float = 1e-5
+    frames: int | None = None
     train: bool = False
     token_drop: float = 0.0
 
     def __post_init__(self) -> None:
         check(self, "vision.", name=given("a model name or folder"), pool=at_least(1), image_size=at_least(16))
+        check(self, "vision.", frames=at_least(1))
         check(self, "vision.", resize=one_of(("squash", "crop")), norm_eps=POSITIVE, token_drop=BELOW_ONE)
 
 
@@ -62,8 +70,9 @@ class QFormerConfig:
             `mean` over all tokens, which sentence encoders such as MiniLM were trained with.
         lock_text: stage 1: freeze the text branch (LiT, arXiv 2111.07991), so that little data cannot
             spoil a good text encoder; its self-attention, which the queries share, stays frozen as well.
-        question: stage 2: the Q-Former reads the question beside the queries (section 4.3), through the
-            text branch of stage 1; if false, only the language model reads it.
+        instruction: stage 2: what the Q-Former reads beside the queries, through the text branch of stage 1: the
+            `prompt`, as the language model reads it (InstructBLIP, arXiv 2305.06500), or the bare `question`
+            without its template (BLIP-2's VQA, section 4.3); None: only the language model reads text.
         bridge: `qformer`, or `linear`: one linear layer on image tokens averaged down to a square of
             `queries`, without a Q-Former (the baseline of `blip2 ablate`; stage 2 only).
     """
@@ -77,7 +86,7 @@ class QFormerConfig:
     max_text: int = 32
     text_pool: str = "cls"
     lock_text: bool = False
-    question: bool = False
+    instruction: str | None = None
     bridge: str = "qformer"
 
     def __post_init__(self) -> None:
@@ -97,8 +106,10 @@ class QFormerConfig:
             attention_dropout=BELOW_ONE,
         )
         check(self, "qformer.", text_pool=one_of(("cls", "mean")), bridge=one_of(("qformer", "linear")))
+        check(self, "qformer.", instruction=one_of(INSTRUCTIONS, null=True))
         if self.bridge == "linear":
-            require(not self.question, "qformer.question", self.question, "false with qformer.bridge linear")
+            none = self.instruction is None
+            require(none, "qformer.instruction", self.instruction, "null with qformer.bridge linear")
             square = math.isqrt(self.queries) ** 2 == self.queries
             require(square, "qformer.queries", self.queries, "a square (16, 25, ...) with qformer.bridge linear")
 
@@ -112,6 +123,8 @@ class LanguageConfig:
             folder, or a hub id; decoder-only or encoder-decoder.
         prompt: text between the soft prompts and the caption, part of the input, never of the loss.
         question: template of a question; `{}` is replaced.
+        start: text of the special token in front of every prompt of a decoder-only model, in place of the
+            tokenizer's own (`</s>` for LAVIS's Vicuna).
         end: text that ends a caption; None takes the model's own end token ("\\n" for OPT).
         max_text: longest caption in tokens, end token included.
         quantize: keep the weights of its linear layers in `int8` (a byte each) or `nf4` (4.5 bits);
@@ -121,6 +134,7 @@ class LanguageConfig:
     name: str = "smollm2-135m"
     prompt: str = "a photo of"
     question: str = "Question: {} Answer:"
+    start: str | None = None
     end: str | None = None
     max_text: int = 32
     quantize: str | None = None

@@ -25,7 +25,7 @@ class RunConfig:
         stage: `stage1` (representation learning) or `stage2` (generative learning).
         out: run folder; None picks `runs/<recipe>` with `/` replaced by `-`.
         init: run folder or weights file that this run starts from (stage 2: a stage-1 run).
-        init_text: stage-1 checkpoint that the text branch comes from (`qformer.question`); None takes
+        init_text: stage-1 checkpoint that the text branch comes from (`qformer.instruction`); None takes
             the stage 1 that `init` began from.
     """
 
@@ -46,7 +46,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check(self, stage=one_of(("stage1", "stage2")))
-        train, shots, question = self.train, self.data.shots, self.qformer.question
+        train, shots, reads = self.train, self.data.shots, self.qformer.instruction
         stage1, several, asks = self.stage == "stage1", self.data.texts_per_image > 1, self.data.texts == "questions"
         quantized, linear = self.language.quantize is not None, self.qformer.bridge == "linear"
         sharded, steps = train.parallel == "fsdp2", train.accumulate * (shots + 1)
@@ -67,11 +67,11 @@ class RunConfig:
             f"train.batch: a multiple of train.accumulate x (data.shots + 1 = {shots + 1})": train.batch % steps > 0,
             "data.texts: captions in stage 1": stage1 and self.data.texts != "captions",
             "data.texts_per_image: 1 in stage 1": stage1 and several,
-            "qformer.question: false in stage 1": stage1 and question,
+            "qformer.instruction: null in stage 1": stage1 and reads is not None,
             "qformer.bridge: qformer in stage 1": stage1 and linear,
-            "qformer.question: false unless data.texts is questions": question and not asks,
-            "init_text: null without init and qformer.question": self.init_text is not None
-            and not (self.init is not None and question),
+            "qformer.instruction: prompt or null unless data.texts is questions": reads == "question" and not asks,
+            "init_text: null without init and qformer.instruction": self.init_text is not None
+            and not (self.init is not None and reads is not None),
             f"eval.best: one of {', '.join(best)} here, or null": self.eval.best not in (None, *best),
         }
         for rule, broken in refused.items():
@@ -103,11 +103,20 @@ def from_dict(kind: type[Any], values: dict[str, Any], where: str = "config") ->
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: not a group of settings")
+    values = _of_today(kind, values)
     hints = get_type_hints(kind)
     unknown = sorted(set(map(str, values)) - set(hints))
     if unknown:
         raise ConfigError(f"{where}: unknown setting {unknown[0]!r}; known: {', '.join(hints)}")
     return kind(**{name: _read(hints[name], value, f"{where}: {name}") for name, value in values.items()})
+
+
+def _of_today(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Settings of earlier versions under their names and values of today."""
+    if kind is not QFormerConfig or not isinstance(values.get("question"), bool):
+        return values
+    rest = {name: value for name, value in values.items() if name != "question"}
+    return {"instruction": "question" if values["question"] else None, **rest}
 
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

@@ -6,13 +6,16 @@ Shape letters: B texts, T tokens.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from blip2.configs import BERT_WORDS
+from blip2.configs import BERT_WORDS, BLIP2_TYPES
 from blip2.errors import CheckpointError, ConfigError
 
 # OPT has no token for the end of a caption of its own: the checkpoints were trained to end in a
@@ -44,6 +47,10 @@ def checked_text(text: str) -> str:
     return text
 
 
+# Where a processor of InstructBLIP keeps the tokenizer of its Q-Former, beside that of its language model.
+QFORMER_TOKENIZER = "qformer_tokenizer"
+
+
 class QFormerTokenizer:
     """Tokenizer of a BERT-type checkpoint, with [DEC] as one more word.
 
@@ -53,7 +60,8 @@ class QFormerTokenizer:
     """
 
     def __init__(self, folder: str, max_text: int) -> None:
-        self._tokenizer = _load(folder)
+        own = Path(folder) / QFORMER_TOKENIZER
+        self._tokenizer = _load(str(own) if own.is_dir() else folder)
         self.max_text = max_text
         self.dec_id: int = _model_vocab(folder, self._tokenizer)
         self.vocab_size = self.dec_id + 1
@@ -71,23 +79,48 @@ class QFormerTokenizer:
         return str(self._tokenizer.decode([i for i in ids if i != self.dec_id], skip_special_tokens=True)).strip()
 
 
+@dataclass(frozen=True)
+class InstructionReader:
+    """What the Q-Former of a stage 2 reads beside its queries, as ids.
+
+    Args:
+        tokenizer: of its text branch.
+        reads: `qformer.instruction`: `prompt` or `question`.
+    """
+
+    tokenizer: QFormerTokenizer
+    reads: str
+
+    def __call__(self, prompts: Sequence[str], questions: Sequence[str] | None) -> tuple[Tensor, Tensor] | None:
+        """Ids and mask [N, T] of N prompts, or of the bare questions in them; None where there are none."""
+        texts = prompts if self.reads == "prompt" else questions
+        return None if texts is None else self.tokenizer(list(texts))
+
+
 class LanguageTokenizer:
     """Tokenizer of a language model.
 
     Args:
         folder: what `AutoTokenizer.from_pretrained` takes.
+        start: text of the special token in front of every text of a decoder-only model; None takes the tokenizer's.
         end: text whose token ends a caption; None takes the model's own ("\\n" for OPT).
         max_text: longest caption in tokens, end token included; longer ones are cut.
         encoder_decoder: which kind of model it is for.
     """
 
-    def __init__(self, folder: str, *, end: str | None, max_text: int, encoder_decoder: bool) -> None:
+    def __init__(
+        self, folder: str, *, end: str | None, max_text: int, encoder_decoder: bool, start: str | None = None
+    ) -> None:
         self._tokenizer = _load(folder)
         self.max_text, self.encoder_decoder = max_text, encoder_decoder
         kind = _model_type(folder)
         self._front = self._leading()
         if not self._front and kind in _ALWAYS_BOS and self._tokenizer.bos_token_id is not None:
             self._front = [self._tokenizer.bos_token_id]
+        if start is not None:
+            self._front = self._plain(start)
+            if len(self._front) != 1:
+                raise ConfigError(f"language.start is {start!r}: it must be one token of {folder}")
         if end is None:
             end = _ENDS.get(kind)
         self.end_id = self._end(end)
@@ -193,16 +226,17 @@ def _config(folder: str) -> Any:
 
 def _model_type(folder: str) -> str:
     config = _config(folder)
-    config = getattr(config, "text_config", config) if getattr(config, "model_type", "") == "blip-2" else config
+    if getattr(config, "model_type", "") in BLIP2_TYPES:
+        config = config.text_config
     return str(getattr(config, "model_type", ""))
 
 
 def _model_vocab(folder: str, tokenizer: Any) -> int:
     """Rows of the model's own word embedding: [DEC] comes after them, or is the last of a BLIP-2 Q-Former's."""
     config = _config(folder)
-    if getattr(config, "model_type", "") == "blip-2":
+    if getattr(config, "model_type", "") in BLIP2_TYPES:
         rows = int(config.qformer_config.vocab_size)
-        return rows if rows == BERT_WORDS else rows - 1
+        return rows if rows == BERT_WORDS and config.model_type == "blip-2" else rows - 1
     return int(getattr(config, "vocab_size", None) or len(tokenizer))
 
 

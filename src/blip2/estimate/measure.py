@@ -164,7 +164,8 @@ def build_on_meta(config: RunConfig) -> Stage1 | Stage2:
             return Stage1(qformer, encoder, embed_dim=config.qformer.embed_dim).train()
         between: QFormer | LinearBridge = LinearBridge(encoder.width, config.qformer.queries)
         if config.qformer.bridge == "qformer":
-            between = build_qformer(config.qformer, encoder.width, bert, text=config.qformer.question, head=False)
+            text = config.qformer.instruction is not None
+            between = build_qformer(config.qformer, encoder.width, bert, text=text, head=False)
         model = Stage2(between, language_model_from_config(language), encoder)
         if config.lora.rank:
             add_lora(model.language_model, config.lora)

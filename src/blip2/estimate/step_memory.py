@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from blip2.configs import RunConfig
 from blip2.data.batch import Batch
+from blip2.data.tokenizers import InstructionReader
 from blip2.estimate.kernels import DeviceKernels, Machine
 from blip2.models.freezing import is_adapter
 from blip2.models.stage1 import Stage1
@@ -126,7 +127,7 @@ def run_step(
         lengths_N: tokens of its texts, `data.texts_per_image` for each image.
         pieces: see `step_timeline`.
     """
-    objective = _objective(model, config, FixedLengths(lengths_N), pieces)
+    objective = _objective(model, config, FixedLengths(lengths_N, config.qformer.instruction), pieces)
     trained = [p for p in model.parameters() if p.requires_grad]
     with kernels:
         if config.train.accumulate > 1:
@@ -144,9 +145,11 @@ class FixedLengths:
 
     pad_id = dec_id = front = 0
 
-    def __init__(self, lengths_N: Tensor) -> None:
+    def __init__(self, lengths_N: Tensor, reads: str | None = None) -> None:
         self.lengths_N = lengths_N
         self.text_tokenizer = self.language_tokenizer = self
+        texts: Any = self
+        self.instruction_reader = None if reads is None else InstructionReader(texts, reads)
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Ids [N, T] and mask [N, T]."""
@@ -191,7 +194,7 @@ def _batch(model: Stage1 | Stage2, config: RunConfig, size: int) -> Batch:
             features=torch.empty(size, vision.tokens, vision.width, dtype=torch.bfloat16)
             if config.data.cache_features
             else None,
-            questions=captions if isinstance(model, Stage2) and model.reads_questions else None,
+            questions=captions if isinstance(model, Stage2) and model.reads_instructions else None,
         )
 
 
@@ -202,7 +205,7 @@ def _in_pieces(config: RunConfig) -> bool:
 
 def language_pieces(config: RunConfig, batch: int, machine: Machine, text_tokens: int) -> int:
     """How many pieces of a stage-2 batch are run backward by themselves, as `Stage2Objective` decides it."""
-    images = batch * (config.data.texts_per_image if config.qformer.question else 1)
+    images = batch * (config.data.texts_per_image if config.qformer.instruction else 1)
     return piece_count(images, images * config.qformer.queries + text_tokens, cpu=not machine.accelerator)
 
 

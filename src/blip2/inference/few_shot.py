@@ -61,7 +61,9 @@ class Examples:
         features_KPC = model.features([shot.image for shot in shots])
         soft_KQH = torch.cat(
             [
-                model.soft_prompts(features_KPC[n : n + 1], None if shot.question is None else [shot.question])
+                model.soft_prompts(
+                    features_KPC[n : n + 1], None if shot.question is None else [shot.question], prompts=[prompts[n]]
+                )
                 for n, shot in enumerate(shots)
             ]
         )

@@ -99,14 +99,15 @@ class Blip2(LoadedModel):
         questions = _paired(questions, len(images), "questions")
         self._require_language_model()
         assert self.stage2 is not None
-        if self.stage2.reads_questions or examples:  # an image's soft prompts are not the same for all its questions
+        if self.stage2.reads_instructions or examples:  # an image's soft prompts are not the same for all its questions
             unique, image_of = images, list(range(len(images)))
         else:
             unique, image_of = distinct(images)
         answers = [""] * len(questions)
         for number, features_BPC in enumerate(self.batches(unique, apart=True)):
             start = number * self.batch
-            soft_BQH = self.soft_prompts(features_BPC, questions[start : start + self.batch])
+            own = questions[start : start + self.batch]  # of these images, where the Q-Former reads instructions
+            soft_BQH = self.soft_prompts(features_BPC, own, prompts=[self._question_prompt(text) for text in own])
             rows = [n for n, image in enumerate(image_of) if start <= image < start + self.batch]
             for first in range(0, len(rows), _QUESTIONS * self.batch):
                 part = rows[first : first + _QUESTIONS * self.batch]
@@ -148,7 +149,8 @@ class Blip2(LoadedModel):
         best: list[str] = []
         for features_BPC in self.batches(images, apart=True):
             part = questions[len(best) : len(best) + self.batch]
-            prompts, soft_BQH = [self._question_prompt(text) for text in part], self.soft_prompts(features_BPC, part)
+            prompts = [self._question_prompt(text) for text in part]
+            soft_BQH = self.soft_prompts(features_BPC, part, prompts=prompts)
             scores = [self._log_likelihood(soft_BQH, prompts, [text] * len(prompts)) for text in candidates]
             best += [candidates[n] for n in to_list(torch.stack(scores).argmax(dim=0))]
         return best
@@ -162,7 +164,9 @@ class Blip2(LoadedModel):
         questions: Sequence[str] | None = None,
     ) -> Tensor:
         """Log-probability [B] of a text after each prompt, its end token included."""
-        return self._log_likelihood(self.soft_prompts(features_BPC, questions), list(prompts), list(texts))
+        return self._log_likelihood(
+            self.soft_prompts(features_BPC, questions, prompts=prompts), list(prompts), list(texts)
+        )
 
     @torch.no_grad()
     def _log_likelihood(self, soft_BQH: Tensor, prompts: list[str], texts: list[str]) -> Tensor:
@@ -199,7 +203,7 @@ class Blip2(LoadedModel):
         if self.stage2 is None:
             return [[text] for text in self._caption_with_qformer(features_BPC, config)]
         prompts = _paired(self.config.language.prompt if prompt is None else prompt, len(features_BPC), "prompts")
-        return self._generate(self.soft_prompts(features_BPC), prompts, config, examples=examples)
+        return self._generate(self.soft_prompts(features_BPC, prompts=prompts), prompts, config, examples=examples)
 
     def itc_scores(self, features_BPC: Tensor, texts: list[list[str]]) -> list[list[float]]:
         """ITC similarity of each image with its own texts: B lists, as long as those of `texts`."""
@@ -224,7 +228,7 @@ class Blip2(LoadedModel):
             questions: for a Q-Former that reads them; one per image.
         """
         self._require_language_model()
-        return self._generate(self.soft_prompts(features_BPC, questions), prompts, config)
+        return self._generate(self.soft_prompts(features_BPC, questions, prompts=prompts), prompts, config)
 
     @torch.no_grad()
     def _generate(

@@ -20,6 +20,7 @@ from blip2.models.vision.encoder import VisionEncoder, load_vision_encoder
 
 # [DEC] is appended to the vocabulary of the BERT-type checkpoint.
 EXTRA_TOKENS = 1
+_QFORMERS = ("blip_2_qformer", "instructblip_qformer", "instructblipvideo_qformer")
 
 
 def build_qformer(config: QFormerConfig, image_width: int, bert: Any, *, text: bool, head: bool = True) -> QFormer:
@@ -101,7 +102,8 @@ def build_stage2(
     vision = vision or image_encoder(config)
     qformer: QFormer | LinearBridge = LinearBridge(vision.width, config.qformer.queries)
     if config.qformer.bridge == "qformer":
-        qformer = load_qformer(config.qformer, vision.width, text=config.qformer.question, head=False, start=start)
+        text = config.qformer.instruction is not None
+        qformer = load_qformer(config.qformer, vision.width, text=text, head=False, start=start)
     language_model = language_model or load_language_model(config.language, device=device)
     model = Stage2(qformer, language_model, vision, norm_eps=config.vision.norm_eps)
     if config.lora.rank:
@@ -126,7 +128,7 @@ def build(config: RunConfig, *, start: bool = True, device: torch.device | str =
 
 
 def bert_config(name: str, *, weights: bool = True) -> Any:
-    """BERT config that gives a Q-Former its sizes: of a BERT-type checkpoint or of a transformers BLIP-2 one.
+    """BERT config that gives a Q-Former its sizes: of a BERT-type checkpoint, or of a BLIP-2 or InstructBLIP one.
 
     Args:
         weights: whether its weights are needed too; without them a named model needs no hub.
@@ -137,7 +139,7 @@ def bert_config(name: str, *, weights: bool = True) -> Any:
     if not weights and name in towers.TOWERS:
         return towers.TOWERS[name].config()
     config, _ = towers.load_part_config(name, "qformer_config")
-    if config.model_type == "blip_2_qformer":
+    if config.model_type in _QFORMERS:
         return _bert_of(config)
     if config.model_type != "bert":
         raise CheckpointError(f"{name}: a {config.model_type} checkpoint; the Q-Former starts from a BERT-type one")
@@ -150,12 +152,12 @@ def is_bert(name: str) -> bool:
 
 
 def _bert_of(qformer: Any) -> Any:
-    """The BERT inside a `Blip2QFormerConfig`, without [DEC]."""
+    """The BERT inside the config of a Q-Former, without [DEC]."""
     from transformers import BertConfig
 
     rows = qformer.vocab_size
     return BertConfig(
-        vocab_size=rows if rows == BERT_WORDS else rows - EXTRA_TOKENS,
+        vocab_size=rows if qformer.model_type == "blip_2_qformer" and rows == BERT_WORDS else rows - EXTRA_TOKENS,
         hidden_size=qformer.hidden_size,
         num_hidden_layers=qformer.num_hidden_layers,
         num_attention_heads=qformer.num_attention_heads,

@@ -41,7 +41,7 @@ class Stage2(nn.Module):
     """Generative learning model.
 
     Args:
-        qformer: without its text branch (only the queries run), with one where questions enter it,
+        qformer: without its text branch (only the queries run), with one where instructions enter it,
             or a `LinearBridge`.
         language_model: frozen.
         vision: frozen image encoder; None where features come from a cache.
@@ -63,16 +63,17 @@ class Stage2(nn.Module):
         self.language_model = language_model
 
     @property
-    def reads_questions(self) -> bool:
-        """Whether questions enter the Q-Former beside the queries."""
+    def reads_instructions(self) -> bool:
+        """Whether instructions enter the Q-Former beside the queries."""
         return isinstance(self.qformer, QFormer) and self.qformer.embeddings is not None
 
     def soft_prompts(self, features_BPC: Tensor, ids_NT: Tensor | None = None, mask_NT: Tensor | None = None) -> Tensor:
         """Soft prompts [N, Q, H] from image features.
 
         Args:
-            ids_NT, mask_NT: right-padded questions for a Q-Former that reads them (section 4.3), N a
-                multiple of the B images: question n is about image n mod B. Without, N is B.
+            ids_NT, mask_NT: right-padded instructions for a Q-Former that reads them (InstructBLIP, arXiv 2305.06500,
+                section 2.3; questions in BLIP-2, section 4.3), N a multiple of the B images: instruction n is about
+                image n mod B. Without, N is B.
         """
         if not isinstance(self.qformer, QFormer):
             queries_NQD = self.qformer(self.ln_vision(features_BPC.to(self.ln_vision.weight.dtype)))

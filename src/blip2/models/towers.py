@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from blip2.configs import BLIP2_TYPES
 from blip2.errors import CheckpointError
 from blip2.models import bundled_towers
 
@@ -150,7 +151,7 @@ def load_config(name: str) -> Any:
 
 
 def load_part_config(name: str, part: str) -> tuple[Any, bool]:
-    """The config of one part of a transformers BLIP-2, or the whole of any other model's; and whether it is a part.
+    """The config of one part of a BLIP-2 or InstructBLIP, or the whole of any other model's; and whether it is a part.
 
     What BLIP-2 changes in a tower's published config is changed in it.
 
@@ -161,11 +162,20 @@ def load_part_config(name: str, part: str) -> tuple[Any, bool]:
         CheckpointError: as `load_config`.
     """
     config = load_config(name)
-    inside = config.model_type == "blip-2"
-    config = getattr(config, part) if inside else config
+    inside = config.model_type in BLIP2_TYPES
+    config = as_blip2_part(getattr(config, part)) if inside else config
     if name in TOWERS:
         config.update(dict(TOWERS[name].overrides))
     return config, inside
+
+
+def as_blip2_part(config: Any) -> Any:
+    """The config of InstructBLIP's image encoder as that of BLIP-2's, which it is under another name."""
+    if config.model_type not in ("instructblip_vision_model", "instructblipvideo_vision_model"):
+        return config
+    from transformers import Blip2VisionConfig
+
+    return Blip2VisionConfig(**{name: value for name, value in config.to_dict().items() if name != "model_type"})
 
 
 def load_model(kind: Any, source: str, config: Any, dtype: torch.dtype, **options: Any) -> Any:
@@ -227,6 +237,16 @@ def _flan_t5(source: str, width: int, inner: int, heads: int) -> Tower:
     return Tower("language", source, "t5", {**sizes, **head}, {"dense_act_fn": "gelu"})
 
 
+def _vicuna(source: str, width: int, inner: int, depth: int) -> Tower:
+    sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": inner, "vocab_size": 32000}
+    sizes |= {"max_position_embeddings": 2048} | {
+        "num_hidden_layers": depth,
+        "num_attention_heads": depth,
+        "rms_norm_eps": 1e-6,
+    }
+    return Tower("language", source, "LlamaConfig", sizes)
+
+
 _MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 _CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 _CLIP_L |= {"image_size": 224, "patch_size": 14}
@@ -257,6 +277,8 @@ TOWERS: dict[str, Tower] = {
     "smollm2-135m": Tower("language", bundled_towers.smollm2_folder, "llama", _SMOLLM2),
     "opt-2.7b": _opt("facebook/opt-2.7b", 2560),
     "opt-6.7b": _opt("facebook/opt-6.7b", 4096),
+    "vicuna-7b": _vicuna("lmsys/vicuna-7b-v1.1", 4096, 11008, 32),
+    "vicuna-13b": _vicuna("lmsys/vicuna-13b-v1.1", 5120, 13824, 40),
     "flan-t5-xl": _flan_t5("google/flan-t5-xl", 2048, 5120, 32),
     "flan-t5-xxl": _flan_t5("google/flan-t5-xxl", 4096, 10240, 64),
 }

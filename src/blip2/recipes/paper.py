@@ -78,7 +78,7 @@ def _vqa(name: str, base: RunConfig, decay: float) -> RunConfig:
     run = _finetuned(name, base, texts=VQA_QUESTIONS, batch=128, size=490, lr=1e-5, decay=decay)
     return replace(
         run,
-        qformer=replace(run.qformer, question=True),
+        qformer=replace(run.qformer, instruction="question"),
         data=replace(run.data, texts="questions"),
         eval=replace(run.eval, best="accuracy"),
     )

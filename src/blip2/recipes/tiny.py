@@ -87,7 +87,7 @@ def vqa() -> RunConfig:
     return replace(
         base,
         recipe="tiny/vqa",
-        qformer=replace(base.qformer, question=True),
+        qformer=replace(base.qformer, instruction="question"),
         data=replace(base.data, train="easy-vqa:train", dev="easy-vqa:dev", texts="questions"),
         optim=OptimConfig(lr=3e-4, min_lr=1e-5, warmup=40, betas=(0.9, 0.999)),
         train=replace(base.train, steps=860, batch=24, eval_every=215, save_every=43),

@@ -89,7 +89,7 @@ def initialise(model: Stage1 | Stage2, config: RunConfig) -> list[str]:
         _same_towers(start.config, config)
     _require_encoder(start, config)
     tensors, text = dict(start.tensors), ""
-    if config.qformer.question and not any(map(is_text_branch, tensors)):
+    if config.qformer.instruction and not any(map(is_text_branch, tensors)):
         stage1 = open_checkpoint(config.init_text) if config.init_text else stage1_behind(config.init)
         tensors |= {name: lazy for name, lazy in stage1.tensors.items() if is_text_branch(name)}
         text = f"; text branch from {stage1.source}"
@@ -114,7 +114,7 @@ def _allowed(start: Checkpoint, config: RunConfig) -> Allowed:
     onwards = config.stage == "stage2" and start.config.stage == "stage1"
     encoder = () if any(name.startswith(VISION) for name in start.tensors) else (VISION,)
     return Allowed(
-        left_out=(STAGE1_HEADS if config.qformer.question else STAGE1_ONLY) if onwards else (),
+        left_out=(STAGE1_HEADS if config.qformer.instruction else STAGE1_ONLY) if onwards else (),
         fresh=(*start.allowed.fresh, *(STAGE2_ONLY if onwards else ()), *new_adapters(start.tensors), *encoder),
         adapt=True,
     )

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from blip2.configs import RunConfig, from_dict
+from blip2.configs import LanguageConfig, RunConfig, from_dict
 from blip2.errors import CheckpointError
 from blip2.weights.lazy_tensors import Tensors
 from blip2.weights.loading import Allowed
@@ -15,6 +15,11 @@ Format = Literal["blip2", "hf", "lavis"]
 
 # How the two families of language models are asked and ended (arXiv 2301.12597, section 4.1; LAVIS).
 OPT_END, T5_QUESTION = "\n", "Question: {} Short answer:"
+# InstructBLIP (arXiv 2305.06500): what is typed is the instruction, of up to 128 tokens in the Q-Former and the
+# language model; the caption prompt is that of its evaluation on NoCaps. LAVIS gives Vicuna `</s>` to begin with.
+INSTRUCT_LANGUAGE = LanguageConfig(prompt="A short image description.", question="{}", max_text=256)
+INSTRUCT_TEXT: dict[str, Any] = {"instruction": "prompt", "max_text": 128}
+VICUNA_START = "</s>"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Open any BLIP-2 checkpoint: a run of ours, a Hugging Face folder or hub id, a LAVIS `.pth`.
+"""Open any BLIP-2 or InstructBLIP checkpoint: a run of ours, a Hugging Face folder or hub id, a LAVIS `.pth`.
 
     checkpoint = open_checkpoint("Salesforce/blip2-opt-2.7b")
     checkpoint.config        # the RunConfig that builds its model
@@ -33,6 +33,10 @@ PRESETS = {
         "blip2-flan-t5-xxl",
         "blip2-itm-vit-g",
         "blip2-itm-vit-g-coco",
+        "instructblip-flan-t5-xl",
+        "instructblip-flan-t5-xxl",
+        "instructblip-vicuna-7b",
+        "instructblip-vicuna-13b",
     )
 }
 

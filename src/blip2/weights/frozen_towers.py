@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from blip2.configs import RunConfig
+from blip2.data.tokenizers import QFORMER_TOKENIZER
 from blip2.errors import CheckpointError
 from blip2.models import towers
 from blip2.models.freezing import freeze
@@ -47,6 +48,12 @@ def folder_of(name: str) -> Path:
     if not towers.is_id(source):
         raise CheckpointError(f"{name}: no such folder, and no hub id (OWNER/NAME)")
     return towers.snapshot(source)
+
+
+def text_folder(folder: Path) -> Path:
+    """Where a folder keeps the tokenizer of its Q-Former's text: InstructBLIP has two, in folders of their own."""
+    own = folder / QFORMER_TOKENIZER
+    return own if own.is_dir() else folder
 
 
 def vision_tower(checkpoint: Checkpoint) -> Tower:

@@ -1,4 +1,4 @@
-"""BLIP-2 of transformers: conditional generation, image-text retrieval, `Blip2Model`, and a bare Q-Former."""
+"""BLIP-2 and InstructBLIP of transformers: generation, image-text retrieval, `Blip2Model`, and a bare Q-Former."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from blip2.configs import LanguageConfig, QFormerConfig, RunConfig, VisionConfig
+from blip2.configs import BLIP2_TYPES, LanguageConfig, QFormerConfig, RunConfig, VisionConfig
 from blip2.errors import CheckpointError, ConfigError
 from blip2.models import towers
 from blip2.weights import names
-from blip2.weights.checkpoint import OPT_END, T5_QUESTION, Checkpoint, stored_config
+from blip2.weights.checkpoint import INSTRUCT_LANGUAGE, INSTRUCT_TEXT, OPT_END, T5_QUESTION, Checkpoint, stored_config
 from blip2.weights.lazy_tensors import Tensors, open_folder, open_safetensors, read_metadata
 from blip2.weights.loading import STAGE2_ONLY, Allowed
 
 # Our tensors that transformers has no place for, beside the folder's own weights.
 SIDE_FILE = "blip2.safetensors"
+# Frames of a film in InstructBlipVideo, whose processor knows no other number.
+FILM_FRAMES = 4
 
 
 def open_huggingface(source: str, folder: Path) -> Checkpoint:
@@ -27,10 +29,10 @@ def open_huggingface(source: str, folder: Path) -> Checkpoint:
     config = towers.load_config(str(folder))
     if config.model_type == "blip_2_qformer":
         return _bare_qformer(source, config, open_folder(folder))
-    if config.model_type != "blip-2":
+    if config.model_type not in BLIP2_TYPES:
         raise CheckpointError(f"{source}: a {config.model_type} model, not a BLIP-2 one")
     theirs = open_folder(folder)
-    theirs_by_ours = names.huggingface(names.depth_of(theirs))
+    theirs_by_ours = names.huggingface(names.depth_of(theirs), instruct=config.model_type != "blip-2")
     tensors = names.renamed(theirs, theirs_by_ours, (*names.HF_TOWERS, *names.HF_IGNORED), source)
     allowed = Allowed()
     if "language_proj.weight" not in tensors:
@@ -47,25 +49,31 @@ def open_huggingface(source: str, folder: Path) -> Checkpoint:
 def _huggingface_config(config: Any, folder: str, tensors: Tensors) -> RunConfig:
     q, text = config.qformer_config, config.text_config
     stage = "stage2" if "language_proj.weight" in tensors else "stage1"
-    options: dict[str, Any] = {}
-    if text.model_type == "opt":
-        options["end"] = OPT_END
-    elif text.is_encoder_decoder:
-        options["question"] = T5_QUESTION
+    language, reader = LanguageConfig(), {}
+    if config.model_type != "blip-2":
+        language, reader = replace(INSTRUCT_LANGUAGE, name=folder), INSTRUCT_TEXT
+    elif stage == "stage2":
+        language = LanguageConfig(folder, end=OPT_END if text.model_type == "opt" else None)
+        language = replace(language, question=T5_QUESTION) if text.is_encoder_decoder else language
     return RunConfig(
         recipe="huggingface",
         stage=stage,
-        vision=VisionConfig(name=folder, image_size=None, norm_eps=config.vision_config.layer_norm_eps),
+        vision=VisionConfig(
+            name=folder,
+            image_size=None,
+            norm_eps=config.vision_config.layer_norm_eps,
+            frames=FILM_FRAMES if config.model_type == "instructblipvideo" else None,
+        ),
         qformer=QFormerConfig(
             init=folder,
             queries=config.num_query_tokens,
             cross_every=q.cross_attention_frequency,
-            embed_dim=config.image_text_hidden_size,
+            embed_dim=getattr(config, "image_text_hidden_size", 256),
             dropout=q.hidden_dropout_prob,
             attention_dropout=q.attention_probs_dropout_prob,
+            **reader,
         ),
-        # stage 1 has none: the default stays
-        language=LanguageConfig(name=folder, **options) if stage == "stage2" else LanguageConfig(),
+        language=language,
     )
 
 

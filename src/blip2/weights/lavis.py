@@ -1,4 +1,4 @@
-"""LAVIS's BLIP-2: the `.pth` files of `blip2_qformer`, `blip2_opt` and `blip2_t5`."""
+"""LAVIS's BLIP-2 and InstructBLIP: `.pth` files of `blip2_{qformer,opt,t5,t5_instruct,vicuna_instruct}`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ import torch
 from blip2.configs import LanguageConfig, QFormerConfig, RunConfig, VisionConfig
 from blip2.errors import CheckpointError
 from blip2.weights import names
-from blip2.weights.checkpoint import OPT_END, T5_QUESTION, Checkpoint, stored_config, stored_json
+from blip2.weights.checkpoint import (
+    INSTRUCT_LANGUAGE,
+    INSTRUCT_TEXT,
+    OPT_END,
+    T5_QUESTION,
+    VICUNA_START,
+    Checkpoint,
+    stored_config,
+    stored_json,
+)
 from blip2.weights.lazy_tensors import LazyTensor, Tensors, open_pickled
 
 # Language models of LAVIS by projection and width, image encoders by width: a `.pth` names neither.
@@ -21,8 +30,11 @@ _LAVIS_LANGUAGE = {
     ("opt_proj", 4096): "opt-6.7b",
     ("t5_proj", 2048): "flan-t5-xl",
     ("t5_proj", 4096): "flan-t5-xxl",
+    ("llm_proj", 4096): "vicuna-7b",
+    ("llm_proj", 5120): "vicuna-13b",
 }
 _LAVIS_VISION = {1408: VisionConfig(name="vitg", layer=-1), 1024: VisionConfig(name="vitl", layer=-2)}
+_WORDS = "qformer.embeddings.word.weight"
 _KEY = "qformer.layers.0.cross_attention.key.weight"
 
 
@@ -77,19 +89,24 @@ def _lavis_config(path: Path, tensors: Tensors, projection: str | None, vision: 
     encoder = _LAVIS_VISION[features]
     if vision:
         encoder = replace(encoder, image_size=_side(vision["embeddings.position_embedding"].shape[1]))
-    language = LanguageConfig()
+    language, reader = LanguageConfig(), {}
     if projection is not None:
         hidden = tensors["language_proj.weight"].shape[0]
         name = _LAVIS_LANGUAGE.get((projection, hidden))
         if name is None:
             raise CheckpointError(f"{path}: made for a language model {hidden} wide, which is none of LAVIS's")
-        t5 = projection == "t5_proj"
-        language = LanguageConfig(name, question=T5_QUESTION) if t5 else LanguageConfig(name, end=OPT_END)
+        if _WORDS in tensors:
+            start = VICUNA_START if projection == "llm_proj" else None
+            language, reader = replace(INSTRUCT_LANGUAGE, name=name, start=start), INSTRUCT_TEXT
+        elif projection == "t5_proj":
+            language = LanguageConfig(name, question=T5_QUESTION)
+        else:
+            language = LanguageConfig(name, end=OPT_END)
     return RunConfig(
         recipe="lavis",
         stage="stage2" if projection else "stage1",
         vision=encoder,
-        qformer=QFormerConfig(init="bert-base", queries=queries, attention_dropout=0.1),
+        qformer=QFormerConfig(init="bert-base", queries=queries, attention_dropout=0.1, **reader),
         language=language,
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from blip2.configs import RunConfig
 from blip2.data.images import ImageLike, ImageSpec, listed, open_image, plain_view
-from blip2.data.tokenizers import LanguageTokenizer, QFormerTokenizer, clean_caption
+from blip2.data.tokenizers import InstructionReader, LanguageTokenizer, QFormerTokenizer, clean_caption
 from blip2.errors import ConfigError
 from blip2.models import towers
 from blip2.models.build import build_stage1
@@ -95,6 +95,7 @@ class LoadedModel:
         language = self.config.language
         return LanguageTokenizer(
             towers.folder(language.name),
+            start=language.start,
             end=language.end,
             max_text=language.max_text,
             encoder_decoder=self.stage2.language_model.encoder_decoder,
@@ -142,15 +143,24 @@ class LoadedModel:
             parts = [self.stage1.embed_texts(*self.text_ids(texts[n : n + size])) for n in range(0, len(texts), size)]
         return to_host(torch.cat(parts))
 
-    def soft_prompts(self, features_BPC: Tensor, questions: Sequence[str] | None = None) -> Tensor:
+    @cached_property
+    def instruction_reader(self) -> InstructionReader | None:
+        """What the Q-Former of stage 2 reads beside its queries; None where it reads nothing."""
+        reads = self.config.qformer.instruction
+        return None if reads is None else InstructionReader(self.text_tokenizer, reads)
+
+    def soft_prompts(
+        self, features_BPC: Tensor, questions: Sequence[str] | None = None, *, prompts: Sequence[str] | None = None
+    ) -> Tensor:
         """Soft prompts [B, Q, H] of stage 2.
 
         Args:
-            questions: one per image, for a Q-Former that reads them; others ignore them.
+            questions: one per image, for a Q-Former that reads them; None for captions.
+            prompts: what the language model reads behind them, for a Q-Former that reads that; None takes the
+                questions.
         """
         assert self.stage2 is not None
+        texts, reader = questions if prompts is None else prompts, self.instruction_reader
+        read = None if reader is None or texts is None else reader(texts, questions)
         with torch.no_grad():
-            if questions is None or not self.stage2.reads_questions:
-                return self.stage2.soft_prompts(features_BPC)
-            ids_BT, mask_BT = self.text_tokenizer(list(questions))
-            return self.stage2.soft_prompts(features_BPC, ids_BT.to(self.device), mask_BT.to(self.device))
+            return self.stage2.soft_prompts(features_BPC, *(x.to(self.device) for x in read or ()))

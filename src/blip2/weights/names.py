@@ -25,11 +25,12 @@ LAVIS_IGNORED = (
     "Qformer.cls.predictions.decoder.bias",
     "opt_model.",
     "t5_model.",
+    "llm_model.",
 )
 LAVIS_VISION = "visual_encoder."
-LAVIS_PROJECTIONS = ("opt_proj", "t5_proj")
+LAVIS_PROJECTIONS = ("opt_proj", "t5_proj", "llm_proj")
 # What only LAVIS's other models have, and whose they are.
-LAVIS_OTHERS = {"llm_proj.": "InstructBLIP", "vicuna_proj.": "InstructBLIP", "unet.": "BLIP-Diffusion"}
+LAVIS_OTHERS = {"unet.": "BLIP-Diffusion"}
 
 
 def depth_of(names: Iterable[str]) -> int:
@@ -38,11 +39,16 @@ def depth_of(names: Iterable[str]) -> int:
     return len({m[1] for name in names if (m := re.search(r"(?:qformer\.layers|encoder\.layer)\.(\d+)\.", name))})
 
 
-def huggingface(depth: int) -> dict[str, str]:
-    """Our tensor names to those of `Blip2ForConditionalGeneration` and `Blip2ForImageTextRetrieval`."""
+def huggingface(depth: int, *, instruct: bool = False) -> dict[str, str]:
+    """Our tensor names to those of `Blip2ForConditionalGeneration` and `Blip2ForImageTextRetrieval`.
+
+    Args:
+        instruct: of `InstructBlipForConditionalGeneration` and its variant for films instead.
+    """
+    embeddings = "qformer.embeddings" if instruct else "embeddings"
     modules = [
         ("ln_vision", "vision_model.post_layernorm"),
-        ("qformer.embedding_norm", "qformer.layernorm"),
+        ("qformer.embedding_norm", "qformer.embeddings.layernorm" if instruct else "qformer.layernorm"),
         *_layers(depth, "qformer.encoder.layer", "attention"),
         ("vision_proj", "vision_projection"),
         ("text_proj", "text_projection"),
@@ -51,8 +57,8 @@ def huggingface(depth: int) -> dict[str, str]:
     ]
     tensors = [
         ("qformer.query_tokens", "query_tokens"),
-        ("qformer.embeddings.word.weight", "embeddings.word_embeddings.weight"),
-        ("qformer.embeddings.position.weight", "embeddings.position_embeddings.weight"),
+        ("qformer.embeddings.word.weight", f"{embeddings}.word_embeddings.weight"),
+        ("qformer.embeddings.position.weight", f"{embeddings}.position_embeddings.weight"),
     ]
     return dict([*tensors, *_both(modules)])
 
@@ -64,10 +70,10 @@ def huggingface_qformer(depth: int) -> dict[str, str]:
 
 
 def lavis(depth: int, projection: str = "opt_proj") -> dict[str, str]:
-    """Our tensor names to those of `blip2_qformer`, `blip2_opt` and `blip2_t5` of LAVIS.
+    """Our tensor names to those of `blip2_qformer`, `blip2_opt`, `blip2_t5` and `blip2_*_instruct` of LAVIS.
 
     Args:
-        projection: `opt_proj` or `t5_proj`.
+        projection: `opt_proj`, `t5_proj` or (InstructBLIP with Vicuna) `llm_proj`.
     """
     modules = [
         ("ln_vision", "ln_vision"),

@@ -53,7 +53,7 @@ def _trained(checkpoint: Checkpoint) -> dict[str, Tensor]:
     with torch.device("meta"):
         state, inner = {}, width
         if settings.bridge == "qformer":
-            text = first or settings.question
+            text = first or settings.instruction is not None
             qformer = build_qformer(settings, width, _bert(checkpoint), text=text, head=first)
             if first:
                 return Stage1(qformer, embed_dim=settings.embed_dim).state_dict()
@@ -71,7 +71,7 @@ def _bert(checkpoint: Checkpoint) -> Any:
     init = checkpoint.config.qformer.init
     if init in TOWERS or Path(init).is_dir():
         return bert_config(init, weights=False)
-    text = checkpoint.config.stage == "stage1" or checkpoint.config.qformer.question
+    text = checkpoint.config.stage == "stage1" or checkpoint.config.qformer.instruction is not None
     return BertConfig(
         hidden_size=_shape(checkpoint, "qformer.query_tokens", 2)[1],
         num_hidden_layers=names.depth_of(checkpoint.tensors),

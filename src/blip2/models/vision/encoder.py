@@ -212,7 +212,7 @@ def vision_encoder_from_config(
 
 def _vision_part(config: Any, source: str) -> Any:
     """The config of the image encoder inside a config."""
-    part = getattr(config, "vision_config", None) or config
+    part = towers.as_blip2_part(getattr(config, "vision_config", None) or config)
     if not hasattr(part, "patch_size") or not hasattr(part, "hidden_size"):
         raise ConfigError(f"{source}: {config.model_type} is not an image encoder made of patches")
     return part

@@ -26,8 +26,7 @@ def build_objective(config: RunConfig, model: Stage1 | Stage2, user: Blip2, *, s
         text_tokenizer, accumulate = user.text_tokenizer, config.train.accumulate
         stage1 = Stage1Objective(model, text_tokenizer, config.loss, seed, accumulate, token_drop)
         return EarlyBackward(stage1) if config.train.early_backward else stage1
-    questions = user.text_tokenizer if config.qformer.question else None
-    parts = (model, user.language_tokenizer, config.language, seed, questions, token_drop)
+    parts = (model, user.language_tokenizer, config.language, seed, user.instruction_reader, token_drop)
     if shots:
         return InContextObjective(*parts, shots=shots)
     stage2 = Stage2Objective(*parts)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blip2.configs import LanguageConfig
 from blip2.data.batch import Batch
-from blip2.data.tokenizers import LanguageTokenizer, QFormerTokenizer
+from blip2.data.tokenizers import InstructionReader, LanguageTokenizer
 from blip2.errors import ConfigError
 from blip2.models.language.interleave import interleave, interleaved_loss
 from blip2.models.stage2 import Stage2
@@ -39,12 +39,12 @@ class InContextObjective(Stage2Objective):
         tokenizer: LanguageTokenizer,
         config: LanguageConfig,
         seed: int = 0,
-        questions: QFormerTokenizer | None = None,
+        reader: InstructionReader | None = None,
         token_drop: float = 0.0,
         *,
         shots: int,
     ) -> None:
-        super().__init__(model, tokenizer, config, seed, questions, token_drop)
+        super().__init__(model, tokenizer, config, seed, reader, token_drop)
         self.length = shots + 1
 
     def forward(self, batch: Batch, step: int) -> Losses:

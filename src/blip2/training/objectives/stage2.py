@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from blip2.configs import LanguageConfig
 from blip2.data.batch import Batch
-from blip2.data.tokenizers import LanguageTokenizer, QFormerTokenizer
+from blip2.data.tokenizers import InstructionReader, LanguageTokenizer
 from blip2.models.stage2 import Stage2
 from blip2.ops import distributed
 from blip2.training.objectives.common import Losses, image_features
@@ -32,7 +32,7 @@ class Stage2Objective(nn.Module):
     """Language modelling of the caption given the soft prompts (section 3.3).
 
     In a batch of questions the answers are learned and the questions are part of the prompts; a Q-Former
-    that reads questions (section 4.3) gets them as well, through the tokenizer `questions`. The soft prompts
+    that reads instructions gets the prompts or the bare questions as well, through `reader`. The soft prompts
     of an image with several texts are computed once, and a decoder-only model reads them once.
 
     Decoder-only: prompt + caption, loss on the caption and its end token. Encoder-decoder: the
@@ -49,12 +49,12 @@ class Stage2Objective(nn.Module):
         tokenizer: LanguageTokenizer,
         config: LanguageConfig,
         seed: int = 0,
-        questions: QFormerTokenizer | None = None,
+        reader: InstructionReader | None = None,
         token_drop: float = 0.0,
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.config, self.seed = model, tokenizer, config, seed
-        self.questions, self.token_drop = questions, token_drop
+        self.reader, self.token_drop = reader, token_drop
         self.pieces: int | None = None
 
     def forward(self, batch: Batch, step: int) -> Losses:
@@ -94,11 +94,8 @@ class Stage2Objective(nn.Module):
 
     def _soft_prompts(self, batch: Batch) -> Tensor:
         features_BPC = image_features(self.model, batch, self.token_drop)
-        if batch.questions is None or self.questions is None:
-            return self.model.soft_prompts(features_BPC)
-        return self.model.soft_prompts(
-            features_BPC, *(x.to(features_BPC.device) for x in self.questions(batch.questions))
-        )
+        read = None if self.reader is None else self.reader(self._prompts(batch), batch.questions)
+        return self.model.soft_prompts(features_BPC, *(x.to(features_BPC.device) for x in read or ()))
 
     def _prompts(self, batch: Batch) -> list[str]:
         if batch.questions is None:

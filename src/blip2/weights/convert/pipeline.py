@@ -33,6 +33,7 @@ from blip2.weights.frozen_towers import (
     folder_of,
     language_config,
     language_tower,
+    text_folder,
     vision_tower,
     with_own_encoder,
 )
@@ -156,7 +157,6 @@ def require_possible(checkpoint: Checkpoint, target: Path, to: Format | Literal[
     settings = checkpoint.config.qformer
     pooled = checkpoint.config.stage == "stage1" and settings.text_pool != "cls"
     unsupported = {
-        "a Q-Former that reads questions": settings.question,
         "a linear layer in place of the Q-Former": settings.bridge != "qformer",
         "texts as means of tokens": pooled,
     }
@@ -217,8 +217,8 @@ def _write_blip2(checkpoint: Checkpoint, output: Path, progress: Progress | None
     if checkpoint.format == "hf":
         (output / "text").mkdir()
         bert_config(checkpoint.config.qformer.init, weights=False).save_pretrained(output / "text")
-        if config.stage == "stage1":
-            copy_tokenizer(folder_of(checkpoint.config.qformer.init), output / "text")
+        if config.stage == "stage1" or config.qformer.instruction:
+            copy_tokenizer(text_folder(folder_of(checkpoint.config.qformer.init)), output / "text")
         config = replace(config, qformer=replace(config.qformer, init="./text"))
     tensors = checkpoint.tensors | _new_parts(checkpoint)
     runs.write_run(output, tensors, config, progress)
@@ -303,7 +303,7 @@ def _new_parts(checkpoint: Checkpoint) -> Tensors:
 
 def _write_lavis(checkpoint: Checkpoint, output: Path, progress: Progress | None) -> Written:
     """One `.pth` with LAVIS's keys; the language model is left out, as LAVIS itself does."""
-    projection = "opt_proj"
+    projection = "opt_proj" if checkpoint.config.qformer.instruction is None else "llm_proj"
     if checkpoint.config.stage == "stage2" and language_config(checkpoint.config.language.name).is_encoder_decoder:
         projection = "t5_proj"
     theirs_by_ours = names.lavis(names.depth_of(checkpoint.tensors), projection)
@@ -315,6 +315,7 @@ def _write_lavis(checkpoint: Checkpoint, output: Path, progress: Progress | None
         words, bias = "Qformer.bert.embeddings.word_embeddings.weight", "Qformer.cls.predictions.bias"
         values["Qformer.cls.predictions.decoder.weight"] = values[words]
         values["Qformer.cls.predictions.decoder.bias"] = values[bias]
+    if "Qformer.bert.embeddings.position_embeddings.weight" in values:
         positions = values["Qformer.bert.embeddings.position_embeddings.weight"].shape[0]
         values["Qformer.bert.embeddings.position_ids"] = torch.arange(positions)[None]
     notes = ["the language model is not in it, as in LAVIS's own"] if checkpoint.config.stage == "stage2" else []
