@@ -118,6 +118,7 @@ def test_recipes_survive_json(name: str) -> None:
         "caption": "stage2",
         "vqa": "stage2",
         "answers": "stage2",
+        "instruct": "stage2",
         "retrieval": "stage1",
         "search": "stage1",
     }.get(task, task)
@@ -148,6 +149,27 @@ def test_fine_tuning_is_the_papers(name: str, batch: int, size: int, lr: float, 
     )
     epochs = config.train.steps * batch / (658_111 if asks else 566_747)
     assert epochs == pytest.approx(5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "language", "batch"),
+    [
+        ("vitg-flant5xl/instruct", "flan-t5-xl", 192),
+        ("vitg-flant5xxl/instruct", "flan-t5-xxl", 64),
+        ("vitg-vicuna7b/instruct", "vicuna-7b", 128),
+        ("vitg-vicuna13b/instruct", "vicuna-13b", 64),
+    ],
+)
+def test_instruction_tuning_is_instructblips(name: str, language: str, batch: int) -> None:
+    """arXiv 2305.06500, section 2.6, and LAVIS's lengths of text."""
+    config = recipe(name)
+    assert (config.language.name, config.train.batch, config.train.steps) == (language, batch, 60_000)
+    assert (config.train.eval_every, config.eval.best) == (3000, "loss")
+    optim = config.optim
+    assert (optim.lr, optim.min_lr, optim.warmup_lr, optim.warmup) == (1e-5, 0.0, 1e-8, 1000)
+    assert (optim.betas, optim.weight_decay) == ((0.9, 0.999), 0.05)
+    assert (config.vision.image_size, config.vision.train, config.lora.rank) == (224, False, 0)
+    assert (config.qformer.instruction, config.qformer.max_text, config.language.max_text) == ("prompt", 128, 256)
 
 
 def test_an_unknown_recipe_lists_the_known() -> None:

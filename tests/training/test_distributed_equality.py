@@ -48,6 +48,7 @@ from transformers import LlamaConfig, T5Config, ViTConfig
 from blip2.configs import DataConfig, DecodingConfig, LanguageConfig, LoraConfig, LossConfig, OptimConfig
 from blip2.configs import QFormerConfig, RunConfig, TrainConfig
 from blip2.data.batch import Batch
+from blip2.data.tokenizers import InstructionReader
 from blip2.models.language.model import LanguageModel, language_model_from_config, load_language_model
 from blip2.models.qformer.model import QFormer
 from blip2.models.stage1 import Stage1
@@ -151,7 +152,8 @@ def objective_of(kind: str, out: Path, sharded: bool):
     language = language_model(kind, out)
     if kind == "questions":
         model = Stage2(QFormer(**sizes, **text, head=False), language)
-        objective = Stage2Objective(model, Words(), LanguageConfig(prompt="", question="{}"), 0, Words())
+        asked = LanguageConfig(prompt="", question="{}")
+        objective = Stage2Objective(model, Words(), asked, 0, InstructionReader(Words(), "question"))
         return objective if sharded else EarlyBackward(objective)
     model = Stage2(QFormer(**sizes, vocab=None), language)
     if kind == "shots":
@@ -168,7 +170,7 @@ def run(kind: str, parallel: str, out: Path) -> None:
     asks = kind == "questions"
     config = RunConfig(
         stage="stage1" if kind.startswith("stage1") else "stage2",
-        qformer=QFormerConfig(question=asks),
+        qformer=QFormerConfig(instruction="question" if asks else None),
         data=DataConfig(texts="questions" if asks else "captions"),
         optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup=1, layer_decay=0.5),
         train=TrainConfig(steps=4, batch=BATCH, save_every=2, eval_every=4, parallel=parallel, precision="fp32"),

@@ -244,7 +244,7 @@ def _vicuna(source: str, width: int, inner: int, depth: int) -> Tower:
         "num_attention_heads": depth,
         "rms_norm_eps": 1e-6,
     }
-    return Tower("language", source, "LlamaConfig", sizes)
+    return Tower("language", source, "llama", sizes)
 
 
 _MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}

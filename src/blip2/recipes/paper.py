@@ -24,6 +24,7 @@ from blip2.configs import (
 VIT_G = VisionConfig(name="vitg", layer=-1)  # its 39 blocks end at the second-last of EVA's 40
 VIT_L = VisionConfig(name="vitl", layer=-2)
 OPT = LanguageConfig(name="opt-2.7b", prompt="a photo of", end="\n")
+VICUNA = LanguageConfig(name="vicuna-7b", prompt="a photo of", start="</s>")
 FLAN_T5 = LanguageConfig(name="flan-t5-xl", prompt="a photo of", question="Question: {} Short answer:")
 
 
@@ -89,6 +90,23 @@ def _retrieval(name: str, base: RunConfig, *, lr: float, decay: float, beta2: fl
     return replace(run, eval=replace(run.eval, best="recall"))
 
 
+def _instruct(name: str, language: LanguageConfig, batch: int) -> RunConfig:
+    """Instruction tuning as in InstructBLIP (arXiv 2305.06500, section 2.6): what is between the towers trains.
+
+    The instruction, of up to 128 tokens, enters the Q-Former and the language model.
+    """
+    base = _stage2(name, _stage1(name, VIT_G, language, batch), batch)
+    return replace(
+        base,
+        qformer=replace(base.qformer, instruction="prompt", max_text=128),
+        language=replace(language, prompt="A short image description.", question="{}", max_text=256),
+        data=replace(base.data, texts="both", clean=False),
+        optim=OptimConfig(lr=1e-5, min_lr=0.0, warmup_lr=1e-8, warmup=1000, betas=(0.9, 0.999)),
+        train=replace(base.train, steps=60_000, eval_every=3000),
+        eval=replace(base.eval, best="loss"),
+    )
+
+
 def vitg_opt_stage1() -> RunConfig:
     """ViT-g stage 1: 250k steps of 1,680 pairs; under six days on 16 A100-40G (section 4)."""
     return _stage1("vitg-opt2.7b/stage1", VIT_G, OPT, 1680)
@@ -147,3 +165,31 @@ def vitg_opt_retrieval() -> RunConfig:
 def vitl_opt_retrieval() -> RunConfig:
     """COCO retrieval of ViT-L from stage 1, at 364 px (table 10)."""
     return _retrieval("vitl-opt2.7b/retrieval", vitl_opt_stage1(), lr=5e-6, decay=1.0, beta2=0.98)
+
+
+def vitg_opt_instruct() -> RunConfig:
+    """InstructBLIP with OPT-2.7B, which its paper does not have: settings of its 3B model."""
+    return _instruct("vitg-opt2.7b/instruct", OPT, 192)
+
+
+def vitg_t5_instruct() -> RunConfig:
+    """InstructBLIP with FlanT5-XL: 60k steps of 192 samples; within 1.5 days on 16 A100-40G (section 2.6).
+
+    `--init blip2_pretrained_flant5xl.pth --init_text blip2_pretrained.pth`
+    """
+    return _instruct("vitg-flant5xl/instruct", FLAN_T5, 192)
+
+
+def vitg_t5xxl_instruct() -> RunConfig:
+    """InstructBLIP with FlanT5-XXL: 60k steps of 64 samples."""
+    return _instruct("vitg-flant5xxl/instruct", replace(FLAN_T5, name="flan-t5-xxl"), 64)
+
+
+def vitg_vicuna7b_instruct() -> RunConfig:
+    """InstructBLIP with Vicuna-7B: 60k steps of 128 samples."""
+    return _instruct("vitg-vicuna7b/instruct", VICUNA, 128)
+
+
+def vitg_vicuna13b_instruct() -> RunConfig:
+    """InstructBLIP with Vicuna-13B: 60k steps of 64 samples."""
+    return _instruct("vitg-vicuna13b/instruct", replace(VICUNA, name="vicuna-13b"), 64)

@@ -146,6 +146,22 @@ def answers() -> RunConfig:
     )
 
 
+def instruct() -> RunConfig:
+    """Instruction tuning from a stage-2 run: the prompt of a caption or a question enters the Q-Former too.
+
+    `blip2 train tiny/instruct --init runs/s2 --out runs/instruct`; the text branch is that of the run's stage 1.
+    """
+    base = answers()
+    return replace(
+        base,
+        recipe="tiny/instruct",
+        qformer=replace(base.qformer, instruction="prompt", max_text=64),
+        data=replace(base.data, texts_per_image=2),
+        optim=OptimConfig(lr=5e-4, min_lr=1e-5, warmup=30, betas=(0.9, 0.999), qformer_scale=0.5),
+        eval=replace(base.eval, best="loss"),
+    )
+
+
 def demo_stage1() -> RunConfig:
     """The first of `make demo`: a taste of stage 1 on 960 images, with 8 queries.
 

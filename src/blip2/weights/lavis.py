@@ -98,6 +98,8 @@ def _lavis_config(path: Path, tensors: Tensors, projection: str | None, vision: 
         if _WORDS in tensors:
             start = VICUNA_START if projection == "llm_proj" else None
             language, reader = replace(INSTRUCT_LANGUAGE, name=name, start=start), INSTRUCT_TEXT
+        elif projection == "llm_proj":
+            language = LanguageConfig(name, start=VICUNA_START)
         elif projection == "t5_proj":
             language = LanguageConfig(name, question=T5_QUESTION)
         else:
