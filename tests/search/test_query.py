@@ -32,7 +32,7 @@ TEXT = "a dog on the grass"
 
 @pytest.fixture(scope="module")
 def model(tiny: Path) -> Blip2:
-    return blip2.load(tiny)
+    return blip2.load(tiny, dtype="fp32")
 
 
 @pytest.fixture
@@ -333,7 +333,9 @@ Builder(Store(sys.argv[2]), model, progress=False).add(list_samples([sys.argv[3]
 """
 
 
-def test_kill_9_while_indexing_leaves_a_whole_index(model: Blip2, tiny: Path, photos: Path, tmp_path: Path) -> None:
+def test_kill_9_while_indexing_leaves_a_whole_index(
+    model: Blip2, tiny: Path, photos: Path, tmp_path: Path, float32: None
+) -> None:
     rng = np.random.default_rng(1)
     for n in range(150):
         Image.fromarray(rng.integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(photos / f"q{n:03d}.png")

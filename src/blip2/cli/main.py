@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import logging
 import sys
@@ -47,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.settings = rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if "model" in options:
+        # what the imports make is kept: searching it for garbage is a fifth of a start, and `load_model` ends it
+        gc.disable()
     try:
         return int(options.run(options))
     except Blip2Error as error:
@@ -58,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 141
+    finally:
+        gc.enable()
 
 
 def make_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from blip2.models.language.model import LanguageModel
 from blip2.models.qformer.layers import QFormerLayer
 from blip2.models.qformer.model import QFormer
-from blip2.ops.devices import to_host
+from blip2.ops.devices import to_host, widened
 
 
 @dataclass
@@ -82,11 +82,12 @@ def _shallow(module: Any) -> Any:
 
 def _open_attention(recorded: Recorded) -> Callable[..., Tensor]:
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+        weights = widened(scores).softmax(dim=-1)
         probe = torch.zeros_like(weights, requires_grad=torch.is_grad_enabled())
         recorded.weights.append(weights.detach()[0])
         recorded.probes.append(probe)
-        return ((weights + probe) @ v).transpose(1, 2).flatten(2)
+        return ((weights + probe).to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
     return attend
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from dataclasses import replace
@@ -24,6 +25,7 @@ from blip2.weights import runs
 from blip2.weights.checkpoint import Checkpoint
 from blip2.weights.formats import located, open_checkpoint
 from blip2.weights.frozen_towers import eva_encoder
+from blip2.weights.loaded import cast
 from blip2.weights.loading import fill
 
 
@@ -43,9 +45,10 @@ def load(
         source: run folder or weights file of ours, preset name (`tiny`, which comes with the package,
             `blip2-opt-2.7b`), Hugging Face folder or hub id, or LAVIS `.pth`.
         device: `auto` is CUDA where there is one.
-        dtype: of the frozen towers (`fp32`, `bf16`, `fp16` or a torch dtype); None takes bf16
-            where the hardware multiplies it fast, else fp32, and fp32 for a language model of up to
-            500M parameters on a CPU. The Q-Former stays in float32.
+        dtype: of the weights (`fp32`, `bf16`, `fp16` or a torch dtype); None takes bf16 where the
+            hardware multiplies it fast, else fp32, and fp32 for a language model of up to 500M
+            parameters on a CPU and the Q-Former in front of it. Embeddings, similarities, ITM's
+            probabilities and log-probabilities are computed in float32 in any case.
         device_map: passed to transformers for the language model (`auto` spreads it over devices,
             needs accelerate).
         vision, language: image encoder and language model in place of those that the checkpoint
@@ -69,25 +72,28 @@ def load(
         settings = replace(config.language, quantize=None if quantize == "none" else quantize)
         config = replace(config, language=settings)
     place, precision = pick_device(device), torch_dtype(dtype)
-    encoder = _image_encoder(checkpoint, precision or fast_dtype(place))
+    fast = precision or fast_dtype(place)
+    encoder = _image_encoder(checkpoint, fast)
     model: Stage1 | Stage2
     if config.stage == "stage1":
         model = build_stage1(config, encoder, start=False)
     else:
-        precision = precision or writing_dtype(place, parameter_count(config.language))
-        language_model = load_language_model(config.language, precision, device=place, device_map=device_map)
+        writing = precision or writing_dtype(place, parameter_count(config.language))
+        language_model = load_language_model(config.language, writing, device=place, device_map=device_map)
         model = build_stage2(config, encoder, language_model, start=False)
     report = fill(model, checkpoint.source, checkpoint.tensors, checkpoint.allowed)
     freeze(encoder)
     if encoder.interpolated:
         report = replace(report, reshaped=(*report.reshaped, encoder.interpolated))
     if isinstance(model, Stage1):
-        return Blip2(config, stage1=model.to(place).eval(), home=home, report=report)
+        model = cast(model, fast).to(place).eval()
+        return Blip2(config, stage1=model, home=home, report=report, stage1_tensors=checkpoint.tensors)
+    cast(model, writing)
     # with a device map transformers has placed the language model
     parts = (model,) if device_map is None else (encoder, model.ln_vision, model.qformer, model.language_proj)
     for part in parts:
         part.to(place)
-    return Blip2(config, stage2=model.eval(), home=home, report=report)
+    return Blip2(config, stage2=model.eval(), home=home, report=report, dtype=fast)
 
 
 def _image_encoder(checkpoint: Checkpoint, dtype: torch.dtype) -> VisionEncoder:
@@ -128,6 +134,8 @@ def load_model(options: argparse.Namespace) -> tuple[Blip2, str]:
         quantize=options.quantize,
     )
     model.batch = max(1, options.batch)
+    gc.freeze()  # modules and weights stay until the end
+    gc.enable()
     report = model.report
     if report and (report.left_out or report.fresh or model.config.recipe in ("huggingface", "lavis")):
         print(report.line(), file=sys.stderr)

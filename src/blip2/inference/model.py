@@ -28,7 +28,7 @@ from blip2.inference.notebook import Card, Shown
 from blip2.models.qformer.model import ImageKV
 from blip2.ops.contrastive import query_text_similarity
 from blip2.ops.devices import to_host, to_list
-from blip2.weights.loaded import LoadedModel
+from blip2.weights.loaded import LoadedModel, rows_at_once
 
 _QUESTIONS = 4  # questions about repeated images that go together, for each image that does
 
@@ -262,16 +262,14 @@ class Blip2(LoadedModel):
         return [texts[n : n + config.num] for n in range(0, len(texts), config.num)]
 
     def _caption_with_qformer(self, features_BPC: Tensor, config: DecodingConfig) -> list[str]:
-        tokenizer = self.text_tokenizer
+        tokenizer, qformer = self.text_tokenizer, self.stage1.qformer
+        size = rows_at_once(len(features_BPC), self.device, qformer.query_tokens.dtype)
+        lengths = {"min_tokens": config.min_tokens, "max_tokens": config.max_tokens}
+        rows: list[list[int]] = []
         with torch.no_grad():
-            kv = self.stage1.project_image(features_BPC)
-            rows = self.stage1.qformer.generate(
-                kv,
-                dec_id=tokenizer.dec_id,
-                end_id=tokenizer.sep_id,
-                min_tokens=config.min_tokens,
-                max_tokens=config.max_tokens,
-            )
+            for part_BPC in features_BPC.split(size):
+                kv = self.stage1.project_image(part_BPC)
+                rows += qformer.generate(kv, dec_id=tokenizer.dec_id, end_id=tokenizer.sep_id, **lengths)
         return [tokenizer.decode(row) for row in rows]
 
     def _examples(self, shots: Examples | Sequence[ShotLike]) -> Examples | None:

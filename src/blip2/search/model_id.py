@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
+import torch
+
 from blip2.errors import ConfigError
 from blip2.inference import Blip2
 from blip2.ops.devices import to_host, to_numpy
@@ -17,14 +19,17 @@ def identify(model: Blip2, name: str) -> ModelId:
     """The identity of a model's stage 1: what every query embedding depends on.
 
     The image encoder counts by its name and how it is used: when it is trained the Q-Former is too, and
-    its weights are hashed.
+    its weights are hashed, in float32: the precision that they run in makes no other model.
     """
     stage1, vision = model.stage1, model.config.vision
     digest = hashlib.sha256(f"{vision.name}|{vision.layer}|{vision.pool}|{model.image_spec}".encode())
     for key, tensor in sorted(stage1.state_dict().items()):
         if not key.startswith(_NOT_HASHED):
             digest.update(key.encode())
-            digest.update(to_numpy(to_host(tensor).float()).tobytes())
+            stored = model.stage1_tensors.get(key)
+            cast = tensor.dtype != torch.float32 and stored is not None and stored.shape == tuple(tensor.shape)
+            value = stored.read() if cast and stored is not None else tensor
+            digest.update(to_numpy(to_host(value).float()).data)
     return ModelId(name, digest.hexdigest()[:16], stage1.qformer.num_queries, stage1.vision_proj.out_features)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,10 @@ from blip2.models.stage2 import Stage2
 from blip2.models.vision.encoder import VisionEncoder
 from blip2.ops.devices import to_host
 from blip2.weights.formats import stage1_behind
+from blip2.weights.lazy_tensors import Tensors
 from blip2.weights.loading import LoadReport, fill
+
+StageT = TypeVar("StageT", Stage1, Stage2)
 
 
 class LoadedModel:
@@ -36,6 +40,8 @@ class LoadedModel:
         batch: images that go through the model together.
         home: where the run was loaded from; runs that moved together find each other by name.
         report: what was loaded, left out, started fresh and reshaped.
+        dtype: of the Q-Former of a stage 1 that is loaded when it is first needed.
+        stage1_tensors: the checkpoint that `stage1` was filled from, in its own precision.
     """
 
     def __init__(
@@ -47,8 +53,11 @@ class LoadedModel:
         batch: int = 16,
         home: Path | None = None,
         report: LoadReport | None = None,
+        dtype: torch.dtype = torch.float32,
+        stage1_tensors: Tensors | None = None,
     ) -> None:
         self.config, self.batch, self.home, self.report = config, batch, home, report
+        self.dtype, self.stage1_tensors = dtype, stage1_tensors or {}
         self._stage1, self.stage2 = stage1, stage2
         self._stage1_config = config  # of `_stage1`
         main = stage2 or stage1
@@ -74,7 +83,8 @@ class LoadedModel:
             self._stage1_config = checkpoint.config
             stage1 = build_stage1(checkpoint.config, self.vision, start=False)
             fill(stage1, checkpoint.source, checkpoint.tensors, checkpoint.allowed)
-            self._stage1 = stage1.to(self.device).eval()
+            self.stage1_tensors = checkpoint.tensors
+            self._stage1 = cast(stage1, self.dtype).to(self.device).eval()
         return self._stage1
 
     @property
@@ -120,9 +130,10 @@ class LoadedModel:
                 Text that is generated from them is then the same alone and in a batch.
         """
         pixels_B3SS = torch.stack(list(views)).to(self.device)
-        apart = apart and self.device.type == "cpu" and next(self.vision.parameters()).dtype == torch.bfloat16
+        dtype = next(self.vision.parameters()).dtype
+        size = rows_at_once(len(views), self.device, dtype) if apart else len(views)
         with torch.no_grad():
-            return torch.cat([self.vision(part) for part in pixels_B3SS.split(1 if apart else len(views))])
+            return torch.cat([self.vision(part) for part in pixels_B3SS.split(size)])
 
     def batches(self, images: ImageLike | Sequence[ImageLike], *, apart: bool = False) -> Iterator[Tensor]:
         """Features of `batch` images at a time; `apart` as in `encode`."""
@@ -164,3 +175,20 @@ class LoadedModel:
         read = None if reader is None or texts is None else reader(texts, questions)
         with torch.no_grad():
             return self.stage2.soft_prompts(features_BPC, *(x.to(self.device) for x in read or ()))
+
+
+def cast(stage: StageT, dtype: torch.dtype) -> StageT:
+    """The Q-Former of a stage and the layers before and after it in a dtype, in place.
+
+    The heads of stage 1, whose outputs are compared with each other, and its temperature stay in float32.
+    """
+    for part in (stage.ln_vision, stage.qformer, getattr(stage, "language_proj", None)):
+        if part is not None:
+            part.to(dtype)
+    return stage
+
+
+def rows_at_once(rows: int, device: torch.device, dtype: torch.dtype) -> int:
+    """How many rows may run together where none may change by the others: bf16 kernels of a CPU sum in an order that
+    depends on the number of rows."""
+    return 1 if device.type == "cpu" and dtype == torch.bfloat16 else rows
