@@ -32,7 +32,9 @@ def add_loading(command: argparse.ArgumentParser) -> None:
 
 def add_device(command: argparse.ArgumentParser) -> None:
     """`--dtype` and `--device`."""
-    command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: bf16 where it is fast)")
+    command.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: bf16 where it is fast)"
+    )
     command.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
 
 
