@@ -148,7 +148,7 @@ def _list_models_once() -> None:
     """
     from transformers.utils import import_utils
 
-    listed = getattr(import_utils, "create_import_structure_from_path", None)
+    listed: Any = getattr(import_utils, "create_import_structure_from_path", None)
     if hasattr(listed, "cache_info") and "transformers.models" not in sys.modules:
 
         def by_folder(path: str | Path) -> Any:
