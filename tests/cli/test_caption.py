@@ -122,7 +122,7 @@ def test_lines_for_people_and_for_scripts(capsys: pytest.CaptureFixture[str]) ->
 def test_batches_leave_out_what_cannot_be_read(photos: Path) -> None:
     (photos / "bad.png").write_bytes(b"no picture")
     failed: list[str] = []
-    batches = list(caption.batches(find_images([str(photos)]), 2, failed))
+    batches = list(caption.batches(find_images([str(photos)]), 2, 4, failed))
     assert [[Path(name).name for name in names] for names, _ in batches] == [["a.JPG", "b.png"], ["c.webp"]]
     assert len(failed) == 1
     assert failed[0].startswith(str(photos / "bad.png"))

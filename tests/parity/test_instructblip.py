@@ -167,3 +167,55 @@ def test_several_instructions_about_one_image(hf: HF) -> None:
     assert answers == [model.ask(picture, text, **options)[0] for text in INSTRUCTIONS]
     scores = [model.rank_answers(picture, text, ANSWERS)[0] for text in INSTRUCTIONS]
     assert all(answer in ANSWERS for answer in scores)
+
+
+def film() -> Tensor:
+    """Two films of four frames."""
+    return torch.randn(2, 4, 3, 56, 56, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("kind", ["video-t5", "video-llama"])
+@pytest.mark.parametrize("beams", [1, 5])
+def test_films(hf: HF, kind: str, beams: int) -> None:
+    """Each frame goes through encoder and Q-Former with the instruction; the soft prompts follow each other."""
+    folder, theirs = hf(kind)
+    ours = blip2.load(folder, dtype="fp32")
+    assert ours.frames == 4
+    assert ours.stage2 is not None
+    texts = INSTRUCTIONS[:2]
+    tokenizer = ours.language_tokenizer
+    ids, mask = tokenizer.prompts(texts)
+    read = read_by_qformer(ours, texts)
+    theirs_ids, theirs_mask = ids, mask
+    if kind == "video-t5":  # as in `test_generated_ids`
+        order = mask.long().argsort(dim=1, descending=True, stable=True)
+        theirs_ids, theirs_mask = ids.gather(1, order), mask.gather(1, order)
+    tokens = torch.full((2, 4 * QUERIES), theirs.config.video_token_id)
+    inputs = {
+        "input_ids": torch.cat([tokens, theirs_ids], dim=1),
+        "attention_mask": torch.cat([torch.ones_like(tokens), theirs_mask.long()], dim=1),
+    }
+    with torch.no_grad():
+        features = ours.vision(film().flatten(0, 1)).unflatten(0, (2, 4))
+        soft = ours.soft_prompts(features, texts)
+        same(soft, theirs.get_video_features(film(), **read, return_dict=True).pooler_output)
+        written = ours.stage2.language_model.generate(
+            *(soft, ids, mask),
+            DecodingConfig(beams=beams, min_tokens=3, max_tokens=12, length_penalty=-1.0),
+            end_id=tokenizer.end_id,
+            pad_id=tokenizer.pad_id,
+        )
+        want = theirs.generate(
+            film(),
+            **inputs,
+            **read,
+            do_sample=False,
+            num_beams=beams,
+            min_new_tokens=3,
+            max_new_tokens=12,
+            eos_token_id=tokenizer.end_id,
+            pad_token_id=tokenizer.pad_id,
+            **({"length_penalty": -1.0} if beams > 1 else {}),
+        )
+    skip = 1 if kind == "video-t5" else 4 * QUERIES + ids.shape[1]
+    assert torch.equal(written, want[:, skip:])

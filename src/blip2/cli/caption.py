@@ -9,19 +9,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip2.cli.options import Commands, add_beams, add_json, add_model, add_shots
+from blip2.cli.options import Commands, add_beams, add_frames, add_json, add_model, add_shots
 from blip2.errors import DataError, RunError, os_error_as
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from blip2.configs import DecodingConfig
 
 _START = b'{"image": "'  # of every line of a captions file
 
 
 def add_parser(commands: Commands) -> None:
     """`blip2 caption`."""
-    caption = commands.add_parser("caption", help="caption images or folders of images")
-    caption.add_argument("images", nargs="+", metavar="IMAGE|FOLDER")
+    caption = commands.add_parser("caption", help="caption images, films or folders of images")
+    caption.add_argument("images", nargs="+", metavar="IMAGE|FILM|FOLDER")
+    caption.add_argument("--together", action="store_true", help="one caption of all that is named, in its order")
+    add_frames(caption)
     caption.add_argument("--prompt", help="text that the caption continues (default: the run's)")
     caption.add_argument("--num", type=int, default=1, help="captions per image (default: %(default)s)")
     caption.add_argument("--min-tokens", type=int, default=8, help="of a caption (default: %(default)s)")
@@ -50,6 +54,8 @@ def run(options: argparse.Namespace) -> int:
 
     fields = ("beams", "num", "min_tokens", "max_tokens", "repetition_penalty", "sample", "top_p", "rerank")
     decoding = DecodingConfig(**{name: getattr(options, name) for name in fields})
+    if options.together:
+        return _caption_together(options, decoding)
     files = find_images(options.images)
     paths = [str(path) for path in files.paths]
     todo = not_done(paths, options)
@@ -63,10 +69,11 @@ def run(options: argparse.Namespace) -> int:
     from blip2.inference.loading import load_model
 
     model, _ = load_model(options)
+    model.frames = options.frames or model.frames
     examples = Examples(model, shots) if shots else ()
     failed: list[str] = []
     with tqdm(total=len(todo), unit="image", desc="captioning", disable=len(todo) < 2) as bar:
-        for names, images in batches(todo, options.batch, failed):
+        for names, images in batches(todo, options.batch, model.frames, failed):
             answers = model.caption(images, prompt=options.prompt, decoding=decoding, shots=examples) if images else []
             for name, captions in zip(names, answers, strict=True):
                 write_captions(name, captions if isinstance(captions, list) else [captions], options)
@@ -84,15 +91,35 @@ def _say(note: str) -> None:
         print(note, file=sys.stderr)
 
 
-def batches(paths: list[str], size: int, failed: list[str]) -> Iterator[tuple[list[str], list[Image.Image]]]:
-    """Paths and their images, `size` at a time; a line for each that cannot be read is added to `failed`."""
-    from blip2.data.images import open_image
+def _caption_together(options: argparse.Namespace, decoding: DecodingConfig) -> int:
+    """One caption of several images, films and folders of frames."""
+    from blip2.data.few_shot import read_shots
+    from blip2.data.film import FRAMES, open_sample
+    from blip2.errors import ConfigError
+    from blip2.inference.loading import load_model
+
+    if options.out or options.sidecar:
+        raise ConfigError("--together prints one caption: leave out --out and --sidecar")
+    open_sample(options.images, options.frames or FRAMES)
+    shots = read_shots(options.shots) if options.shots else []
+    model, _ = load_model(options)
+    model.frames = options.frames or model.frames
+    captions = model.caption([options.images], prompt=options.prompt, decoding=decoding, shots=shots)[0]
+    write_captions(", ".join(options.images), captions if isinstance(captions, list) else [captions], options)
+    return 0
+
+
+def batches(
+    paths: list[str], size: int, frames: int, failed: list[str]
+) -> Iterator[tuple[list[str], list[list[Image.Image]]]]:
+    """Paths and their images (of a film several), `size` at a time; what cannot be read adds a line to `failed`."""
+    from blip2.data.film import open_sample
 
     names: list[str] = []
-    images: list[Image.Image] = []
+    images: list[list[Image.Image]] = []
     for path in paths:
         try:
-            images.append(open_image(path))
+            images.append(open_sample(path, frames))
         except DataError as error:
             failed.append(str(error))
             continue

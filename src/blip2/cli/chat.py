@@ -1,4 +1,4 @@
-"""`blip2 chat`: questions about one image, one after the other, in a terminal or a pipe."""
+"""`blip2 chat`: questions about an image, several together or a film, one after the other, in a terminal or a pipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from blip2.cli.options import Commands, add_beams, add_model
+from blip2.cli.options import Commands, add_beams, add_frames, add_model
 from blip2.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,8 +24,9 @@ _HELP = "Ask about the image; /caption, /forget the conversation, /quit or Ctrl-
 
 def add_parser(commands: Commands) -> None:
     """`blip2 chat`."""
-    chat = commands.add_parser("chat", help="ask about an image, question after question")
-    chat.add_argument("image")
+    chat = commands.add_parser("chat", help="ask about an image, several images or a film, question after question")
+    chat.add_argument("image", nargs="+", help="image, film (.mp4, .webm, .gif) or folder of frames; several in order")
+    add_frames(chat)
     add_beams(chat)
     chat.add_argument("--max-tokens", type=int, default=20, help="of an answer (default: %(default)s)")
     chat.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is none (default: %(default)s)")
@@ -62,15 +63,17 @@ class Chat:
 def run(options: argparse.Namespace) -> int:
     """Read questions from standard input until it ends."""
     from blip2.configs import DecodingConfig
-    from blip2.data.images import open_image
+    from blip2.data.film import FRAMES, open_sample
     from blip2.inference.loading import load_model
 
-    image = open_image(options.image)
+    open_sample(options.image, options.frames or FRAMES)  # what cannot be read is said before a model is loaded
     model, _ = load_model(options)
+    model.frames = options.frames or model.frames
     decoding = DecodingConfig(
         beams=options.beams, min_tokens=1, max_tokens=options.max_tokens, repetition_penalty=options.repetition_penalty
     )
-    chat = Chat(model, model.features([image]), decoding)
+    _, features = next(model.sample_batches([options.image]))
+    chat = Chat(model, features, decoding)
     if sys.stdin.isatty():
         print(_HELP, file=sys.stderr)
     for line in _lines():

@@ -54,6 +54,13 @@ def add_beams(command: argparse.ArgumentParser) -> None:
     command.add_argument("--beams", type=int, default=5, help="beam width (default: %(default)s)")
 
 
+def add_frames(command: argparse.ArgumentParser) -> None:
+    """`--frames`."""
+    command.add_argument(
+        "--frames", type=int, metavar="N", help="images of a film (default: the run's vision.frames, else 4)"
+    )
+
+
 def add_shots(command: argparse.ArgumentParser) -> None:
     """`--shots`, examples from a file."""
     command.add_argument(

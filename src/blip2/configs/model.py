@@ -73,6 +73,8 @@ class QFormerConfig:
         instruction: stage 2: what the Q-Former reads beside the queries, through the text branch of stage 1: the
             `prompt`, as the language model reads it (InstructBLIP, arXiv 2305.06500), or the bare `question`
             without its template (BLIP-2's VQA, section 4.3); None: only the language model reads text.
+        image_places: stage 2: learned marks for the place of an image in a sample of several, for up to so many images,
+            added to its soft prompts; 0 has none.
         bridge: `qformer`, or `linear`: one linear layer on image tokens averaged down to a square of
             `queries`, without a Q-Former (the baseline of `blip2 ablate`; stage 2 only).
     """
@@ -87,6 +89,7 @@ class QFormerConfig:
     text_pool: str = "cls"
     lock_text: bool = False
     instruction: str | None = None
+    image_places: int = 0
     bridge: str = "qformer"
 
     def __post_init__(self) -> None:
@@ -96,6 +99,7 @@ class QFormerConfig:
             init=given("a BERT-type checkpoint name or folder"),
             queries=at_least(1),
             max_text=at_least(4),
+            image_places=at_least(0),
         )
         check(
             self,
@@ -123,6 +127,8 @@ class LanguageConfig:
             folder, or a hub id; decoder-only or encoder-decoder.
         prompt: text between the soft prompts and the caption, part of the input, never of the loss.
         question: template of a question; `{}` is replaced.
+        image_mark: text in front of the soft prompts of each image in a sample of several, with its number for `{}`
+            (`Image {}:`); None has none.
         start: text of the special token in front of every prompt of a decoder-only model, in place of the
             tokenizer's own (`</s>` for LAVIS's Vicuna).
         end: text that ends a caption; None takes the model's own end token ("\\n" for OPT).
@@ -134,6 +140,7 @@ class LanguageConfig:
     name: str = "smollm2-135m"
     prompt: str = "a photo of"
     question: str = "Question: {} Answer:"
+    image_mark: str | None = None
     start: str | None = None
     end: str | None = None
     max_text: int = 32

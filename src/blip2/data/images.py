@@ -11,10 +11,11 @@ import re
 import struct
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ _LONGEST = 16
 _BROKEN_EXIF = (SyntaxError, ValueError, TypeError, KeyError, IndexError, OSError, struct.error)
 # `warnings.catch_warnings` changes the whole process; views are made in several threads.
 _WARNINGS = threading.Lock()
+T = TypeVar("T")
 # An image as users hand it over.
 ImageLike = str | Path | bytes | Image.Image
 
@@ -75,20 +77,28 @@ def open_image(image: ImageLike) -> Image.Image:
         raise DataError(f"{name}: {error.reason}") from error
 
 
-def listed(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
+def listed(images: Any) -> list[Any]:
     """One image or several, as a list."""
     if isinstance(images, str | Path | bytes | Image.Image):
         return [images]
     return list(images)
 
 
-def distinct(images: list[ImageLike]) -> tuple[list[ImageLike], list[int]]:
-    """Images without repeats (by path, content or identity), and for each image given its position among them."""
-    keys = [id(image) if isinstance(image, Image.Image) else image for image in images]
-    keys = [str(key) if isinstance(key, Path) else key for key in keys]
+def distinct(images: list[T]) -> tuple[list[T], list[int]]:
+    """Images without repeats (by path, content or identity), and for each image given its position among them.
+
+    A list of images, which belong together, counts as one.
+    """
+    keys = [_key(image) for image in images]
     by_key = dict(zip(reversed(keys), reversed(images), strict=True))  # of equal ones the first
     positions = {key: position for position, key in enumerate(dict.fromkeys(keys))}
     return [by_key[key] for key in positions], [positions[key] for key in keys]
+
+
+def _key(image: object) -> object:
+    if isinstance(image, list | tuple):
+        return tuple(map(_key, image))
+    return id(image) if isinstance(image, Image.Image) else str(image) if isinstance(image, Path) else image
 
 
 def decode_image(data: bytes, opened: Callable[[Image.Image], object] | None = None) -> Image.Image:

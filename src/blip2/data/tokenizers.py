@@ -132,6 +132,12 @@ class LanguageTokenizer:
         """How many special tokens stand in front of every text of a decoder-only model (OPT: `</s>`)."""
         return 0 if self.encoder_decoder else len(self._front)
 
+    def marks(self, template: str | None, images: int) -> list[Tensor]:
+        """Ids of the text in front of each of several images, `template` with its number from 1; none without one."""
+        if template is None or images == 1:
+            return []
+        return [torch.tensor(self._plain(template.replace("{}", str(n + 1))), dtype=torch.int64) for n in range(images)]
+
     def prompts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Left-padded prompts for generation: ids and mask [B, T] bool; T may be 0."""
         rows = [self._prompt(text) for text in texts]

@@ -166,7 +166,7 @@ def build_on_meta(config: RunConfig) -> Stage1 | Stage2:
         if config.qformer.bridge == "qformer":
             text = config.qformer.instruction is not None
             between = build_qformer(config.qformer, encoder.width, bert, text=text, head=False)
-        model = Stage2(between, language_model_from_config(language), encoder)
+        model = Stage2(between, language_model_from_config(language), encoder, places=config.qformer.image_places)
         if config.lora.rank:
             add_lora(model.language_model, config.lora)
         return model.train()

@@ -82,9 +82,8 @@ class Examples:
         return embeds
 
     def _require_room(self, length: int) -> None:
-        """Positions are learned or rotated up to a number that the model's config names, if any."""
-        room = getattr(self.language_model.model.config, "max_position_embeddings", None)
-        if room is not None and not self.language_model.encoder_decoder and length >= room:
+        room = self.language_model.room
+        if room is not None and length >= room:
             raise ConfigError(
                 f"{len(self.shots)} shots are {length} tokens, and the language model reads {room}: give fewer"
             )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from blip2.configs import DecodingConfig
+from blip2.data.film import SampleLike
 from blip2.data.images import ImageLike, distinct, listed, open_image
 from blip2.errors import ConfigError
 from blip2.explain.attention import Attention, attend
@@ -46,14 +47,14 @@ class Blip2(LoadedModel):
 
     def caption(
         self,
-        images: ImageLike | Sequence[ImageLike],
+        images: ImageLike | Sequence[SampleLike],
         *,
         prompt: str | None = None,
         decoding: DecodingConfig | None = None,
         shots: Examples | Sequence[ShotLike] = (),
         **options: Any,
     ) -> list[Any]:
-        """Captions of B images.
+        """Captions of B images, films (`clip.mp4`, drawn as `frames` images) or lists of images that belong together.
 
         Args:
             prompt: text that the caption continues; None takes the run's.
@@ -68,16 +69,35 @@ class Blip2(LoadedModel):
         config, examples = decoding or DecodingConfig(**options), self._examples(shots)
         if examples and config.rerank:
             raise ConfigError(f"rerank is {config.rerank}: it must be 0 with examples in front of the images")
-        captions = [
-            texts
-            for features in self.batches(images, apart=True)
-            for texts in self.caption_features(features, prompt, config, examples)
-        ]
+        samples = listed(images)
+        captions: list[list[str]] = [[] for _ in samples]
+        for positions, features in self.sample_batches(samples):
+            own = self.caption_features(features, prompt, config, examples)
+            for position, texts in zip(positions, own, strict=True):
+                captions[position] = texts
         return captions if config.num > 1 else [texts[0] for texts in captions]
+
+    def answer(
+        self,
+        images: SampleLike,
+        question: str,
+        *,
+        decoding: DecodingConfig | None = None,
+        shots: Examples | Sequence[ShotLike] = (),
+        **options: Any,
+    ) -> str:
+        """The answer to one question about one image, one film, or several images together, in their order.
+
+            model.answer(["before.jpg", "after.jpg"], "What has changed?")
+            model.answer("clip.mp4", "What happens?")
+
+        See `ask` for the options.
+        """
+        return self.ask([images], question, decoding=decoding, shots=shots, **options)[0]
 
     def ask(
         self,
-        images: ImageLike | Sequence[ImageLike],
+        images: ImageLike | Sequence[SampleLike],
         questions: str | Sequence[str],
         *,
         decoding: DecodingConfig | None = None,
@@ -85,6 +105,8 @@ class Blip2(LoadedModel):
         **options: Any,
     ) -> list[str]:
         """Answers to one question per image (or one question about all).
+
+        In place of an image, a film (`clip.mp4`, drawn as `frames` images) or a list of images that belong together.
 
         An image that comes several times is encoded once, and its soft prompts are read once for all
         its questions by a decoder-only language model.
@@ -104,16 +126,16 @@ class Blip2(LoadedModel):
         else:
             unique, image_of = distinct(images)
         answers = [""] * len(questions)
-        for number, features_BPC in enumerate(self.batches(unique, apart=True)):
-            start = number * self.batch
-            own = questions[start : start + self.batch]  # of these images, where the Q-Former reads instructions
+        for positions, features_BPC in self.sample_batches(unique):
+            own = [questions[image] for image in positions]  # of these images, where the Q-Former reads instructions
             soft_BQH = self.soft_prompts(features_BPC, own, prompts=[self._question_prompt(text) for text in own])
-            rows = [n for n, image in enumerate(image_of) if start <= image < start + self.batch]
+            place = {image: n for n, image in enumerate(positions)}
+            rows = [n for n, image in enumerate(image_of) if image in place]
             for first in range(0, len(rows), _QUESTIONS * self.batch):
                 part = rows[first : first + _QUESTIONS * self.batch]
-                used = sorted({image_of[n] - start for n in part})
+                used = sorted({place[image_of[n]] for n in part})
                 prompts = [self._question_prompt(questions[n]) for n in part]
-                places = [used.index(image_of[n] - start) for n in part]
+                places = [used.index(place[image_of[n]]) for n in part]
                 texts = self._generate(soft_BQH[used], prompts, config, places, examples)
                 for n, (best, *_) in zip(part, texts, strict=True):
                     answers[n] = best
@@ -121,7 +143,7 @@ class Blip2(LoadedModel):
 
     def ask_many(
         self,
-        images: ImageLike | Sequence[ImageLike],
+        images: ImageLike | Sequence[SampleLike],
         questions: Sequence[str],
         *,
         decoding: DecodingConfig | None = None,
@@ -135,7 +157,7 @@ class Blip2(LoadedModel):
 
     def rank_answers(
         self,
-        images: ImageLike | Sequence[ImageLike],
+        images: ImageLike | Sequence[SampleLike],
         questions: str | Sequence[str],
         candidates: Sequence[str],
     ) -> list[str]:
@@ -146,13 +168,14 @@ class Blip2(LoadedModel):
         self._require_language_model()
         images = listed(images)
         questions = _paired(questions, len(images), "questions")
-        best: list[str] = []
-        for features_BPC in self.batches(images, apart=True):
-            part = questions[len(best) : len(best) + self.batch]
+        best = [""] * len(images)
+        for positions, features_BPC in self.sample_batches(images):
+            part = [questions[image] for image in positions]
             prompts = [self._question_prompt(text) for text in part]
             soft_BQH = self.soft_prompts(features_BPC, part, prompts=prompts)
             scores = [self._log_likelihood(soft_BQH, prompts, [text] * len(prompts)) for text in candidates]
-            best += [candidates[n] for n in to_list(torch.stack(scores).argmax(dim=0))]
+            for image, candidate in zip(positions, to_list(torch.stack(scores).argmax(dim=0)), strict=True):
+                best[image] = candidates[candidate]
         return best
 
     def log_likelihood(
@@ -193,6 +216,8 @@ class Blip2(LoadedModel):
         Args:
             prompt: of all images, or one per image; None takes the run's.
         """
+        if features_BPC.ndim == 4 and (config.rerank or self.stage2 is None):
+            raise ConfigError("several images or a film: captions of them need a stage 2 and no rerank")
         if config.rerank:
             wide = replace(config, rerank=0, num=config.rerank, beams=max(config.beams, config.rerank))
             captions = self.caption_features(features_BPC, prompt, wide)
@@ -247,6 +272,7 @@ class Blip2(LoadedModel):
         assert self.stage2 is not None
         tokenizer = self.language_tokenizer
         ids_NT, mask_NT = (x.to(self.device) for x in tokenizer.prompts(prompts))
+        self._require_room(soft_BQH.shape[1], ids_NT.shape[1], config)
         if examples and tokenizer.front:  # a sequence begins once, with the first example
             mask_NT = mask_NT & (mask_NT.cumsum(dim=1) > tokenizer.front)
         if image_of_prompt == list(range(len(soft_BQH))):
@@ -260,6 +286,16 @@ class Blip2(LoadedModel):
         )
         texts = [tokenizer.decode(row) for row in to_list(ids)]
         return [texts[n : n + config.num] for n in range(0, len(texts), config.num)]
+
+    def _require_room(self, soft: int, text: int, config: DecodingConfig) -> None:
+        """Refuse images that leave the language model no room for an answer."""
+        assert self.stage2 is not None
+        room, queries = self.stage2.language_model.room, self.config.qformer.queries
+        if room is not None and soft > queries and soft + text + max(config.min_tokens, 1) > room:
+            raise ConfigError(
+                f"{soft // queries} images are {soft} tokens and the text {text}: the language model reads {room} in "
+                "all: give fewer images, or draw fewer frames of a film"
+            )
 
     def _caption_with_qformer(self, features_BPC: Tensor, config: DecodingConfig) -> list[str]:
         tokenizer, qformer = self.text_tokenizer, self.stage1.qformer

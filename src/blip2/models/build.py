@@ -105,7 +105,7 @@ def build_stage2(
         text = config.qformer.instruction is not None
         qformer = load_qformer(config.qformer, vision.width, text=text, head=False, start=start)
     language_model = language_model or load_language_model(config.language, device=device)
-    model = Stage2(qformer, language_model, vision, norm_eps=config.vision.norm_eps)
+    model = Stage2(qformer, language_model, vision, norm_eps=config.vision.norm_eps, places=config.qformer.image_places)
     if config.lora.rank:
         add_lora(language_model, config.lora)
     return model

@@ -207,11 +207,8 @@ class Worker:
     def _room(self) -> int:
         """Tokens of prompt and answer that fit behind the soft prompts."""
         assert self.model.stage2 is not None
-        language = self.model.stage2.language_model
-        longest = getattr(language.model.config, "max_position_embeddings", None)
-        if language.encoder_decoder or longest is None:
-            longest = 1024  # relative positions: no bound of its own, but memory
-        return min(int(longest), 4096) - self.queries
+        longest = self.model.stage2.language_model.room or 1024  # without a bound of its own: for its memory
+        return min(longest, 4096) - self.queries
 
     # -- vectors, search, maps -------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from blip2.weights import runs
 from blip2.weights.checkpoint import Checkpoint
 from blip2.weights.formats import open_checkpoint, stage1_behind
 from blip2.weights.loading import (
+    IMAGE_PLACES,
     STAGE1_HEADS,
     STAGE1_ONLY,
     STAGE2_ONLY,
@@ -115,7 +116,13 @@ def _allowed(start: Checkpoint, config: RunConfig) -> Allowed:
     encoder = () if any(name.startswith(VISION) for name in start.tensors) else (VISION,)
     return Allowed(
         left_out=(STAGE1_HEADS if config.qformer.instruction else STAGE1_ONLY) if onwards else (),
-        fresh=(*start.allowed.fresh, *(STAGE2_ONLY if onwards else ()), *new_adapters(start.tensors), *encoder),
+        fresh=(
+            *start.allowed.fresh,
+            *(STAGE2_ONLY if onwards else ()),
+            *new_adapters(start.tensors),
+            *encoder,
+            IMAGE_PLACES,
+        ),
         adapt=True,
     )
 

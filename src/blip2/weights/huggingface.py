@@ -34,11 +34,9 @@ def open_huggingface(source: str, folder: Path) -> Checkpoint:
     theirs = open_folder(folder)
     theirs_by_ours = names.huggingface(names.depth_of(theirs), instruct=config.model_type != "blip-2")
     tensors = names.renamed(theirs, theirs_by_ours, (*names.HF_TOWERS, *names.HF_IGNORED), source)
-    allowed = Allowed()
-    if "language_proj.weight" not in tensors:
-        side = folder / SIDE_FILE
-        tensors |= open_safetensors(side) if side.is_file() else {}
-        allowed = Allowed(fresh=names.HF_WITHOUT)
+    side = folder / SIDE_FILE
+    tensors |= open_safetensors(side) if side.is_file() else {}
+    allowed = Allowed() if "language_proj.weight" in tensors else Allowed(fresh=names.HF_WITHOUT)
     try:
         run = _side_config(folder) or _huggingface_config(config, str(folder), tensors)
     except ConfigError as error:

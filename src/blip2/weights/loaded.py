@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from blip2.configs import RunConfig
+from blip2.data.film import FRAMES, SampleLike, open_sample
 from blip2.data.images import ImageLike, ImageSpec, listed, open_image, plain_view
 from blip2.data.tokenizers import InstructionReader, LanguageTokenizer, QFormerTokenizer, clean_caption
 from blip2.errors import ConfigError
@@ -33,6 +34,9 @@ StageT = TypeVar("StageT", Stage1, Stage2)
 
 class LoadedModel:
     """One stage or both, and what feeds them.
+
+    Attributes:
+        frames: images that a film is drawn as, from `vision.frames`.
 
     Args:
         config: of the run.
@@ -64,6 +68,7 @@ class LoadedModel:
         if main is None or not isinstance(main.vision, VisionEncoder):
             raise ConfigError("a model needs a stage and its image encoder")
         self.vision = main.vision
+        self.frames = config.vision.frames or FRAMES
         self.device = main.ln_vision.weight.device
 
     @property
@@ -142,6 +147,31 @@ class LoadedModel:
             views = [plain_view(open_image(image), self.image_spec) for image in images[start : start + self.batch]]
             yield self.encode(views, apart=apart)
 
+    def sample_batches(self, samples: Sequence[SampleLike]) -> Iterator[tuple[list[int], Tensor]]:
+        """Features of samples, which may have several images or a film each, where they are encoded `apart`.
+
+        Samples with equally many images go together, up to `batch` images at a time.
+
+        Yields:
+            Positions of samples, and their features [B, P, C], or [B, I, P, C] of I images each.
+        """
+        waiting: dict[int, list[tuple[int, list[Tensor]]]] = {}
+
+        def encoded(images: int) -> tuple[list[int], Tensor]:
+            positions, views = zip(*waiting.pop(images), strict=True)
+            parts = [self.encode(part, apart=True) for part in _parts([v for own in views for v in own], self.batch)]
+            features = torch.cat(parts)
+            return list(positions), features if images == 1 else features.unflatten(0, (-1, images))
+
+        for position, sample in enumerate(samples):
+            views = [plain_view(image, self.image_spec) for image in open_sample(sample, self.frames)]
+            group = waiting.setdefault(len(views), [])
+            group.append((position, views))
+            if len(group) >= max(1, self.batch // len(views)):
+                yield encoded(len(views))
+        for images in list(waiting):
+            yield encoded(images)
+
     def text_ids(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask [N, T] of captions for the Q-Former, cleaned where its training cleaned them."""
         ids, mask = self.text_tokenizer([clean_caption(text) for text in texts] if self.config.data.clean else texts)
@@ -163,7 +193,7 @@ class LoadedModel:
     def soft_prompts(
         self, features_BPC: Tensor, questions: Sequence[str] | None = None, *, prompts: Sequence[str] | None = None
     ) -> Tensor:
-        """Soft prompts [B, Q, H] of stage 2.
+        """Soft prompts [B, Q, H] of stage 2, from features [B, P, C] or [B, I, P, C] of I images each.
 
         Args:
             questions: one per image, for a Q-Former that reads them; None for captions.
@@ -174,7 +204,20 @@ class LoadedModel:
         texts, reader = questions if prompts is None else prompts, self.instruction_reader
         read = None if reader is None or texts is None else reader(texts, questions)
         with torch.no_grad():
-            return self.stage2.soft_prompts(features_BPC, *(x.to(self.device) for x in read or ()))
+            return self.stage2.soft_prompts(
+                features_BPC, *(x.to(self.device) for x in read or ()), marks=self.image_marks(features_BPC)
+            )
+
+    def image_marks(self, features_BPC: Tensor) -> list[Tensor]:
+        """Ids of the text in front of each of the images of a sample; empty for one image, or without such text."""
+        template = self.config.language.image_mark
+        if features_BPC.ndim == 3 or template is None:
+            return []
+        return self.language_tokenizer.marks(template, features_BPC.shape[1])
+
+
+def _parts(views: list[Tensor], size: int) -> Iterator[list[Tensor]]:
+    return (views[n : n + size] for n in range(0, len(views), size))
 
 
 def cast(stage: StageT, dtype: torch.dtype) -> StageT:

@@ -22,8 +22,9 @@ STAGE1_HEADS = ("qformer.head.", "vision_proj.", "text_proj.", "itm_head.", "tem
 STAGE1_ONLY = (TEXT_EMBEDDINGS, *STAGE1_HEADS)
 # The frozen tower that may have adapters, which are all that is ever saved of it.
 ADAPTED = ("language_model.",)
-# What stage 2 adds.
-STAGE2_ONLY = ("language_proj.", *ADAPTED)
+# What stage 2 adds. The marks for the place of an image are new wherever a run adds them.
+IMAGE_PLACES = "image_places"
+STAGE2_ONLY = ("language_proj.", IMAGE_PLACES, *ADAPTED)
 # Tensors of a row per word or per query: another number of rows is adapted where that is allowed.
 _BY_ROWS = {
     "qformer.embeddings.word.weight": "words",

@@ -16,7 +16,7 @@ from blip2.models.stage1 import Stage1
 from blip2.models.towers import TOWERS
 from blip2.weights import names
 from blip2.weights.checkpoint import Checkpoint
-from blip2.weights.loading import VISION, compare
+from blip2.weights.loading import IMAGE_PLACES, VISION, compare
 
 
 def require_complete(checkpoint: Checkpoint) -> None:
@@ -61,6 +61,8 @@ def _trained(checkpoint: Checkpoint) -> dict[str, Tensor]:
         hidden = _shape(checkpoint, "language_proj.weight", 2)[0]
         norm, projection = torch.nn.LayerNorm(width), torch.nn.Linear(inner, hidden)
         state |= {f"ln_vision.{name}": value for name, value in norm.state_dict().items()}
+        if settings.image_places:
+            state[IMAGE_PLACES] = torch.empty(settings.image_places, hidden)
         return state | {f"language_proj.{name}": value for name, value in projection.state_dict().items()}
 
 

@@ -114,6 +114,16 @@ class LanguageModel(nn.Module):
         return out
 
     @property
+    def room(self) -> int | None:
+        """Tokens that a decoder-only model reads and writes in all, soft prompts included; None: no bound of its own.
+
+        Positions are learned or rotated up to a number that the model's config names; an encoder-decoder's are
+        relative.
+        """
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        return None if self.encoder_decoder or longest is None else int(longest)
+
+    @property
     def compiled(self) -> bool:
         """Whether its blocks run compiled while training."""
         return bool(self._compiled)

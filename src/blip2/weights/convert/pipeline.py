@@ -163,6 +163,8 @@ def require_possible(checkpoint: Checkpoint, target: Path, to: Format | Literal[
     what = next((what for what, used in unsupported.items() if used), None)
     if to in ("hf", "lavis") and what is not None:
         raise CheckpointError(f"{checkpoint.source}: {what}, for which BLIP-2 of transformers and LAVIS has no place")
+    if to == "lavis" and settings.image_places:
+        raise CheckpointError(f"{checkpoint.source}: learned marks of an image's place, for which LAVIS has no place")
     if to == "lavis" and has_adapters(checkpoint):
         raise CheckpointError(
             f"{checkpoint.source}: LAVIS files hold no language model, so its LoRA adapters have no place; "
