@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
+from transformers import (
+    Blip2ForConditionalGeneration,
+    InstructBlipForConditionalGeneration,
+    InstructBlipVideoForConditionalGeneration,
+)
 
 import blip2
 from blip2.cli.main import main
@@ -146,6 +150,46 @@ def test_questions_enter_the_qformer(
         torch.testing.assert_close(model.soft_prompts(model.vision(pixels), ["a dog"]), want, rtol=1e-4, atol=1e-4)
     copy = blip2.convert(run, tmp_path / "copy", "blip2").target
     assert read_safetensors(copy / runs.WEIGHTS).keys() == after.keys()
+
+
+def test_instruction_tuning_on_images_and_films(
+    hf: HF, bridges: dict[str, Path], pictures: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """A stage 2 becomes an InstructBLIP: prompts of captions and questions enter the Q-Former, with several images."""
+    frames = [Image.new("RGB", (40, 40), color) for color in COLORS]
+    frames[0].save(pictures / "film.gif", save_all=True, append_images=frames[1:])
+    asked = {"captions": ["two cats on the grass"], "qa": [{"question": "what is it", "answers": ["a bird"]}]}
+    sources = [
+        {"image": "0.png"},
+        {"images": ["1.png", "2.png"]},
+        {"video": "film.gif"},
+        {"images": ["3.png", "4.png"]},
+    ]
+    lines = [json.dumps({**source, **asked}) for source in sources]
+    (pictures / "several.jsonl").write_text("\n".join(lines))
+    data = ["--data", str(pictures / "several.jsonl"), "--data.dev", str(pictures / "several.jsonl")]
+    run, more = tmp_path / "run", ["--optim.lr", "1e-3", "--qformer.image_places", "4", "--vision.token_drop", "0"]
+    more += ["--data.texts_per_image", "2", "--vision.frames", "4", *data]
+    assert main(command("instruct", hf, pictures, run, bridges["stage2"], *more)) == 0
+    assert f"text branch from {bridges['stage1']}" in capsys.readouterr().err
+    after = weights(run)
+    assert after["image_places"].abs().max(dim=1).values.gt(0).all()
+    model = blip2.load(run, dtype="fp32")
+    film = str(pictures / "film.gif")
+    options = {"beams": 2, "min_tokens": 2, "max_tokens": 6}
+    assert isinstance(model.answer(film, "what is it", **options), str)
+    shown = json.loads((run / "samples" / "step-000002.json").read_text())
+    assert len(shown) == 2
+    # it is the film model of transformers, and what that has no place for comes back
+    assert any("InstructBlipVideo" in note for note in blip2.convert(run, tmp_path / "hf", "hf").notes)
+    assert InstructBlipVideoForConditionalGeneration.from_pretrained(tmp_path / "hf").config.video_token_id
+    back = open_checkpoint(tmp_path / "hf")
+    assert {n: t.read().tolist() for n, t in back.tensors.items()} == {n: t.tolist() for n, t in after.items()}
+    assert main(["convert", str(run), str(tmp_path / "x.pth"), "--to", "lavis"]) == 2
+    assert "learned marks of an image's place, for which LAVIS has no place" in capsys.readouterr().err
+    # a cache holds no films
+    assert main([*command("instruct", hf, pictures, tmp_path / "c", run, *more), "--data.cache_features", "true"]) == 2
+    assert "they are for stage 2, with --data.cache_features false" in capsys.readouterr().err
 
 
 def test_a_linear_bridge_trains_and_loads(hf: HF, pictures: Path, tmp_path: Path) -> None:

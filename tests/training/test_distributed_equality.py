@@ -26,7 +26,7 @@ from blip2.weights import runs
 from blip2.weights.lazy_tensors import read_safetensors
 
 # What trains, and over what; adapters on quantized weights are for DDP alone.
-KINDS = ("stage1", "stage2", "t5", "stage1+vision", "questions", "shots", "stage2+lora")
+KINDS = ("stage1", "stage2", "t5", "stage1+vision", "questions", "images", "shots", "stage2+lora")
 # Losses of every step and evaluation, what was generated, and the final weights.
 Results = tuple[list[dict[str, float]], list[object], dict[str, torch.Tensor]]
 JOBS = {kind: ("ddp", "fsdp2") for kind in KINDS} | {"stage2+int8": ("ddp",)}
@@ -114,7 +114,11 @@ def batches(step: int, kind: str) -> Iterator[Batch]:
         batch = Batch([str(i) for i in range(BATCH)][part], ids[part], captions[part], features=features[part])
         if kind == "stage1+vision":
             batch.pixels, batch.features = torch.randn(BATCH, 3, 8, 8, generator=g)[part], None
-        if kind == "questions":
+        if kind == "images":  # of other numbers in each process: 9 and 11
+            counts = [1, 3, 2, 3, 1, 1, 4, 5]
+            pictures = torch.randn(sum(counts), 5, 12, generator=g).split(counts)
+            batch.features, batch.images = torch.cat(pictures[part]), counts[part]
+        if kind in ("questions", "images"):
             batch.questions = [" ".join(WORDS[n : n + 2]) for n in starts][part]
         yield batch
         step += 1
@@ -150,8 +154,8 @@ def objective_of(kind: str, out: Path, sharded: bool):
         model = Stage1(QFormer(**sizes, **text), vision, embed_dim=8)
         return EarlyBackward(Stage1Objective(model, Words(), LossConfig(), seed=0))
     language = language_model(kind, out)
-    if kind == "questions":
-        model = Stage2(QFormer(**sizes, **text, head=False), language)
+    if kind in ("questions", "images"):
+        model = Stage2(QFormer(**sizes, **text, head=False), language, places=5 if kind == "images" else 0)
         asked = LanguageConfig(prompt="", question="{}")
         objective = Stage2Objective(model, Words(), asked, 0, InstructionReader(Words(), "question"))
         return objective if sharded else EarlyBackward(objective)
@@ -167,10 +171,12 @@ def objective_of(kind: str, out: Path, sharded: bool):
 
 
 def run(kind: str, parallel: str, out: Path) -> None:
-    asks = kind == "questions"
+    asks = kind in ("questions", "images")
     config = RunConfig(
         stage="stage1" if kind.startswith("stage1") else "stage2",
-        qformer=QFormerConfig(instruction="question" if asks else None),
+        qformer=QFormerConfig(
+            instruction="question" if asks else None, image_places=5 if kind == "images" else 0
+        ),
         data=DataConfig(texts="questions" if asks else "captions"),
         optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup=1, layer_decay=0.5),
         train=TrainConfig(steps=4, batch=BATCH, save_every=2, eval_every=4, parallel=parallel, precision="fp32"),
@@ -184,14 +190,16 @@ def run(kind: str, parallel: str, out: Path) -> None:
         loss, text = 0.0, []
         for batch in (next(batches(98, kind)), next(batches(99, kind))):
             if not kind.startswith("stage1"):
-                soft, none = model.soft_prompts(batch.features), torch.zeros(BATCH, 0, dtype=torch.int64)
+                alone = batch.features.split(batch.images or [1] * BATCH)
+                soft = model.soft_prompts(torch.cat([features[:1] for features in alone]))
+                none = torch.zeros(BATCH, 0, dtype=torch.int64)
                 decoding = DecodingConfig(beams=2, min_tokens=3, max_tokens=3)
                 text += model.language_model.generate(soft, none, none, decoding, end_id=2, pad_id=0).tolist()
             loss += float(sum(objective(batch, 0).values())) / 2
         return {"loss": loss, "text": text}
 
     out.mkdir(parents=True, exist_ok=True)
-    frozen = [model.language_model] if kind in ("stage2", "t5", "questions", "shots") else []
+    frozen = [model.language_model] if kind in ("stage2", "t5", "questions", "images", "shots") else []
     source = partial(batches, kind=kind)
     trainer = Trainer(objective, source, config, out, device=torch.device("cpu"), frozen=frozen, evaluate=evaluate)
     # FSDP2's processes must run a block equally often, whatever the lengths of their texts

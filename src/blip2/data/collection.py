@@ -51,8 +51,17 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where an image or a film lies; see `Sample`."""
+
+    path: str
+    offset: int = 0
+    size: int = -1
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One image with its texts.
+    """One image with its texts; or several images that belong together, or a film.
 
     Args:
         image_id: samples of the same image share it.
@@ -60,6 +69,8 @@ class Sample:
         domain: part of the data set that it counts for (NoCaps: `in`, `near`, `out`).
         label: name of its class, where the data set has classes.
         path, offset, size: file and bytes that hold the image; offset 0 and size -1 is a whole file.
+        more: the other images of a sample of several, in order.
+        film: whether the file is one (an animated GIF is an image otherwise).
     """
 
     key: str
@@ -70,6 +81,8 @@ class Sample:
     size: int = -1
     questions: tuple[Question, ...] = ()
     domain: str | None = None
+    more: tuple[Place, ...] = ()
+    film: bool = False
     label: str | None = None
 
     def read(self) -> bytes:
@@ -80,6 +93,15 @@ class Sample:
             BadSampleError: an image file is gone, or there are fewer bytes than there were.
         """
         return _read(self.path, self.offset, self.size)
+
+    @property
+    def several(self) -> bool:
+        """Whether it has, or is drawn as, several images."""
+        return self.film or bool(self.more)
+
+    def read_all(self) -> list[bytes]:
+        """The bytes of each of its images, or of the film; raises what `read` does."""
+        return [self.read(), *(_read(place.path, place.offset, place.size) for place in self.more)]
 
 
 @dataclass(frozen=True)

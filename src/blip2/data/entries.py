@@ -56,6 +56,23 @@ def with_usual_names(entry: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
+def image_names(entry: dict[str, Any]) -> list[str]:
+    """The images of a JSON line: of `image`, of the list `images`, or the film of `video`.
+
+    Raises:
+        BadSampleError: none of them, or not as texts.
+    """
+    several = entry.get("images")
+    if several is not None and entry.get("image") is None:
+        if not isinstance(several, list) or not several or not all(isinstance(name, str) and name for name in several):
+            raise BadSampleError("images is not a list of files")
+        return several
+    name = entry.get("image") if entry.get("video") is None else entry["video"]
+    if not isinstance(name, str) or not name:
+        raise BadSampleError("no image")
+    return [name]
+
+
 def to_sample(raw: RawSample) -> Sample:
     """A sample with its texts.
 

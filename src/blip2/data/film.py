@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from blip2.data.collection import BadSampleError
+from blip2.data.collection import BadSampleError, Sample
 from blip2.data.image_files import images_below
 from blip2.data.images import MAX_PIXELS, ImageLike, decode_image, open_image, to_rgb
 from blip2.errors import DataError
@@ -72,6 +72,17 @@ def decode_sample(data: bytes, frames: int = FRAMES) -> list[Image.Image]:
     if data.startswith(_GIF):
         return _gif(data, frames)
     return [decode_image(data)]
+
+
+def read_images(sample: Sample, frames: int) -> list[Image.Image]:
+    """The RGB images of a data set's sample: its image, its images, or `frames` of its film.
+
+    Raises:
+        DataError, BadSampleError: as `Sample.read` and `decode_sample`.
+    """
+    if sample.film:
+        return decode_sample(sample.read(), frames)
+    return [decode_image(data) for data in sample.read_all()]
 
 
 def film_reader(data: bytes) -> str | None:

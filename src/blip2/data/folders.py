@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from blip2.data.collection import BadSample, BadSampleError, Collection, Sample
+from blip2.data.collection import BadSample, BadSampleError, Collection, Place, Sample
 from blip2.data.entries import (
     decode_text,
     image_id_of,
+    image_names,
     lines_of,
     numbered_lines,
     parse_json,
@@ -34,6 +35,8 @@ def read_folder(folder: Path) -> Collection:
 def read_jsonl(path: Path) -> Collection:
     """One object per line: `image` (relative to the file), `captions`, `image_id`, `question`, `answers`.
 
+    In place of `image`, `images` is a list of several that belong together, and `video` a film.
+
     Other usual names are understood (`file_name` and `text`, see `entries.FIELDS`).
 
     Raises:
@@ -44,12 +47,13 @@ def read_jsonl(path: Path) -> Collection:
         key = f"line {number}"
         try:
             entry = with_usual_names(parse_json(line))
-            if not isinstance(entry.get("image"), str):
-                raise BadSampleError("no image")
-            key = str(entry.get("key", f"{number}-{Path(entry['image']).stem}"))
-            image = image_at(path.parent, entry["image"])
+            names = image_names(entry)
+            key = str(entry.get("key", f"{number}-{Path(names[0]).stem}"))
+            image, *more = (image_at(path.parent, name) for name in names)
             texts = texts_of(entry)
-            _not_empty(image)
+            for file in (image, *more):
+                _not_empty(file)
+            texts |= {"more": tuple(Place(str(file)) for file in more), "film": "video" in entry}
             collection.samples.append(Sample(key, image_id_of(entry, str(image)), path=str(image), **texts))
         except BadSampleError as error:
             collection.bad.append(BadSample(key, str(path), error.reason))

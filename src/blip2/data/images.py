@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,12 +47,14 @@ class ImageSpec:
         size: side S in pixels.
         mean, std: of the normalisation, per channel, for values in [0, 1].
         resize: `squash` scales both sides, `crop` scales the shorter and takes the centre.
+        frames: images that a film is drawn as; views of images do not depend on it.
     """
 
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize: str = "squash"
+    frames: int = field(default=4, repr=False, compare=False)
 
 
 def open_image(image: ImageLike) -> Image.Image:
@@ -191,6 +193,11 @@ def decode_augmented(data: bytes, spec: ImageSpec, rng: np.random.Generator, cro
 
     image = decode_image(data, opened)
     return _cropped(image, box or _random_box(*image.size, rng, crop_min), scale, spec, rng)
+
+
+def augmented_view(image: Image.Image, spec: ImageSpec, rng: np.random.Generator, crop_min: float) -> Tensor:
+    """As `decode_augmented`, of an image that is decoded already."""
+    return _cropped(image, _random_box(*image.size, rng, crop_min), 1, spec, rng)
 
 
 def _cropped(

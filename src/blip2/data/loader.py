@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from blip2.data.batch import Batch
 from blip2.data.collection import BadSample, BadSampleError, Collection, Question, Sample
 from blip2.data.feature_cache import FeatureCache
-from blip2.data.images import ImageSpec, decode_augmented, decode_image, plain_view
+from blip2.data.film import read_images
+from blip2.data.images import ImageSpec, augmented_view, decode_augmented, decode_image, plain_view
 from blip2.data.mixture import epoch_order, epoch_size
 from blip2.data.question_generation import questions_from
 from blip2.data.tokenizers import clean_caption
@@ -78,7 +79,11 @@ class TextSampler:
 
 @dataclass(frozen=True)
 class _Item:
-    """One drawn sample: its index, texts (captions, or questions with an answer) and view."""
+    """One drawn sample: its index, texts (captions, or questions with an answer) and view.
+
+    Args:
+        pixels: [3, S, S], or [I, 3, S, S] of several images.
+    """
 
     index: int
     texts: list[Text]
@@ -216,6 +221,18 @@ class TrainingBatches(Dataset["Batch | DataError"]):
                 self._order = epoch, order, None
         return self._order[1], self._order[2]
 
+    def _pixels(self, sample: Sample, spec: ImageSpec, rng: np.random.Generator) -> Tensor:
+        """Its image, or all its images by one crop and flip."""
+        if not self.augment:
+            return _plain_views(sample, spec)
+        if not sample.several:
+            return decode_augmented(sample.read(), spec, rng, self.crop_min)
+        seed = int(rng.integers(1 << 62))
+        images = read_images(sample, spec.frames)
+        return torch.stack(
+            [augmented_view(image, spec, np.random.default_rng(seed), self.crop_min) for image in images]
+        )
+
     def _item(self, place: int, epoch: int, skipped: list[BadSample], turn: tuple[int, ...] = ()) -> _Item:
         """The sample at a place of the usable ones, or the next one that can be decoded.
 
@@ -231,15 +248,31 @@ class TrainingBatches(Dataset["Batch | DataError"]):
                 return _Item(index, texts, None, self.features.get([index], [view])[0])
             assert self.spec is not None
             try:
-                data = sample.read()
-                if self.augment:
-                    pixels = decode_augmented(data, self.spec, rng, self.crop_min)
-                else:
-                    pixels = plain_view(decode_image(data), self.spec)
-                return _Item(index, texts, pixels, None)
+                return _Item(index, texts, self._pixels(sample, self.spec, rng), None)
             except BadSampleError as error:
                 skipped.append(BadSample(sample.key, sample.path, error.reason))
         raise DataError(f"{self.collection.name}: not one image can be decoded; run `blip2 data check` on it")
+
+
+def _plain_views(sample: Sample, spec: ImageSpec) -> Tensor:
+    """Its images without augmentation."""
+    if not sample.several:
+        return plain_view(decode_image(sample.read()), spec)
+    return torch.stack([plain_view(image, spec) for image in read_images(sample, spec.frames)])
+
+
+def require_single_images(collection: Collection) -> None:
+    """Refuse samples of several images or a film, of which stage 1 learns nothing and no cache holds the features.
+
+    Raises:
+        DataError: names the first.
+    """
+    several = next((sample for sample in collection.samples if sample.several), None)
+    if several is not None:
+        raise DataError(
+            f"{collection.name}: {several.key} has several images or a film: they are for stage 2, with "
+            "--data.cache_features false"
+        )
 
 
 def dev_batches(
@@ -270,7 +303,7 @@ def dev_batches(
         else:
             assert spec is not None
             with suppress(BadSampleError):
-                items.append(_Item(index, drawn, plain_view(decode_image(sample.read()), spec), None))
+                items.append(_Item(index, drawn, _plain_views(sample, spec), None))
         if len(items) == batch:
             yield _collate(collection, numbers, items, texts)
             items = []
@@ -281,17 +314,19 @@ def dev_batches(
 def _collate(
     collection: Collection, image_numbers: list[int], items: list[_Item], texts: str, skipped: Sequence[BadSample] = ()
 ) -> Batch:
-    pixels = [item.pixels for item in items if item.pixels is not None]
+    pixels = [item.pixels if item.pixels.ndim == 4 else item.pixels[None] for item in items if item.pixels is not None]
+    several = any(len(views) > 1 for views in pixels)
     features = [item.features for item in items if item.features is not None]
     pairs = [text for nth in zip(*(item.texts for item in items), strict=True) for text in nth]
     return Batch(
         [collection.samples[item.index].key for item in items],
         torch.tensor([image_numbers[item.index] for item in items]),
         [caption for caption, _ in pairs],
-        torch.stack(pixels) if pixels else None,
+        torch.cat(pixels) if pixels else None,
         torch.stack(features) if features else None,
         list(skipped),
         [question or "" for _, question in pairs] if texts != "captions" else None,
+        [len(views) for views in pixels] if several else None,
     )
 
 

@@ -95,7 +95,7 @@ def unused_parameters(config: RunConfig) -> bool:
     A stage-1 loss is left out, or the last layer of a text branch whose outputs nobody uses.
     """
     if config.stage == "stage2":
-        return config.qformer.instruction is not None
+        return config.qformer.instruction is not None or config.qformer.image_places > 0
     return not (config.loss.itc and config.loss.itm and config.loss.itg)
 
 

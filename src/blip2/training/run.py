@@ -18,7 +18,7 @@ from blip2 import __version__
 from blip2.configs import RunConfig
 from blip2.data.collection import Collection
 from blip2.data.feature_cache import FeatureCache
-from blip2.data.loader import TrainingBatches
+from blip2.data.loader import TrainingBatches, require_single_images
 from blip2.data.sources import open_collection
 from blip2.inference import Blip2
 from blip2.io.atomic import write_json
@@ -151,6 +151,9 @@ def _feature_caches(
 ) -> tuple[FeatureCache | None, FeatureCache | None]:
     """Feature caches of train and dev; one process builds, the others wait at its lock and open."""
     config = user.config
+    if config.data.cache_features or config.stage == "stage1":
+        for collection in filter(None, (data, dev)):
+            require_single_images(collection)
     if not config.data.cache_features:
         return None, None
 

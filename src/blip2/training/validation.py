@@ -15,7 +15,7 @@ from blip2.configs import DecodingConfig
 from blip2.data.batch import Batch
 from blip2.data.collection import BadSampleError, Collection, Sample
 from blip2.data.feature_cache import FeatureCache
-from blip2.data.images import decode_image
+from blip2.data.film import read_images
 from blip2.data.loader import dev_batches
 from blip2.inference import Blip2
 from blip2.io.atomic import write_json
@@ -102,14 +102,23 @@ class DevEvaluator:
         with torch.no_grad():
             return self.model.vision(batch.pixels.to(self.model.device))
 
-    def _texts(self, batch: Batch, features_BPC: Tensor, count: int) -> list[dict[str, Any]]:
-        """Captions or answers of the first `count` images of a batch, with their references."""
-        keys, features, limits = batch.keys[:count], features_BPC[:count], self.config.eval
+    def _texts(self, batch: Batch, features_MPC: Tensor, count: int) -> list[dict[str, Any]]:
+        """Captions or answers of the first `count` samples of a batch, with their references."""
+        entries: dict[int, dict[str, Any]] = {}
+        for rows, features in batch.groups(features_MPC):
+            own = [row for row in rows if row < count]
+            if own:
+                entries |= zip(own, self._texts_of(batch, own, features[: len(own)]), strict=True)
+        return [entries[row] for row in sorted(entries)]
+
+    def _texts_of(self, batch: Batch, rows: list[int], features: Tensor) -> list[dict[str, Any]]:
+        """Those of samples with equally many images."""
+        keys, limits = [batch.keys[row] for row in rows], self.config.eval
         if batch.questions is None:
             decoding = DecodingConfig(beams=limits.beams, min_tokens=limits.min_tokens, max_tokens=limits.max_tokens)
             captions = self.model.caption_features(features, None, decoding)
             return [_entry(key, text[0], self.by_key[key].captions) for key, text in zip(keys, captions, strict=True)]
-        questions = batch.questions[:count]
+        questions = [batch.questions[row] for row in rows]
         prompts = [self.config.language.question.format(question) for question in questions]
         decoding = DecodingConfig.for_answers(beams=limits.beams)
         answers = self.model.generate(features, prompts, decoding, questions=questions)
@@ -191,7 +200,7 @@ def _entry(key: str, text: str, references: Sequence[str]) -> dict[str, Any]:
 def write_thumbnail(sample: Sample, target: Path) -> None:
     """Write a small JPEG of a sample for the report, unless the image can no longer be read."""
     try:
-        image = decode_image(sample.read())
+        image = read_images(sample, 1)[0]
     except BadSampleError:
         return
     image.thumbnail((THUMB, THUMB))

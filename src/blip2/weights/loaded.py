@@ -120,7 +120,7 @@ class LoadedModel:
     def image_spec(self) -> ImageSpec:
         """Size, normalisation and resizing that the image encoder expects."""
         vision = self.vision
-        return ImageSpec(vision.size, vision.mean, vision.std, self.config.vision.resize)
+        return ImageSpec(vision.size, vision.mean, vision.std, self.config.vision.resize, self.frames)
 
     def features(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
         """Features [B, P, C] of the frozen image encoder."""

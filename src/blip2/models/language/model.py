@@ -129,7 +129,14 @@ class LanguageModel(nn.Module):
         return bool(self._compiled)
 
     def decoder_loss(
-        self, prompt_BQH: Tensor, ids_NT: Tensor, mask_NT: Tensor, labels_NT: Tensor, *, reduction: Reduction = "mean"
+        self,
+        prompt_BQH: Tensor,
+        ids_NT: Tensor,
+        mask_NT: Tensor,
+        labels_NT: Tensor,
+        *,
+        prompt_mask_BQ: Tensor | None = None,
+        reduction: Reduction = "mean",
     ) -> Tensor:
         """Cross-entropy of the labelled tokens after the soft prompts, in float32; decoder-only.
 
@@ -143,6 +150,7 @@ class LanguageModel(nn.Module):
             ids_NT: right-padded texts, N a multiple of B: text n is about image n mod B.
             mask_NT: 1 or True on real tokens.
             labels_NT: bool, True on the tokens to predict.
+            prompt_mask_BQ: bool, False on padding in front of the soft prompts of rows that have fewer; None: none has.
             reduction: `mean` over all targets, or `none`.
 
         Returns:
@@ -152,12 +160,15 @@ class LanguageModel(nn.Module):
         B, N = len(prompt_BQH), len(ids_NT)
         if N % B:
             raise ValueError(f"{N} texts for the soft prompts of {B} images: text n is about image n mod {B}")
-        loss_M = self._shared_losses(prompt_BQH, ids_NT, mask_NT, labels_NT) if N > B else None
+        shared = N > B and prompt_mask_BQ is None
+        loss_M = self._shared_losses(prompt_BQH, ids_NT, mask_NT, labels_NT) if shared else None
         if loss_M is None:
             prompt_NQH = prompt_BQH.repeat(N // B, 1, 1)
+            real_NQ = None if prompt_mask_BQ is None else prompt_mask_BQ.repeat(N // B, 1)
 
             def part(g: Tensor, n: int) -> Tensor:
-                return self._target_losses(prompt_NQH[g], *(x[g, :n] for x in (ids_NT, mask_NT, labels_NT)))
+                real_BQ = None if real_NQ is None else real_NQ[g]
+                return self._target_losses(prompt_NQH[g], real_BQ, *(x[g, :n] for x in (ids_NT, mask_NT, labels_NT)))
 
             loss_M = self._in_groups(prompt_BQH.shape[1], mask_NT, labels_NT, part)
         return loss_M.mean() if reduction == "mean" else loss_M
@@ -170,6 +181,7 @@ class LanguageModel(nn.Module):
         dec_ids_BT: Tensor,
         dec_mask_BT: Tensor,
         *,
+        prompt_mask_BQ: Tensor | None = None,
         reduction: Reduction = "mean",
     ) -> Tensor:
         """Cross-entropy of the decoder's tokens, in float32; encoder-decoder.
@@ -179,6 +191,7 @@ class LanguageModel(nn.Module):
             enc_ids_BT, enc_mask_BT: right-padded text of the encoder (T may be 0) and its mask.
             dec_ids_BT, dec_mask_BT: right-padded tokens to predict, end token included, and their
                 mask; the start token is put in front here.
+            prompt_mask_BQ: as in `decoder_loss`.
             reduction: `mean` over all targets, or `none`.
 
         Returns:
@@ -186,7 +199,9 @@ class LanguageModel(nn.Module):
         """
         enc_ids_BT, enc_mask_BT = self._bucketed(enc_ids_BT, enc_mask_BT)
         dec_ids_BT, dec_mask_BT = self._bucketed(dec_ids_BT, dec_mask_BT)
-        embeds_BSH, mask_BS = self._join(prompt_BQH, enc_ids_BT, enc_mask_BT)
+        embeds_BSH, mask_BS = self._join(prompt_BQH, enc_ids_BT, enc_mask_BT, prompt_mask_BQ)
+        if prompt_mask_BQ is not None:
+            embeds_BSH, mask_BS, _ = self._unpadded(embeds_BSH, mask_BS, mask_BS)
         return self.encoded_loss(embeds_BSH, mask_BS, dec_ids_BT, dec_mask_BT, reduction=reduction)
 
     def encoded_loss(
@@ -255,11 +270,15 @@ class LanguageModel(nn.Module):
         ends = (end_id,) if isinstance(end_id, int) else tuple(end_id)
         return generate(self.model, prompts, decoding, ends=ends, pad_id=pad_id)
 
-    def _target_losses(self, prompt_BQH: Tensor, ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    def _target_losses(
+        self, prompt_BQH: Tensor, real_BQ: Tensor | None, ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor
+    ) -> Tensor:
         """Cross-entropy [M] of the labelled tokens, in the order of `ids_BT[labels_BT]`."""
-        embeds_BSH, mask_BS = self._join(prompt_BQH, ids_BT, mask_BT)
+        embeds_BSH, mask_BS = self._join(prompt_BQH, ids_BT, mask_BT, real_BQ)
         at_BS = torch.zeros_like(mask_BS, dtype=torch.bool)
         at_BS[:, prompt_BQH.shape[1] - 1 : -1] = labels_BT
+        if real_BQ is not None:
+            embeds_BSH, mask_BS, at_BS = self._unpadded(embeds_BSH, mask_BS, at_BS)
         return self.losses_at(embeds_BSH, mask_BS, at_BS, ids_BT[labels_BT])
 
     def losses_at(self, embeds_BSH: Tensor, mask_BS: Tensor, at_BS: Tensor, targets_M: Tensor) -> Tensor:
@@ -341,13 +360,23 @@ class LanguageModel(nn.Module):
         longest = texts_NT[0].shape[1]
         return tuple(F.pad(x_NT, (0, bucket(longest + 1) - longest)) for x_NT in texts_NT)
 
-    def _join(self, prompt_BQH: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def _join(
+        self, prompt_BQH: Tensor, ids_BT: Tensor, mask_BT: Tensor, real_BQ: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Embeddings [B, S, H] of soft prompts and text, and their int64 mask [B, S]."""
         self._check_width(prompt_BQH)
         text_BTH = self.embed(ids_BT)
         ones_BQ = torch.ones(prompt_BQH.shape[:2], dtype=torch.int64, device=mask_BT.device)
+        ones_BQ = ones_BQ if real_BQ is None else real_BQ.to(torch.int64)
         embeds_BSH = torch.cat([prompt_BQH.to(text_BTH.dtype), text_BTH], dim=1)
         return embeds_BSH, torch.cat([ones_BQ, mask_BT.to(torch.int64)], dim=1)
+
+    @staticmethod
+    def _unpadded(embeds_BSH: Tensor, mask_BS: Tensor, at_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows whose padding in front is moved to the right edge, so that every model counts positions from 0."""
+        order_BS = torch.argsort(mask_BS, dim=1, stable=True, descending=True)
+        embeds_BSH = embeds_BSH.gather(1, order_BS[..., None].expand_as(embeds_BSH))
+        return embeds_BSH, mask_BS.gather(1, order_BS), at_BS.gather(1, order_BS)
 
     def _check_width(self, prompt_BQH: Tensor) -> None:
         if prompt_BQH.shape[-1] != self.hidden_size:

@@ -56,7 +56,9 @@ class InContextObjective(Stage2Objective):
                 f"data.shots is {self.length - 1}: a process has micro-batches of {len(batch)} pairs, which are no "
                 f"whole number of sequences of {self.length}: change train.batch or train.accumulate"
             )
-        soft_BQH = self._soft_prompts(batch)
+        soft_BQH, real_BQ = self._soft_prompts(batch)
+        if real_BQ.shape[1]:
+            raise ConfigError("data.shots: samples of several images cannot be examples: set it to 0")
         soft_NQH = soft_BQH.repeat(len(batch.captions) // len(soft_BQH), 1, 1)
         if self.model.language_model.encoder_decoder:
             return {"lm": self._last_of_each(soft_NQH, batch, step)}

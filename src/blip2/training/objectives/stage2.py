@@ -10,11 +10,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.configs import LanguageConfig
 from blip2.data.batch import Batch
 from blip2.data.tokenizers import InstructionReader, LanguageTokenizer
+from blip2.errors import DataError
 from blip2.models.stage2 import Stage2
 from blip2.ops import distributed
 from blip2.training.objectives.common import Losses, image_features
@@ -59,43 +61,86 @@ class Stage2Objective(nn.Module):
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """The loss `lm`."""
-        prompts_BQH, weight, *texts = self.inputs(batch, step)
-        return {"lm": self._loss(prompts_BQH, texts, weight)}
+        prompts_BQH, real_BQ, weight, *texts = self.inputs(batch, step)
+        return {"lm": self._loss(prompts_BQH, real_BQ, texts, weight)}
 
     def inputs(self, batch: Batch, step: int) -> list[Tensor]:
-        """Soft prompts [B, Q, H], the weight of a predicted token, and the texts (`Texts`)."""
-        prompts_BQH = self._soft_prompts(batch)
+        """Soft prompts [B, Q, H], which of them are real, the weight of a predicted token, and the texts (`Texts`)."""
+        prompts_BQH, real_BQ = self._soft_prompts(batch)
         if self.model.language_model.encoder_decoder:
             texts = self._split_captions(batch, step)
         else:
             texts = self.tokenizer.targets(self._prompts(batch), batch.captions)
+        self._require_room(batch, prompts_BQH.shape[1] + texts[0].shape[1])
         count = int(texts[-1].sum())
         weight = distributed.mean_of_all(torch.tensor(1 / count, device=prompts_BQH.device), count)
-        return [prompts_BQH, weight, *texts]
+        return [prompts_BQH, real_BQ, weight, *texts]
 
     def parts(self, batch: Batch, step: int, inputs: Sequence[Tensor]) -> Iterator[Losses]:
         """The loss of a few images and their texts at a time."""
-        prompts_BQH, weight, *texts = inputs
+        prompts_BQH, real_BQ, weight, *texts = inputs
         device, (B, Q, _) = prompts_BQH.device, prompts_BQH.shape
         pieces = self.pieces or piece_count(B, B * Q + int(lengths(texts).sum()), cpu=device.type == "cpu")
         for images, own_texts in in_pieces(texts, B, pieces, self.model.language_model.compiled):
-            yield {"lm": self._loss(prompts_BQH[images.to(device)], own_texts, weight)}
+            rows = images.to(device)
+            yield {"lm": self._loss(prompts_BQH[rows], real_BQ[rows], own_texts, weight)}
 
-    def _loss(self, prompts_BQH: Tensor, texts: Texts, weight: Tensor) -> Tensor:
+    def _loss(self, prompts_BQH: Tensor, real_BQ: Tensor, texts: Texts, weight: Tensor) -> Tensor:
         """Cross-entropy of texts given soft prompts, `weight` a predicted token: text n is about image n mod B."""
+        real = real_BQ if real_BQ.shape[1] else None
         language, share = self.model.language_model, weight * int(texts[-1].sum())
         moved = [x.to(prompts_BQH.device) for x in texts]
         if not language.encoder_decoder:
             ids_NT, mask_NT, labels_NT = moved
-            return language.decoder_loss(prompts_BQH, ids_NT, mask_NT, labels_NT) * share
-        enc_ids_NT, enc_mask_NT, dec_ids_NT, dec_mask_NT = moved
-        prompts_NQH = prompts_BQH.repeat(len(enc_ids_NT) // len(prompts_BQH), 1, 1)
-        return language.encoder_decoder_loss(prompts_NQH, enc_ids_NT, enc_mask_NT, dec_ids_NT, dec_mask_NT) * share
+            return language.decoder_loss(prompts_BQH, ids_NT, mask_NT, labels_NT, prompt_mask_BQ=real) * share
+        enc_ids_NT = moved[0]
+        repeats = len(enc_ids_NT) // len(prompts_BQH)
+        real = None if real is None else real.repeat(repeats, 1)
+        return language.encoder_decoder_loss(prompts_BQH.repeat(repeats, 1, 1), *moved, prompt_mask_BQ=real) * share
 
-    def _soft_prompts(self, batch: Batch) -> Tensor:
-        features_BPC = image_features(self.model, batch, self.token_drop)
+    def _soft_prompts(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Soft prompts [N, Q, H], and which of them are real: bool [N, Q], or [N, 0] where all are.
+
+        Samples with fewer images than others have padding in front of their soft prompts.
+        """
+        features_MPC = image_features(self.model, batch, self.token_drop)
         read = None if self.reader is None else self.reader(self._prompts(batch), batch.questions)
-        return self.model.soft_prompts(features_BPC, *(x.to(features_BPC.device) for x in read or ()))
+        texts = [x.to(features_MPC.device) for x in read or ()]
+        groups, B = list(batch.groups(features_MPC)), len(batch)
+        if len(groups) == 1:
+            soft_NQH = self.model.soft_prompts(groups[0][1], *texts, marks=self._marks(groups[0][1]))
+            return soft_NQH, torch.ones(len(soft_NQH), 0, dtype=torch.bool, device=soft_NQH.device)
+        repeats = len(texts[0]) // B if texts else 1
+        rows = [[B * n + row for n in range(repeats) for row in own] for own, _ in groups]
+        parts = [
+            self.model.soft_prompts(features, *(x[own] for x in texts), marks=self._marks(features))
+            for own, (_, features) in zip(rows, groups, strict=True)
+        ]
+        longest = max(part.shape[1] for part in parts)
+        order = torch.tensor([row for own in rows for row in own], device=features_MPC.device).argsort()
+        padding = [longest - part.shape[1] for part in parts]
+        soft_NQH = torch.cat([F.pad(part, (0, 0, pad, 0)) for part, pad in zip(parts, padding, strict=True)])
+        real_NQ = torch.cat(
+            [
+                (torch.arange(longest, device=part.device) >= pad).expand(len(part), -1)
+                for part, pad in zip(parts, padding, strict=True)
+            ]
+        )
+        return soft_NQH[order], real_NQ[order]
+
+    def _require_room(self, batch: Batch, length: int) -> None:
+        room = self.model.language_model.room
+        if batch.images is not None and room is not None and length > room:
+            raise DataError(
+                f"{batch.keys[batch.images.index(max(batch.images))]}: {max(batch.images)} images and their text are "
+                f"{length} tokens, and the language model reads {room}: fewer images or --vision.frames"
+            )
+
+    def _marks(self, features: Tensor) -> list[Tensor]:
+        """Ids of the text in front of each image of samples of several."""
+        if features.ndim == 3 or self.config.image_mark is None:
+            return []
+        return self.tokenizer.marks(self.config.image_mark, features.shape[1])
 
     def _prompts(self, batch: Batch) -> list[str]:
         if batch.questions is None:

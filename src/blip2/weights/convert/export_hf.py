@@ -74,6 +74,10 @@ def write_huggingface(
         if checkpoint.config.qformer.instruction == "question":
             notes.append("its Q-Former was trained on bare questions: give those as the processor's qformer_input_ids")
         language = _with_row(language, image_token)
+        if kind.token == "video":
+            notes.append(f"it is transformers' InstructBlipVideo, of films of {FILM_FRAMES} frames (vision.frames)")
+        if "image_places" in extra:
+            notes.append("transformers has no learned marks for the place of an image: it leaves them out")
         config = _config(checkpoint, kind, vision, language)
         setattr(config, f"{kind.token}_token_index", image_token)
         tensors |= {f"language_model.{name}": lazy for name, lazy in language.tensors.items()}
