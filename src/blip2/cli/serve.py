@@ -49,6 +49,9 @@ def add_parser(commands: Commands) -> None:
     serve.add_argument("--queue", type=int, default=64, help="requests that may wait (default: %(default)s)")
     serve.add_argument("--timeout", type=float, default=60.0, metavar="S", help="of a request (default: %(default)s)")
     serve.add_argument("--max-batch", type=int, default=16, help="requests that go together (default: %(default)s)")
+    serve.add_argument(
+        "--max-images", type=int, default=16, help="of a question, frames of films included (default: %(default)s)"
+    )
     add_loading(serve)
     serve.set_defaults(run=run)
 
@@ -65,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
         queue=options.queue,
         timeout=options.timeout,
         max_batch=options.max_batch,
+        max_images=options.max_images,
     )
     require_packages()
     listening = listen(settings.host, settings.port)

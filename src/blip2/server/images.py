@@ -15,10 +15,12 @@ import struct
 import warnings
 from urllib.parse import unquote
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from blip2.data.collection import BadSampleError
+from blip2.data.film import decode_sample, film_reader
 from blip2.data.image_container import Container, ContainerError, take_apart
 from blip2.data.image_formats import MEDIA_TYPES, format_of
 from blip2.data.images import ImageSpec, decode_image, plain_view
@@ -80,8 +82,29 @@ def thumbnail(data: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def from_data_url(url: str, param: str = "image") -> bytes:
+def film_views(data: bytes, spec: ImageSpec, max_pixels: int) -> Tensor:
+    """The frames of a film as the image encoder takes them, [I, 3, S, S].
+
+    Raises:
+        RequestError: 400 no film, or one that cannot be decoded; 413 too many pixels.
+    """
+    if film_reader(data) is None and not data.startswith(b"GIF8"):
+        raise bad("video is no MP4, WebM, AVI or GIF", "video", "invalid_video")
+    try:
+        frames = decode_sample(data, spec.frames)
+    except BadSampleError as error:
+        raise bad(f"video: {error.reason}", "video", "invalid_video") from None
+    if max(frame.width * frame.height for frame in frames) > max_pixels:
+        message = f"video has more than {max_pixels} pixels a frame"
+        raise RequestError(413, message, code="video_too_large", param="video")
+    return torch.stack([plain_view(frame, spec) for frame in frames])
+
+
+def from_data_url(url: str, param: str = "image", *, film: bool = False) -> bytes:
     """The bytes of a `data:image/...;base64,` URL, as forgiving as browsers are and a little more.
+
+    Args:
+        film: a film's, whose bytes say its type.
 
     Blanks and line breaks anywhere, missing padding, the URL-safe alphabet, percent-encoding and further parameters
     (`name=dog.jpg`) do not matter.
@@ -92,7 +115,7 @@ def from_data_url(url: str, param: str = "image") -> bytes:
     head = _DATA_URL.match(url[:1000])
     if head is None or "base64" not in head[2].lower().replace(" ", "").split(";"):
         raise _invalid("image must be a data URL: data:image/jpeg;base64,...", param)
-    if head[1].strip().lower() not in (*MEDIA_TYPES, "image/jpg", "application/octet-stream", ""):
+    if not film and head[1].strip().lower() not in (*MEDIA_TYPES, "image/jpg", "application/octet-stream", ""):
         raise _unsupported(param)
     text = url[head.end() :]
     text = "".join((unquote(text) if "%" in text else text).split()).translate(_URL_SAFE).rstrip("=")

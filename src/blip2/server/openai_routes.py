@@ -22,11 +22,12 @@ from blip2.ops.devices import to_list, to_numpy
 from blip2.server.errors import bad
 from blip2.server.images import view_of
 from blip2.server.schemas import TEXT, ChatRequest, Decoding, EmbeddingRequest, ImageUrl, Message, is_data_url
-from blip2.server.state import ServedModel, Server
+from blip2.server.state import Media, ServedModel, Server
 from blip2.server.worker import Generated, Generation, Prompt, Task
 
 # Types of a message's parts, in the chat API and the newer one of responses.
 _TEXT_PARTS, _IMAGE_PARTS = ("text", "input_text", "output_text"), ("image_url", "input_image")
+_FILM_PARTS = ("video_url", "input_video")  # not OpenAI's: vLLM's and others'
 # Earlier turns that are read, and characters of a text in them: the prompt has room for fewer tokens.
 _TURNS, _TURN_TEXT = 64, 1000
 CHAT_TOKENS = 30  # of an answer where the client names no number
@@ -60,12 +61,13 @@ def register_routes(app: FastAPI, server: Server) -> None:
     @app.post(
         "/v1/chat/completions",
         tags=["OpenAI"],
-        summary="Ask about an image; multi-turn, streamed on request",
+        summary="Ask about an image, several images or a film; multi-turn, streamed on request",
         responses={200: {"content": {"text/event-stream": {}}}},
     )
     async def chat(request: Request, body: ChatRequest) -> Response:
         model = server.model(body.model)
-        image, turns, question = conversation(body.messages)
+        media, turns, question = conversation(body.messages)
+        view = await server.views(model, media)
         generation = Generation.of(
             Decoding(  # beam search unless a temperature is given
                 beams=body.beams,
@@ -78,9 +80,10 @@ def register_routes(app: FastAPI, server: Server) -> None:
             server.settings.max_tokens,
             answers=bool(question),
             num=body.n or 1,
+            images=1 if view.ndim == 3 else len(view),
         )
-        prompt = Prompt(await server.view(model, image, param="messages"), question or None, turns)
-        generated = await model.run(request, generation, prompt)
+        prompt = Prompt(view, question or None, turns)
+        generated = await model.run(request, generation, prompt, size=generation.images)
         server.metrics.count_tokens(generated)
         completion = Completion(body, model.name, generated, generation.decoding.max_tokens)
         if body.stream:
@@ -103,14 +106,15 @@ def register_routes(app: FastAPI, server: Server) -> None:
 # -- chat -----------------------------------------------------------------------------------------
 
 
-def conversation(messages: list[Message]) -> tuple[str, tuple[tuple[str, str], ...], str]:
-    """The last image's URL, the earlier questions and answers about it, and the question; "" asks for a caption.
+def conversation(messages: list[Message]) -> tuple[list[Media], tuple[tuple[str, str], ...], str]:
+    """The images and films of the last message that has any, the earlier questions and answers about them, and the
+    question; "" asks for a caption.
 
     System messages are left out: the language model of BLIP-2 follows no instructions about its role. So is all that
     came before the last image, and of what came behind it the oldest and the far end of long texts.
 
     Raises:
-        RequestError: 400, no image, several in one message, no question at the end, or one that is too long.
+        RequestError: 400, no image, no question at the end, or one that is too long.
     """
     messages = [message for message in messages if message.role not in ("system", "developer")]
     if not messages or messages[-1].role != "user":
@@ -132,18 +136,19 @@ def conversation(messages: list[Message]) -> tuple[str, tuple[tuple[str, str], .
     if len(question) > TEXT:
         raise bad(f"messages: the question is {len(question)} characters long: at most {TEXT}", "messages")
     _refuse_other_parts(messages[-1])
-    images = _images(messages[first])
-    if len(images) > 1:
-        raise bad("messages: several images in one message: send one at a time", "messages", "too_many_images")
-    return images[0], tuple(turns[-_TURNS:]), question
+    return _images(messages[first]), tuple(turns[-_TURNS:]), question
 
 
-def _images(message: Message) -> list[str]:
-    """The URLs of the images that the user sent in a message."""
+def _images(message: Message) -> list[Media]:
+    """The images and films that the user sent in a message, in their order."""
     if message.role != "user" or not isinstance(message.content, list):
         return []
-    images = [part.image_url for part in message.content if part.type in _IMAGE_PARTS and part.image_url is not None]
-    return [image.url if isinstance(image, ImageUrl) else image for image in images]
+    media = []
+    for part in message.content:
+        url = part.image_url if part.type in _IMAGE_PARTS else part.video_url if part.type in _FILM_PARTS else None
+        if url is not None:
+            media.append(Media(url.url if isinstance(url, ImageUrl) else url, part.type in _FILM_PARTS))
+    return media
 
 
 def _text(message: Message) -> str:
@@ -155,10 +160,11 @@ def _text(message: Message) -> str:
 def _refuse_other_parts(question: Message) -> None:
     """Refuse parts of the question that the answer would be wrong without."""
     for part in question.content if isinstance(question.content, list) else []:
-        whole = part.text if part.type in _TEXT_PARTS else part.image_url if part.type in _IMAGE_PARTS else None
-        if whole is None:
+        given = {_TEXT_PARTS: part.text, _IMAGE_PARTS: part.image_url, _FILM_PARTS: part.video_url}
+        if not any(part.type in types and value is not None for types, value in given.items()):
             raise bad(
-                f"messages: a part of type {part.type[:40]!r} cannot be used: send text and image_url", "messages"
+                f"messages: a part of type {part.type[:40]!r} cannot be used: send text, image_url and video_url",
+                "messages",
             )
 
 

@@ -158,11 +158,12 @@ class ImageUrl(Given):
 
 
 class Part(Given):
-    """A part of a message: `text`, or `image_url`; others may lie in turns that are left out."""
+    """A part of a message: `text`, `image_url` or `video_url`; others may lie in turns that are left out."""
 
     type: str
     text: str | None = None
     image_url: ImageUrl | str | None = None
+    video_url: ImageUrl | str | None = None
 
 
 class Message(Given):

@@ -22,6 +22,7 @@ class Settings:
         max_batch: requests that go through the model together.
         max_body: bytes of a request.
         max_pixels: of an image, before any is decoded.
+        max_images: of one question, the frames of films included; 1 takes no films either.
         max_tokens: longest text that a request may ask for.
 
     Raises:
@@ -37,11 +38,13 @@ class Settings:
     max_batch: int = 16
     max_body: int = 24 * 2**20
     max_pixels: int = 50_000_000
+    max_images: int = 16
     max_tokens: int = 128
 
     def __post_init__(self) -> None:
         require(self.queue >= 1, "--queue", self.queue, "1 or more")
         require(self.max_batch >= 1, "--max-batch", self.max_batch, "1 or more")
+        require(self.max_images >= 1, "--max-images", self.max_images, "1 or more")
         require(self.timeout > 0, "--timeout", self.timeout, "positive seconds")
         require(0 <= self.port < 65536, "--port", self.port, "from 0 (any free port) to 65535")
         if self.api_key is not None and (not self.api_key.isascii() or not self.api_key.strip()):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from fastapi import Request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from pydantic import ValidationError
@@ -20,7 +22,7 @@ from blip2.search.query import Hit, Index
 from blip2.search.segments import Row
 from blip2.server.batching import Batcher
 from blip2.server.errors import RequestError, bad, from_validation
-from blip2.server.images import checked_image, from_data_url, view_of
+from blip2.server.images import checked_image, film_views, from_data_url, view_of
 from blip2.server.schemas import Given
 from blip2.server.settings import Settings
 from blip2.server.worker import Generated, Worker
@@ -30,6 +32,13 @@ T = TypeVar("T")
 _UPLOAD = "upload:"  # stands in a form's fields for its file
 _DECODING = 4  # images decoded at a time: each may take a few hundred MB
 _THUMBNAILS = 4096  # images found by searches whose thumbnails may be requested
+
+
+class Media(NamedTuple):
+    """An image or a film of a message, by its URL."""
+
+    url: str
+    film: bool = False
 
 
 class Metrics:
@@ -178,6 +187,11 @@ class Server:
         Raises:
             RequestError: 4xx, what is wrong with it.
         """
+        upload = await self._bytes(source, upload, param)
+        return await self.decode(lambda: checked_image(upload, self.settings.max_pixels))
+
+    async def _bytes(self, source: str, upload: bytes | None, param: str, *, film: bool = False) -> bytes:
+        """What a field names: of an upload, an allowed address or a data URL."""
         settings = self.settings
         if source[:8].lower().startswith(("http://", "https://")):
             if not settings.url_hosts:
@@ -188,13 +202,28 @@ class Server:
             upload = await asyncio.to_thread(
                 fetch, source, settings.url_hosts, limit=settings.max_body, timeout=seconds
             )
-        elif source != _UPLOAD:
-            upload = None
+        elif source != _UPLOAD or upload is None:
+            upload = await asyncio.to_thread(from_data_url, source, param, film=film)
+        return upload
 
-        def check() -> bytes:
-            return checked_image(from_data_url(source, param) if upload is None else upload, settings.max_pixels)
+    async def views(self, model: ServedModel, media: Sequence[Media], param: str = "messages") -> Tensor:
+        """Images and films of one question as the image encoder takes them: [3, S, S], or [I, 3, S, S] of several.
 
-        return await self.decode(check)
+        Raises:
+            RequestError: 4xx, what is wrong with them; 400 more than `max_images`.
+        """
+        count, most = sum(model.spec.frames if item.film else 1 for item in media), self.settings.max_images
+        if count > most:
+            raise bad(f"messages: {count} images and frames: at most {most}", param, "too_many_images")
+        parts = []
+        for url, film in media:
+            if film:
+                data = await self._bytes(url, None, param, film=True)
+                parts.append(await self.decode(partial(film_views, data, model.spec, self.settings.max_pixels)))
+            else:
+                parts.append((await self.view(model, url, param=param))[None])
+        views = torch.cat(parts)
+        return views if len(views) > 1 else views[0]
 
     async def view(self, model: ServedModel, source: str, upload: bytes | None = None, param: str = "image") -> Tensor:
         """The image that a field names, as the model's image encoder takes it [3, S, S]."""

@@ -34,6 +34,7 @@ class Generation:
     Args:
         answers: questions and answers (else captions); a Q-Former that reads questions is given them.
         scored: with ITM probabilities and ITC similarities of the texts.
+        images: of each request.
         seed: of the sampling.
         alone: `object()`, which equals no other, where it shares no batch: a seeded one.
     """
@@ -41,12 +42,20 @@ class Generation:
     decoding: DecodingConfig
     answers: bool = False
     scored: bool = False
+    images: int = 1
     seed: int | None = None
     alone: object = None
 
     @classmethod
     def of(
-        cls, request: Decoding, limit: int, *, answers: bool = False, scored: bool = False, num: int = 1
+        cls,
+        request: Decoding,
+        limit: int,
+        *,
+        answers: bool = False,
+        scored: bool = False,
+        num: int = 1,
+        images: int = 1,
     ) -> Generation:
         """The paper's decoding where a request does not say otherwise, and at most `limit` new tokens."""
         paper = DecodingConfig.for_answers() if answers else DecodingConfig()
@@ -64,12 +73,12 @@ class Generation:
             temperature=request.temperature,
         )
         seed = request.seed if request.sample else None
-        return cls(decoding, answers, scored, seed, None if seed is None else object())
+        return cls(decoding, answers, scored, images, seed, None if seed is None else object())
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Item of `Generation`: a view [3, S, S] and the texts that go with it.
+    """Item of `Generation`: a view [3, S, S], or [I, 3, S, S] of several images, and the texts that go with it.
 
     Args:
         text: the question, or what the caption continues; None takes the model's prompt.
@@ -142,7 +151,7 @@ class Worker:
         """Captions or answers."""
         if task.answers and not self.asks:
             raise bad("this model is stage 1 and has no language model: it captions, but answers no questions")
-        features_BPC = self.model.encode([item.view for item in items], apart=True)
+        features_BPC = self._features(task, items)
         fitted = [self._fit(item, task) if self.asks else ("", 0) for item in items]
         device = self.model.device
         with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=task.seed is not None):
@@ -150,7 +159,8 @@ class Worker:
                 torch.manual_seed(task.seed)
             if self.asks:
                 # No more new tokens than the language model has room for behind the longest prompt.
-                room = max(self._room - max(tokens for _, tokens in fitted), task.decoding.min_tokens, 1)
+                room = self._room - (task.images - 1) * self.queries
+                room = max(room - max(tokens for _, tokens in fitted), task.decoding.min_tokens, 1)
                 decoding = replace(task.decoding, max_tokens=min(task.decoding.max_tokens, room))
                 questions = [item.text or "" for item in items] if task.answers else None
                 texts = self.model.generate(features_BPC, [p for p, _ in fitted], decoding, questions=questions)
@@ -160,9 +170,19 @@ class Worker:
         scores = self._itm_scores(features_BPC, texts) if task.scored and self.judges else nothing
         itc_scores = self.model.itc_scores(features_BPC, texts) if task.scored and self.matches else nothing
         return [
-            Generated(*parts, tokens + self.queries, [self._count(text) for text in parts[0]])
+            Generated(*parts, tokens + task.images * self.queries, [self._count(text) for text in parts[0]])
             for parts, (_, tokens) in zip(zip(texts, scores, itc_scores, strict=True), fitted, strict=True)
         ]
+
+    def _features(self, task: Generation, items: Sequence[Prompt]) -> Tensor:
+        """Features [B, P, C], or [B, I, P, C] of I images each, as many images at a time as the model takes."""
+        if task.images == 1:
+            return self.model.encode([item.view for item in items], apart=True)
+        if not self.asks:
+            raise bad("this model is stage 1 and has no language model: it captions one image at a time")
+        views, size = [view for item in items for view in item.view], self.model.batch
+        parts = [self.model.encode(views[n : n + size], apart=True) for n in range(0, len(views), size)]
+        return torch.cat(parts).unflatten(0, (-1, task.images))
 
     def _count(self, text: str) -> int:
         """Tokens of a text that the model wrote."""
@@ -182,7 +202,13 @@ class Worker:
             turns = [f"{language.question.format(question)} {_sentence(answer)}" for question, answer in item.turns]
         else:
             text, turns = language.prompt if item.text is None else item.text, []
-        room = self._room - max(task.decoding.min_tokens, 1)
+        soft = task.images * self.queries
+        room = self._room - (soft - self.queries) - max(task.decoding.min_tokens, 1)
+        if room < 1:
+            raise bad(
+                f"{task.images} images are {soft} tokens: this model reads {self._room + self.queries} in all",
+                code="context_length_exceeded",
+            )
         for start in range(len(turns) + 1):
             prompt = " ".join([*turns[start:], text])
             length = self._length(prompt)
