@@ -286,7 +286,8 @@ def _difference(workers: dict[str, Worker], peer: str, folder: Path, tolerance: 
 
 def _precision(ours: Peer, settings: dict[str, Any]) -> str:
     """Of both sides, or of each where they differ."""
-    theirs, mine = settings["precision"], (ours.settings or {}).get("precision", settings["precision"])
+    theirs = settings.get("weights") or settings["precision"]
+    mine = (ours.settings or {}).get("weights") or (ours.settings or {}).get("precision", theirs)
     return str(theirs) if mine == theirs else f"ours {mine}, peer {theirs}"
 
 

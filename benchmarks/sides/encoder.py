@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.harness.worker import Outputs, Side
+from benchmarks.sides.models import weights_dtype
 from blip2.data.collection import Collection, Sample
 from blip2.data.feature_cache import FeatureCache
 from blip2.data.images import ImageSpec
@@ -34,7 +35,8 @@ def _config(name: str) -> Any:
 
 def _pixels(settings: dict[str, Any]) -> Tensor:
     batch = SHAPES[settings["size"]["name"]][3]
-    return torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(settings["device"])
+    pixels = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    return pixels.to(device=settings["device"], dtype=weights_dtype(settings))
 
 
 def _side(settings: dict[str, Any], encode: Any) -> Side:
@@ -51,7 +53,8 @@ def _side(settings: dict[str, Any], encode: Any) -> Side:
 def ours(settings: dict[str, Any]) -> Side:
     """Our encoder, as a run uses it: its blocks compiled or not."""
     torch.manual_seed(3)
-    encoder = vision_encoder_from_config(_config(settings["size"]["name"])).to(settings["device"])
+    encoder = vision_encoder_from_config(_config(settings["size"]["name"]))
+    encoder = encoder.to(device=settings["device"], dtype=weights_dtype(settings))
     freeze(encoder)
     if settings.get("compiled"):
         encoder.compile_blocks()
@@ -66,7 +69,7 @@ def transformers(settings: dict[str, Any]) -> Side:
     kind = settings["attention"]
     attention = "eager" if kind == "eager" else "sdpa"
     model: Any = CLIPVisionModel._from_config(_config(settings["size"]["name"]), attn_implementation=attention)
-    model = model.eval().to(settings["device"])
+    model = model.eval().to(device=settings["device"], dtype=weights_dtype(settings))
     call = torch.compile(model) if kind == "compiled" else model
 
     @torch.inference_mode()

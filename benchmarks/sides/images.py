@@ -18,9 +18,9 @@ from blip2.models.vision.encoder import CLIP_MEAN, CLIP_STD
 COUNT, CROP_MIN = 16, 0.5
 
 
-def write(folder: Path, width: int, height: int) -> None:
-    """`COUNT` JPEGs like photographs: soft shapes, edges, grain; quality 90 (the web's usual)."""
-    for number in range(COUNT):
+def write(folder: Path, width: int, height: int, count: int = COUNT) -> None:
+    """JPEGs like photographs: soft shapes, edges, grain; quality 90 (the web's usual)."""
+    for number in range(count):
         rng = np.random.default_rng(number)
         shapes = Image.fromarray(rng.integers(0, 256, (height // 20, width // 20, 3), dtype=np.uint8))
         values = np.asarray(shapes.resize((width, height), Image.Resampling.BICUBIC), np.float32)

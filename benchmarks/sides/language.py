@@ -110,7 +110,7 @@ def _ours(settings: dict[str, Any], vision: nn.Module | None = None) -> Stage2:
     model = _stage2(models.size_of(settings), settings["shape"], vision)
     report = model.load_state_dict(load_file(Path(settings["folder"]) / models.WEIGHTS), strict=False)
     assert not [name for name in report.missing_keys if not name.startswith(("language_model.", "vision."))]
-    return model.to(settings["device"])
+    return model.to(device=settings["device"], dtype=models.weights_dtype(settings))
 
 
 class _Features(nn.Module):
@@ -123,7 +123,7 @@ class _Features(nn.Module):
     def forward(self, pixel_values: Tensor, **_: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        normed = self.post_layernorm(pixel_values)
+        normed = self.post_layernorm(pixel_values.to(self.post_layernorm.weight.dtype))
         return BaseModelOutputWithPooling(last_hidden_state=normed, pooler_output=normed[:, 0])
 
 
@@ -160,7 +160,7 @@ def _transformers(settings: dict[str, Any]) -> Any:
     report = model.load_state_dict(stored, strict=False)
     assert not report.unexpected_keys
     assert not [name for name in report.missing_keys if not name.startswith("language_model.")], report.missing_keys
-    return model.to(settings["device"])
+    return model.to(device=settings["device"], dtype=models.weights_dtype(settings))
 
 
 def _with_images(model: Any, token_ids: Tensor, mask: Tensor, lead: Tensor) -> dict[str, Tensor]:

@@ -46,6 +46,11 @@ def shake(model: nn.Module) -> None:
             parameter += torch.randn_like(parameter) * 0.02
 
 
+def weights_dtype(settings: dict[str, Any]) -> torch.dtype:
+    """The dtype that a claim about use loads weights in: `--precision bf16` casts them, as `dtype` of `blip2.load`."""
+    return torch.bfloat16 if settings.get("weights") == "bf16" else torch.float32
+
+
 def write_stage1(folder: str | Path, size: Size, seed: int = 0) -> None:
     """Random weights of stage 1 under LAVIS's names, as `blip2 convert --to lavis` writes them."""
     torch.manual_seed(seed)

@@ -24,6 +24,7 @@ from blip2.training.objectives.common import EarlyBackward
 from blip2.training.objectives.stage1 import Stage1Objective
 from blip2.training.optim import build_optimizer
 from blip2.weights import names
+from blip2.weights.loaded import cast
 
 TEXTS_AT_ONCE = 128
 
@@ -93,7 +94,8 @@ def stage1_step(settings: dict[str, Any]) -> Side:
 def rerank(settings: dict[str, Any]) -> Side:
     """ITC of all, ITM of the candidates of both directions grouped by image, for one of `share` processes."""
     size, batch = models.size_of(settings), load_batch(settings)
-    model = models.read_stage1(settings["folder"], size).to(settings["device"]).eval()
+    model = cast(models.read_stage1(settings["folder"], size), models.weights_dtype(settings))
+    model = model.to(settings["device"]).eval()
     assert batch.features is not None
     features = batch.features
     ids_TT, mask_TT = (x.to(settings["device"]) for x in ids.QFormerIds(size.words, 35)(batch.captions))

@@ -326,3 +326,9 @@ def test_a_sample_does_not_depend_on_who_has_left() -> None:
     torch.manual_seed(3)
     left = generation._draw(scores[[1, 4]], torch.tensor([1, 4]), 6)
     assert left.tolist() == all_rows[[1, 4]].tolist()
+
+
+def test_log_probabilities_a_few_rows_at_a_time_are_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(7, 40, generator=torch.Generator().manual_seed(0)) * 9
+    monkeypatch.setattr(generation, "_CACHED", 3 * 40)
+    torch.testing.assert_close(generation._log_softmax(logits.clone()), logits.log_softmax(dim=-1), rtol=0, atol=0)

@@ -22,6 +22,7 @@ from blip2.models import towers
 from blip2.models.generation.prefill import Continuation, is_supported, read, read_encoded, read_shared
 
 _NEVER = -1.0e9  # the score of what may not be chosen, as in transformers
+_CACHED = 250_000  # float32 numbers that a core's second-level cache holds twice: 1 MB and 2
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,14 @@ def _processors(decoding: DecodingConfig, ends: tuple[int, ...], *, starts: int,
         out.append(hf.RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty)))
     if decoding.min_tokens > 0:
         end_ids = torch.tensor(ends, device=device)
-        out.append(hf.MinNewTokensLengthLogitsProcessor(starts, decoding.min_tokens, end_ids, device=str(device)))
+
+        def refuse_end(ids_NL: Tensor, scores_NV: Tensor) -> Tensor:
+            """As `MinNewTokensLengthLogitsProcessor`, in place: a copy of all scores takes as long as five layers."""
+            if ids_NL.shape[1] - starts < decoding.min_tokens:
+                scores_NV[:, end_ids] = -torch.inf
+            return scores_NV
+
+        out.append(refuse_end)
     if decoding.sample and decoding.temperature != 1.0:
         out.append(hf.TemperatureLogitsWarper(float(decoding.temperature)))
     if decoding.sample and decoding.top_p < 1.0:
@@ -150,7 +158,7 @@ class Rules:
         start: ids that stand before the first new token: none, or a decoder's start token.
         ends: ids that end a row.
         pad_id: fills the rest of a row.
-        process: scores [N, V] of the next token, given ids [N, L] and scores.
+        process: scores [N, V] of the next token, given ids [N, L] and scores, which it may change.
     """
 
     decoding: DecodingConfig
@@ -232,7 +240,7 @@ def search_beams(model: Continuation, rules: Rules) -> Tensor:
         else:
             model.reorder(parent_rows_AK.flatten())
         logits_NV = model.step(state.ids[..., state.length - 1].flatten())
-        scores_NV = rules.process(state.ids[..., : state.length].flatten(0, 1), logits_NV.log_softmax(dim=-1))
+        scores_NV = rules.process(state.ids[..., : state.length].flatten(0, 1), _log_softmax(logits_NV))
         scores_AKV = scores_NV.view(-1, beams, scores_NV.shape[-1])
     num = rules.decoding.num
     return ids_BKL[:, :num, len(rules.start) :].flatten(0, 1)[:, : int(lengths_BK[:, :num].max())]
@@ -273,10 +281,12 @@ class _Beams:
     def advance(self, scores_AKV: Tensor, rules: Rules, length_penalty: float) -> Tensor:
         """Add a token to every beam and keep the best; returns the beam [A, K] that each running one continues."""
         K, V = scores_AKV.shape[1:]
-        total_AC = (scores_AKV + self.scores[:, :, None]).flatten(1)
         # enough that K go on even where every beam may end in each of the end tokens
-        best_AC, index_AC = total_AC.topk(max(2, 1 + len(rules.ends)) * K)
-        parents_AC, tokens_AC = index_AC // V, index_AC % V
+        count = min(max(2, 1 + len(rules.ends)) * K, V)
+        # the best of every beam, then of all: its own score changes no order within a beam
+        own_AKC, tokens_AKC = scores_AKV.topk(count)
+        best_AC, index_AC = (own_AKC + self.scores[:, :, None]).flatten(1).topk(count)
+        parents_AC, tokens_AC = index_AC // count, tokens_AKC.flatten(1).gather(1, index_AC)
         ids_ACL = _gather(self.ids, parents_AC)
         ids_ACL[..., self.length] = tokens_AC
         self.length += 1
@@ -311,6 +321,14 @@ class _Beams:
         """Keep only these prompts."""
         for name in ("ids", "scores", "done_ids", "done_scores", "done_lengths", "done"):
             setattr(self, name, getattr(self, name)[index])
+
+
+def _log_softmax(logits_NV: Tensor) -> Tensor:
+    """Log-probabilities in place of the logits; a few rows at a time where they then stay in a processor's cache."""
+    rows = max(1, _CACHED // logits_NV.shape[1]) if logits_NV.device.type == "cpu" else len(logits_NV)
+    for some_NV in logits_NV.split(rows):
+        some_NV.copy_(some_NV.log_softmax(dim=-1))
+    return logits_NV
 
 
 def _gather(x: Tensor, index_AK: Tensor) -> Tensor:
