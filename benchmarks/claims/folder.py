@@ -1,7 +1,7 @@
 """Claim: greedy captions of a folder of images come faster than from the same parts put together from transformers.
 
 `tiny` on 200 JPEGs of 640 x 480, in batches of 16, float32 on both sides: `Blip2.caption` on the paths, and
-`Blip2ForConditionalGeneration` with DINOv2 and SmolLM2 as its towers, the image processor and tokenizer of their folders
+`Blip2ForConditionalGeneration` with DINOv2 and SmolLM2 as towers, the image processor and tokenizer of their folders
 and `generate`. Seconds are per image, from the file to the text, and the texts are the same.
 
     python -m benchmarks.claims.folder [--size tiny] [--repeats 3]

@@ -1,6 +1,6 @@
 """Claim: from the start of the process to the first caption, and to the first hit of a search, at most five seconds.
 
-Commands as typed, with `tiny` and warm caches; seconds are the median of several starts, the interpreter's own included.
+Commands as typed, with `tiny` and warm caches; seconds are the median of several starts, the interpreter included.
 The ratio is that of the target to the caption's seconds; `import blip2` must take a tenth of a second at most.
 
     python -m benchmarks.claims.startup [--repeats 5] [--size tiny]
