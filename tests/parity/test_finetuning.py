@@ -192,6 +192,42 @@ def test_instruction_tuning_on_images_and_films(
     assert "they are for stage 2, with --data.cache_features false" in capsys.readouterr().err
 
 
+def test_adapters_on_the_qformer(hf: HF, bridges: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    """Its own weights stay, also in a resumed run; what loads and what is exported has the adapters in its weights."""
+    run, more = tmp_path / "run", ["--optim.lr", "1e-2", "--vision.token_drop", "0", "--lora.qformer_rank", "2"]
+    more += ["--eval.best", "null"]
+    assert main(command("instruct", hf, pictures, run, bridges["stage2"], *more)) == 0
+    before, after = weights(bridges["stage2"]), weights(run)
+    for name, value in before.items():
+        moved = name == "qformer.query_tokens" or not name.startswith("qformer.")
+        assert torch.equal(after[name], value) != moved, name
+    adapters = {name for name in after if ".lora_" in name}
+    assert {name.rpartition(".")[2] for name in adapters} == {"lora_A", "lora_B"}
+    name = "qformer.layers.0.cross_attention.key"
+    assert after[f"{name}.lora_B"].abs().max() > 0
+    model = blip2.load(run, dtype="fp32")
+    merged = after[f"{name}.weight"] + 8.0 * after[f"{name}.lora_B"] @ after[f"{name}.lora_A"]
+    torch.testing.assert_close(model.stage2.qformer.get_parameter(name.removeprefix("qformer.") + ".weight"), merged)
+    assert not any(".lora_" in name for name in model.stage2.qformer.state_dict())
+    folder = blip2.convert(run, tmp_path / "hf", "hf").target
+    theirs = InstructBlipForConditionalGeneration.from_pretrained(folder).eval()
+    pixels, (ids, mask) = torch.randn(1, 3, 56, 56), model.text_tokenizer(["a dog"])
+    with torch.no_grad():
+        want = theirs.get_image_features(pixels, ids, mask.long(), return_dict=True).pooler_output
+        torch.testing.assert_close(model.soft_prompts(model.vision(pixels), ["a dog"]), want, rtol=1e-4, atol=1e-4)
+    blip2.convert(run, tmp_path / "x.pth", "lavis")
+    read = open_checkpoint(tmp_path / "x.pth").tensors
+    torch.testing.assert_close(read[f"{name}.weight"].read(), merged)
+    kept = blip2.convert(run, tmp_path / "copy", "blip2").target
+    assert read_safetensors(kept / runs.WEIGHTS).keys() == after.keys()
+    assert main(command("instruct", hf, pictures, run, bridges["stage2"], *more, "--steps", "3")) == 0
+    resumed = weights(run)
+    assert torch.equal(resumed[f"{name}.weight"], before[f"{name}.weight"])
+    assert not torch.equal(resumed[f"{name}.lora_A"], after[f"{name}.lora_A"])
+    # and on from it
+    assert main(command("instruct", hf, pictures, tmp_path / "next", run, *more)) == 0
+
+
 def test_a_linear_bridge_trains_and_loads(hf: HF, pictures: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = ("--qformer.bridge", "linear", "--qformer.queries", "4", "--optim.lr", "1e-3")

@@ -26,7 +26,7 @@ from blip2.weights import runs
 from blip2.weights.lazy_tensors import read_safetensors
 
 # What trains, and over what; adapters on quantized weights are for DDP alone.
-KINDS = ("stage1", "stage2", "t5", "stage1+vision", "questions", "images", "shots", "stage2+lora")
+KINDS = ("stage1", "stage2", "t5", "stage1+vision", "questions", "images", "qformer-lora", "shots", "stage2+lora")
 # Losses of every step and evaluation, what was generated, and the final weights.
 Results = tuple[list[dict[str, float]], list[object], dict[str, torch.Tensor]]
 JOBS = {kind: ("ddp", "fsdp2") for kind in KINDS} | {"stage2+int8": ("ddp",)}
@@ -50,6 +50,7 @@ from blip2.configs import QFormerConfig, RunConfig, TrainConfig
 from blip2.data.batch import Batch
 from blip2.data.tokenizers import InstructionReader
 from blip2.models.language.model import LanguageModel, language_model_from_config, load_language_model
+from blip2.models.qformer.lora import add_qformer_lora
 from blip2.models.qformer.model import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
@@ -162,6 +163,8 @@ def objective_of(kind: str, out: Path, sharded: bool):
     model = Stage2(QFormer(**sizes, vocab=None), language)
     if kind == "shots":
         return InContextObjective(model, Words(), LanguageConfig(prompt=""), seed=0, shots=1)
+    if kind == "qformer-lora":
+        add_qformer_lora(model.qformer, 2, 16.0)
     if "+" in kind:
         from blip2.models.language.lora import add_lora
 

@@ -154,7 +154,7 @@ class LanguageConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """LoRA adapters (arXiv 2106.09685) on the frozen language model of stage 2.
+    """LoRA adapters (arXiv 2106.09685) on the frozen language model of stage 2, and on its Q-Former.
 
     Args:
         rank: of the two matrices beside each adapted layer; 0 adds none.
@@ -163,14 +163,17 @@ class LoraConfig:
         targets: names of the adapted layers, separated by commas (`q_proj,v_proj`), or `all-linear`;
             None takes the attention projections that peft names for the type of language model (all
             linear layers where it names none).
+        qformer_rank: of adapters on all linear layers of the Q-Former, whose own weights are then frozen but for the
+            queries; 0 trains the Q-Former itself. `dropout` and `targets` are not theirs.
     """
 
     rank: int = 0
     alpha: float = 16.0
     dropout: float = 0.0
     targets: str | None = None
+    qformer_rank: int = 0
 
     def __post_init__(self) -> None:
-        check(self, "lora.", rank=at_least(0), alpha=POSITIVE, dropout=BELOW_ONE)
+        check(self, "lora.", rank=at_least(0), qformer_rank=at_least(0), alpha=POSITIVE, dropout=BELOW_ONE)
         named = self.targets is None or all(name.strip() for name in self.targets.split(","))
         require(named, "lora.targets", self.targets, "names of layers, separated by commas, or all-linear")

@@ -54,6 +54,8 @@ class RunConfig:
         without = "in stage 1, which has no language model"
         refused = {
             f"lora.rank: 0 {without}": stage1 and self.lora.rank > 0,
+            "lora.qformer_rank: 0 in stage 1 and with qformer.bridge linear": (stage1 or linear)
+            and self.lora.qformer_rank > 0,
             f"language.quantize: null {without}": stage1 and quantized,
             "language.quantize: null with train.parallel fsdp2; use ddp": sharded and quantized,
             "optim.name: adamw or sgd with train.parallel fsdp2": sharded and self.optim.name not in ("adamw", "sgd"),

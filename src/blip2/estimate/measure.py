@@ -26,6 +26,7 @@ from blip2.models.freezing import parameter_table
 from blip2.models.language.lora import add_lora
 from blip2.models.language.model import language_model_from_config
 from blip2.models.language.quantize import quantized_bytes, quantized_layers
+from blip2.models.qformer.lora import add_qformer_lora
 from blip2.models.qformer.model import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import LinearBridge, Stage2
@@ -169,6 +170,8 @@ def build_on_meta(config: RunConfig) -> Stage1 | Stage2:
         model = Stage2(between, language_model_from_config(language), encoder, places=config.qformer.image_places)
         if config.lora.rank:
             add_lora(model.language_model, config.lora)
+        if config.lora.qformer_rank and isinstance(between, QFormer):
+            add_qformer_lora(between, config.lora.qformer_rank, config.lora.alpha)
         return model.train()
 
 

@@ -17,6 +17,7 @@ from blip2.inference.model import Blip2
 from blip2.models.build import build_stage1, build_stage2
 from blip2.models.freezing import freeze
 from blip2.models.language.model import load_language_model, parameter_count
+from blip2.models.qformer.lora import merge_qformer_lora
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import Stage2
 from blip2.models.vision.encoder import VisionEncoder, load_vision_encoder
@@ -88,6 +89,7 @@ def load(
     if isinstance(model, Stage1):
         model = cast(model, fast).to(place).eval()
         return Blip2(config, stage1=model, home=home, report=report, stage1_tensors=checkpoint.tensors)
+    merge_qformer_lora(model.qformer)
     cast(model, writing)
     # with a device map transformers has placed the language model
     parts = (model,) if device_map is None else (encoder, model.ln_vision, model.qformer, model.language_proj)

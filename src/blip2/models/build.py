@@ -13,6 +13,7 @@ from blip2.models import towers
 from blip2.models.language.lora import add_lora
 from blip2.models.language.model import LanguageModel, load_language_model
 from blip2.models.qformer.bert_init import load_bert, text_tensors
+from blip2.models.qformer.lora import add_qformer_lora
 from blip2.models.qformer.model import QFormer
 from blip2.models.stage1 import Stage1
 from blip2.models.stage2 import LinearBridge, Stage2
@@ -108,6 +109,8 @@ def build_stage2(
     model = Stage2(qformer, language_model, vision, norm_eps=config.vision.norm_eps, places=config.qformer.image_places)
     if config.lora.rank:
         add_lora(language_model, config.lora)
+    if config.lora.qformer_rank and isinstance(qformer, QFormer):
+        add_qformer_lora(qformer, config.lora.qformer_rank, config.lora.alpha)
     return model
 
 

@@ -13,6 +13,7 @@ from blip2.models.freezing import is_adapter
 from blip2.weights.checkpoint import Checkpoint
 from blip2.weights.frozen_towers import Tower, empty_language_model
 from blip2.weights.lazy_tensors import LazyTensor
+from blip2.weights.loading import QFORMER
 
 # Where a run keeps its language model, and how peft names the first of the two matrices.
 _PREFIX, _FIRST, _SECOND = "language_model.model.", ".lora_A.default.weight", ".lora_B.default.weight"
@@ -21,6 +22,20 @@ _PREFIX, _FIRST, _SECOND = "language_model.model.", ".lora_A.default.weight", ".
 def has_adapters(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint holds LoRA adapters."""
     return any(map(is_adapter, checkpoint.tensors))
+
+
+def with_merged_qformer(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint whose Q-Former has its adapters added to its weights, when they are read; others as they are."""
+    lora = checkpoint.config.lora
+    if not lora.qformer_rank:
+        return checkpoint
+    tensors, scale = dict(checkpoint.tensors), lora.alpha / lora.qformer_rank
+    for name in [name for name in tensors if name.startswith(QFORMER) and name.endswith(".lora_A")]:
+        layer = name.removesuffix(".lora_A")
+        first, second = tensors.pop(name), tensors.pop(f"{layer}.lora_B")
+        tensors[f"{layer}.weight"] = _sum(tensors[f"{layer}.weight"], first, second, scale, transpose=False)
+    config = replace(checkpoint.config, lora=replace(lora, qformer_rank=0))
+    return replace(checkpoint, config=config, tensors=tensors)
 
 
 def without_adapters(checkpoint: Checkpoint) -> Checkpoint:

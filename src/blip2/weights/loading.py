@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from blip2.errors import CheckpointError
 from blip2.models.freezing import is_adapter
+from blip2.models.qformer.lora import stored_name
 from blip2.weights.lazy_tensors import LazyTensor
 from blip2.weights.names import listed
 
@@ -22,6 +23,8 @@ STAGE1_HEADS = ("qformer.head.", "vision_proj.", "text_proj.", "itm_head.", "tem
 STAGE1_ONLY = (TEXT_EMBEDDINGS, *STAGE1_HEADS)
 # The frozen tower that may have adapters, which are all that is ever saved of it.
 ADAPTED = ("language_model.",)
+# So may the Q-Former; of it, adapters alone may start fresh.
+QFORMER = "qformer."
 # What stage 2 adds. The marks for the place of an image are new wherever a run adds them.
 IMAGE_PLACES = "image_places"
 STAGE2_ONLY = ("language_proj.", IMAGE_PLACES, *ADAPTED)
@@ -85,7 +88,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     tuned = isinstance(vision, nn.Module) and any(p.requires_grad for p in vision.parameters())
     frozen = tuple(part for part in FROZEN if not (tuned and part == VISION))
     state = model.state_dict()
-    return {name: value for name, value in state.items() if is_adapter(name) or not name.startswith(frozen)}
+    return {stored_name(name): v for name, v in state.items() if is_adapter(name) or not name.startswith(frozen)}
 
 
 def is_text_branch(name: str) -> bool:
@@ -94,8 +97,9 @@ def is_text_branch(name: str) -> bool:
 
 
 def new_adapters(state: Iterable[str]) -> tuple[str, ...]:
-    """What may start fresh where a run goes on from a checkpoint: its adapters, if that has none at all."""
-    return () if any(map(is_adapter, state)) else ADAPTED
+    """What may start fresh where a run goes on from a checkpoint: the adapters of a part that has none there."""
+    adapters = list(filter(is_adapter, state))
+    return tuple(part for part in (*ADAPTED, QFORMER) if not any(name.startswith(part) for name in adapters))
 
 
 def fill(
@@ -128,7 +132,8 @@ def compare(
     """
     unexpected, missing = [n for n in state if n not in own], [n for n in own if n not in state]
     dropped = [n for n in unexpected if _droppable(n, allowed.left_out)]
-    started = [n for n in missing if listed(n, allowed.fresh)]
+    plain = tuple(entry for entry in allowed.fresh if entry != QFORMER)
+    started = [n for n in missing if listed(n, allowed.fresh if is_adapter(n) else plain)]
     if len(missing) > len(started):
         name = next(n for n in missing if n not in started)
         cause = "has no LoRA adapter there" if is_adapter(name) else "is of another model or stage"
@@ -176,4 +181,5 @@ def _copy(target: Tensor, source: Tensor | LazyTensor) -> None:
 
 def _prefixes(names: tuple[str, ...]) -> str:
     titles = {"qformer": "text branch", "language_model": "LoRA adapters"}
-    return ", ".join(dict.fromkeys(titles.get(part, part) for part in (name.split(".")[0] for name in names)))
+    parts = ("language_model" if is_adapter(name) else name.split(".")[0] for name in names)
+    return ", ".join(dict.fromkeys(titles.get(part, part) for part in parts))

@@ -16,7 +16,7 @@ from blip2.models.stage1 import Stage1
 from blip2.models.towers import TOWERS
 from blip2.weights import names
 from blip2.weights.checkpoint import Checkpoint
-from blip2.weights.loading import IMAGE_PLACES, VISION, compare
+from blip2.weights.loading import IMAGE_PLACES, QFORMER, VISION, compare
 
 
 def require_complete(checkpoint: Checkpoint) -> None:
@@ -36,13 +36,15 @@ def require_complete(checkpoint: Checkpoint) -> None:
 
 def _require_pairs(checkpoint: Checkpoint) -> None:
     """Every adapter has both its matrices, [rank, in] and [out, rank]."""
-    rank = checkpoint.config.lora.rank
     for name in filter(is_adapter, checkpoint.tensors):
-        first, second = (_shape(checkpoint, re.sub(r"\.lora_[AB]\.", f".lora_{kind}.", name), 2) for kind in "AB")
+        own = name.startswith(QFORMER)
+        rank = checkpoint.config.lora.qformer_rank if own else checkpoint.config.lora.rank
+        pair = [re.sub(r"\.lora_[AB](?=\.|$)", f".lora_{kind}", name) for kind in "AB"]
+        first, second = (_shape(checkpoint, one, 2) for one in pair)
         if (first[0], second[1]) != (rank, rank):
             raise CheckpointError(
-                f"{checkpoint.source}: the adapter of {name} is {first} and {second}, and lora.rank of its run is "
-                f"{rank}"
+                f"{checkpoint.source}: the adapter of {name} is {first} and {second}, and "
+                f"lora.{'qformer_' if own else ''}rank of its run is {rank}"
             )
 
 

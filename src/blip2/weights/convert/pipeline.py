@@ -24,7 +24,7 @@ from blip2.io.atomic import replacing
 from blip2.models import towers
 from blip2.models.build import bert_config
 from blip2.weights import compact, names, runs
-from blip2.weights.adapters import has_adapters
+from blip2.weights.adapters import has_adapters, with_merged_qformer
 from blip2.weights.checkpoint import Checkpoint, Format
 from blip2.weights.convert.export_hf import write_huggingface
 from blip2.weights.formats import located, open_checkpoint, stage1_behind
@@ -99,6 +99,8 @@ def convert(
     """
     target = Path(target)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    if to in ("hf", "lavis"):
+        checkpoint = with_merged_qformer(checkpoint)
     require_possible(checkpoint, target, to)
     parent = None if stage1 is None else _stage1_of(checkpoint, target, to, stage1)
     if parent is not None:
@@ -150,6 +152,7 @@ def _require_stage1(checkpoint: Checkpoint) -> Checkpoint:
 def require_possible(checkpoint: Checkpoint, target: Path, to: Format | Literal["slim"]) -> None:
     """What can be known to fail fails before anything is written."""
     runs.require_new(target)
+    checkpoint = with_merged_qformer(checkpoint) if to in ("hf", "lavis") else checkpoint
     if checkpoint.partial:
         raise CheckpointError(f"{checkpoint.source}: a Q-Former alone: there is nothing to convert it to")
     if to == "slim" and checkpoint.format != "blip2":
