@@ -187,6 +187,7 @@ def test_backward_passes_at_the_end_give_the_same(
         ("vqa", "stage2", "accuracy", ("--data.cache_features", "false", "--vision.train", "false")),
         ("search", "stage1", None, ("--data.cache_features", "false")),
         ("answers", "stage2", None, ("--data.cache_features", "false")),
+        ("instruct", "stage2", None, ("--data.cache_features", "true", "--lora.qformer_rank", "2")),
     ],
 )
 def test_recipes(
@@ -208,6 +209,36 @@ def test_recipes(
         score = json.loads((tmp_path / "run/best/score.json").read_text())
         assert score["score"] == max(line[best] for line in dev)
     assert isinstance(blip2.load(tmp_path / "run", device=place.device), Blip2)
+
+
+def test_several_images_and_films(
+    trained: dict[str, Path], hf: HF, data: Path, place: Place, tmp_path: Path, capsys: Any
+) -> None:
+    """Trained on samples of one, two and four images, asked as typed, and its soft prompts held to the CPU's."""
+    pictures = [str(data.parent / f"{n}.png") for n in range(8)]
+    frames = [Image.open(name) for name in pictures]
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
+    asked = {"captions": [TEXTS[0]], "qa": [{"question": "what is it", "answers": ["a bird"]}]}
+    sources: list[dict[str, Any]] = [{"image": pictures[0]}, {"images": pictures[1:3]}, {"video": "film.gif"}]
+    (tmp_path / "set.jsonl").write_text("\n".join(json.dumps({**s, **asked}) for s in [*sources, sources[1]]))
+    more = ["--init", str(trained["stage2"]), "--data.cache_features", "false", "--qformer.image_places", "6"]
+    more += ["--language.image_mark", "{}:", "--eval.best", "null"]
+    run = tmp_path / "run"
+    assert main(command("instruct", hf, tmp_path / "set.jsonl", run, place, *more)) == 0
+    assert len(lines(run, "dev")) == 3
+    model, reference = blip2.load(run, device=place.device), blip2.load(run, device="cpu", dtype="fp32")
+    film = str(tmp_path / "film.gif")
+    for sample in (pictures[:3], film):
+        [(_, features)], [(_, wanted)] = model.sample_batches([sample]), reference.sample_batches([sample])
+        soft, want = model.soft_prompts(features, ["what is it"]), reference.soft_prompts(wanted, ["what is it"])
+        scale = float(want.abs().max())
+        np.testing.assert_allclose(np.array(soft.tolist()) / scale, np.array(want.tolist()) / scale, **place.near)
+    answer = model.answer([*pictures[:2], film], "what is it", **SHORT)
+    capsys.readouterr()
+    typed = ["ask", *pictures[:2], film, "what is it", "--model", str(run), "--device", place.device]
+    assert main(typed) == 0
+    assert capsys.readouterr().out.strip() == model.answer([*pictures[:2], film], "what is it")
+    assert isinstance(answer, str)
 
 
 def test_embeddings_and_matches(models: tuple[Blip2, Blip2], data: Path, place: Place) -> None:
