@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from PIL import Image
 from tests.data.test_film import write_gif
 
+from blip2.data.check import check_collection
 from blip2.data.images import ImageSpec
 from blip2.data.loader import TrainingBatches, dev_batches, require_single_images
 from blip2.data.sources import open_collection
@@ -85,3 +88,33 @@ def test_one_crop_for_all_frames(tmp_path: Path) -> None:
         assert torch.equal(view[0], view[1])
         assert torch.equal(view[0], view[2])
     assert not torch.equal(views[0], views[1])  # type: ignore[arg-type]
+
+
+def test_shards_of_several_images_and_films(jsonl: Path, tmp_path: Path) -> None:
+    """WebDataset's keys: `KEY.0.jpg`, `KEY.1.jpg`, ... belong together, `KEY.mp4` is a film; one image stays one."""
+    png, film = (jsonl.parent / "0.png").read_bytes(), b"\0\0\0\x18ftypisom" + bytes(50)
+    members = {"a.0.png": png, "a.1.png": png, "a.2.png": png, "b.mp4": film, "c.png": png, "c.1.png": png}
+    members |= {"d.1.png": png, "e.0.png": png, "e.1.png": b"", "f.png": png, "f.mp4": film}
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for key in "abcdef":
+            own = {name: data for name, data in members.items() if name.startswith(key)} | {f"{key}.txt": b"a text"}
+            for name, data in own.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    collection = open_collection(str(tmp_path / "x.tar"))
+    assert {s.key: (1 + len(s.more), s.film) for s in collection.samples} == {
+        "a": (3, False),
+        "b": (1, True),
+        "c": (1, False),
+        "f": (1, False),
+    }
+    assert {bad.key: bad.reason.split(":")[0] for bad in collection.bad} == {"d": "no image", "e": "zero-byte image"}
+    assert collection.samples[0].read_all() == [png] * 3
+
+
+def test_the_check_decodes_all_of_them(jsonl: Path, tmp_path: Path) -> None:
+    (jsonl.parent / "2.png").write_bytes(b"no image")
+    report = check_collection(str(jsonl), progress=False)
+    assert report.samples == 3
+    assert report.by_reason()["not an image"] == 1

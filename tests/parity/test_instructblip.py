@@ -5,7 +5,9 @@ The instruction enters the Q-Former and the language model; rows of different le
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from tests.parity.test_transformers import QUERIES, pixels, placeholders, same
 from torch import Tensor
 
 import blip2
+from blip2.cli.main import main
 from blip2.configs import DecodingConfig
 
 HF = Callable[[str], tuple[Path, Any]]
@@ -219,3 +222,29 @@ def test_films(hf: HF, kind: str, beams: int) -> None:
         )
     skip = 1 if kind == "video-t5" else 4 * QUERIES + ids.shape[1]
     assert torch.equal(written, want[:, skip:])
+
+
+def test_heatmaps_are_those_of_the_prompt(hf: HF) -> None:
+    """What the words of a caption look at goes through queries that have read the caption's instruction."""
+    model = blip2.load(hf("instruct-llama")[0], dtype="fp32")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (56, 56, 3), dtype=np.uint8))
+    maps = model.attend(picture)
+    assert maps.queries.shape == (2, QUERIES, 17)
+    model.config = replace(model.config, language=replace(model.config.language, prompt="two cats on a red sofa"))
+    assert (model.attend(picture).queries[1] - maps.queries[1]).abs().max() > 1e-4
+
+
+def test_data_sets_of_several_images_are_evaluated_on_all(hf: HF, tmp_path: Path) -> None:
+    pictures = [Image.new("RGB", (56, 56), color) for color in ("red", "blue")]
+    for n, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{n}.png")
+    line = {"images": ["0.png", "1.png"], "question": "what is it?", "answer": "a dog", "captions": ["two cats"]}
+    (tmp_path / "set.jsonl").write_text(json.dumps(line))
+    folder = str(hf("instruct-llama")[0])
+    model = blip2.load(folder, dtype="fp32")
+    for task, want in (("vqa", model.answer(pictures, "what is it?")), ("caption", model.caption([pictures])[0])):
+        out = tmp_path / task
+        command = ["evaluate", task, "--data", str(tmp_path / "set.jsonl"), "--model", folder, "--out", str(out)]
+        assert main([*command, "--dtype", "fp32"]) == 0
+        written = (out / "predictions.jsonl").read_text()
+        assert json.loads(written)["answer" if task == "vqa" else "caption"] == want

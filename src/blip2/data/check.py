@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from blip2.data.collection import BadSample, BadSampleError, Collection, Sample, printable
-from blip2.data.images import decode_image
+from blip2.data.film import FRAMES, read_images
 from blip2.data.sources import index
 
 _LISTED = 20
@@ -125,7 +125,7 @@ def _decoded(collection: Collection, progress: bool) -> Iterator[tuple[Sample, s
 def _decode(sample: Sample) -> str | tuple[tuple[int, int], bytes]:
     """Size and digest of an image, or the reason why it is bad."""
     try:
-        data = sample.read()
-        return decode_image(data).size, hashlib.blake2b(data, digest_size=16).digest()
+        data = b"".join(sample.read_all())
+        return read_images(sample, FRAMES)[0].size, hashlib.blake2b(data, digest_size=16).digest()
     except BadSampleError as error:
         return error.reason

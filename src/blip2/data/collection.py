@@ -110,7 +110,7 @@ class RawSample:
 
     Args:
         entry: JSON object: `image_id`, `captions` or `qa`, and whatever else the source has.
-        path, offset, size: where the image lies, as in `Sample`.
+        path, offset, size, more, film: where its image or images lie, as in `Sample`.
         data: the image itself, where it lies in no file of its own.
     """
 
@@ -120,6 +120,8 @@ class RawSample:
     offset: int = 0
     size: int = -1
     data: bytes | None = None
+    more: tuple[Place, ...] = ()
+    film: bool = False
 
     def read(self) -> bytes:
         """The image's bytes; raises what `Sample.read` does."""

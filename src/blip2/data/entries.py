@@ -80,7 +80,14 @@ def to_sample(raw: RawSample) -> Sample:
         BadSampleError: no caption, or a field of another type.
     """
     image_id = image_id_of(raw.entry, raw.key)
-    return Sample(raw.key, image_id, path=raw.path, offset=raw.offset, size=raw.size, **texts_of(raw.entry))
+    place: dict[str, Any] = {
+        "path": raw.path,
+        "offset": raw.offset,
+        "size": raw.size,
+        "more": raw.more,
+        "film": raw.film,
+    }
+    return Sample(raw.key, image_id, **place, **texts_of(raw.entry))
 
 
 def texts_of(entry: dict[str, Any]) -> dict[str, Any]:

@@ -85,6 +85,15 @@ def read_images(sample: Sample, frames: int) -> list[Image.Image]:
     return [decode_image(data) for data in sample.read_all()]
 
 
+def sample_source(sample: Sample, frames: int) -> SampleLike:
+    """A data set's sample as a model takes it: the bytes of one image, or the images of a sample of several.
+
+    Raises:
+        DataError, BadSampleError: as `read_images`.
+    """
+    return read_images(sample, frames) if sample.several else sample.read()
+
+
 def film_reader(data: bytes) -> str | None:
     """ffmpeg's reader of a film by its first bytes; None for anything else (GIFs too)."""
     return next((reader for start, reader in _FILMS.items() if re.match(start, data, re.DOTALL)), None)

@@ -34,6 +34,10 @@ SHARD_FORMATS = tuple(kind for kind in FORMATS if kind.media_type)
 MEDIA_TYPES = tuple(kind.media_type for kind in SHARD_FORMATS)
 
 
+# Films: what PyAV reads. A GIF is an image unless a data set calls it a film.
+FILM_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"})
+
+
 @functools.cache
 def suffixes() -> frozenset[str]:
     """Suffixes of image files (`.jpg`), in lower case: all that this Pillow has for these formats."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from blip2.configs import DecodingConfig
 from blip2.data.collection import Collection
+from blip2.data.film import sample_source
 from blip2.evaluation.inputs import decoding_options, few_shot_examples, few_shot_settings, require_captions
 from blip2.evaluation.prediction_log import Entries, Folder, work_through
 from blip2.evaluation.report import Outcome
@@ -44,7 +45,7 @@ class Captioning:
         samples = self.data.samples
 
         def predict(chunk: list[int]) -> Entries:
-            images = [samples[n].read() for n in chunk]
+            images = [sample_source(samples[n], model.frames) for n in chunk]
             captions = model.caption(images, prompt=self.options.prompt, decoding=self.decoding, shots=shots)
             return [
                 {"caption": caption, "references": list(samples[n].captions)}

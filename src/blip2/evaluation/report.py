@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from blip2.data.collection import BadSampleError, Collection, Sample
-from blip2.data.images import decode_image
+from blip2.data.film import read_images
 from blip2.io import html
 from blip2.io.figures import jpeg
 
@@ -84,7 +84,7 @@ def thumbnail(sample: Sample | None) -> str | None:
     if sample is None:
         return None
     try:
-        return jpeg(decode_image(sample.read()), THUMB)
+        return jpeg(read_images(sample, 1)[0], THUMB)
     except BadSampleError:
         return None
 

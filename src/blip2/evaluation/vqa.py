@@ -10,6 +10,7 @@ from typing import Any
 from blip2.configs import DecodingConfig
 from blip2.configs.checks import require
 from blip2.data.collection import Collection, Question, Sample
+from blip2.data.film import sample_source
 from blip2.errors import ConfigError, DataError
 from blip2.evaluation.inputs import decoding_options, few_shot_examples, few_shot_settings, read_lines
 from blip2.evaluation.prediction_log import Entries, Folder, work_through
@@ -66,7 +67,7 @@ class VQA:
             images = images[len(images) // 2 :] + images[: len(images) // 2]
 
         def predict(chunk: list[int]) -> Entries:
-            files = [images[n].read() for n in chunk]
+            files = [sample_source(images[n], model.frames) for n in chunk]
             questions = [self.questions[n][1] for n in chunk]
             texts = [question.text for question in questions]
             if self.candidates:

@@ -110,7 +110,7 @@ def attend(model: LoadedModel, features_1PC: Tensor, text: str | None, caption: 
         stage = model.stage2 or model.stage1
         shadow, recorded = recording(qformer_of(stage))
         with torch.no_grad():
-            shadow.encode_queries(shadow.project_image(features_1PC, stage.ln_vision))
+            _queries(model, shadow, stage, features_1PC)
         attention = Attention(grid_of(model), model.vision.prefix, cross_layers(qformer_of(stage)), recorded.maps())
     if caption is not None:
         _add_words(model, features_1PC, caption, attention)
@@ -147,7 +147,7 @@ def _add_words(model: LoadedModel, features_1PC: Tensor, caption: str, attention
     assert stage2 is not None
     shadow, recorded = recording(qformer_of(stage2))
     with torch.no_grad():
-        queries_1QD, _ = shadow.encode_queries(shadow.project_image(features_1PC, stage2.ln_vision))
+        queries_1QD = _queries(model, shadow, stage2, features_1PC)
         soft_1QH = stage2.language_proj(queries_1QD)
     if stage2.language_model.encoder_decoder:
         enc_ids, enc_mask, ids, mask = (x.to(model.device) for x in tokenizer.pairs([prompt], [caption]))
@@ -161,6 +161,16 @@ def _add_words(model: LoadedModel, features_1PC: Tensor, caption: str, attention
     attention.words = [tokenizer.decode([token]) for token in to_list(to_host(ids[0])[at_W])]
     shares_WQ = word_prompts / word_prompts.sum(dim=1, keepdim=True).clamp(min=1e-9)
     attention.word_maps = shares_WQ @ recorded.maps()[-1]
+
+
+def _queries(model: LoadedModel, shadow: QFormer, stage: Stage1 | Stage2, features_1PC: Tensor) -> Tensor:
+    """Query outputs [1, Q, D]; where a stage 2's Q-Former reads prompts, beside that of its captions."""
+    image_kv, reader = shadow.project_image(features_1PC, stage.ln_vision), model.instruction_reader
+    read = None if reader is None or stage is not model.stage2 else reader([model.config.language.prompt], None)
+    if read is None:
+        return shadow.encode_queries(image_kv)[0]
+    ids, mask = (x.to(model.device) for x in read)
+    return shadow.encode_pair(ids, mask, image_kv)
 
 
 def grid_of(model: LoadedModel) -> tuple[int, int]:

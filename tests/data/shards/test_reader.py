@@ -74,7 +74,7 @@ def test_every_image_that_can_be_decoded(tmp_path: Path, suffix: str) -> None:
     ("names", "reason"),
     [
         (["22.05.jpg"], "no image: the extension is .05.jpg, as WebDataset's keys end at a file name's first dot"),
-        (["a.mp4", "a.txt"], "no image, but .mp4"),
+        (["a.mp3", "a.txt"], "no image, but .mp3"),
         (["a.txt"], "no image"),
     ],
 )

@@ -9,25 +9,34 @@ the path up to the first dot of its last part.
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from blip2.data.collection import BadSample, BadSampleError, Collection, RawSample, printable
+from blip2.data.collection import BadSample, BadSampleError, Collection, Place, RawSample, printable
 from blip2.data.entries import decode_text, image_id_of, parse_json, text_lines, to_sample
-from blip2.data.image_formats import suffixes
+from blip2.data.image_formats import FILM_SUFFIXES, suffixes
 from blip2.errors import DataError
 
 _BLOCK = tarfile.BLOCKSIZE
+_NUMBERED = re.compile(r"(0|[1-9]\d?)\.(\w+)")
 
 
 @dataclass
 class _Members:
-    """What a key has in a shard: its first image, its texts, and the extensions of what is neither."""
+    """What a key has in a shard: its first image, its texts, and the extensions of what is neither.
+
+    Args:
+        numbered: images `KEY.0.jpg`, `KEY.1.jpg`, ... that belong together.
+        film: `KEY.mp4`.
+    """
 
     image: tuple[int, int] | None = None
+    numbered: dict[int, tuple[int, int]] = field(default_factory=dict)
+    film: tuple[int, int] | None = None
     texts: dict[str, bytes] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
 
@@ -101,6 +110,11 @@ def _add(members: dict[str, _Members], name: str, member: tarfile.TarInfo, handl
     parts = members.setdefault(key, _Members())
     if f".{extension}" in suffixes() and parts.image is None:
         parts.image = (member.offset_data, member.size)
+    elif f".{extension}" in FILM_SUFFIXES and parts.film is None:
+        parts.film = (member.offset_data, member.size)
+    elif (number := _NUMBERED.fullmatch(extension)) and f".{number[2]}" in suffixes():
+        parts.numbered[int(number[1])] = (member.offset_data, member.size)
+        parts.others.append(extension)
     elif extension in ("json", "txt"):
         handle.seek(member.offset_data)
         parts.texts[extension] = handle.read(member.size)
@@ -135,10 +149,13 @@ def _no_image(extensions: list[str]) -> str:
 
 
 def _raw(key: str, parts: _Members, path: Path) -> RawSample:
-    if parts.image is None:
+    images = [parts.numbered[n] for n in range(len(parts.numbered)) if n in parts.numbered]
+    if parts.image is not None or parts.film is not None or len(images) < len(parts.numbered):
+        images = [place for place in (parts.image or parts.film,) if place is not None]
+    if not images:
         raise BadSampleError(_no_image(parts.others))
-    offset, size = parts.image
-    if size == 0:
+    (offset, size), *more = images
+    if any(length == 0 for _, length in images):
         raise BadSampleError("zero-byte image")
     if not parts.texts:
         raise BadSampleError("no text")
@@ -147,4 +164,12 @@ def _raw(key: str, parts: _Members, path: Path) -> RawSample:
         entry = {**entry, "captions": text_lines(decode_text(parts.texts["txt"]))}
     if "captions" not in entry and "caption" in entry:
         entry = {**entry, "captions": entry["caption"]}
-    return RawSample(key, {**entry, "image_id": image_id_of(entry, key)}, str(path), offset, size)
+    return RawSample(
+        key,
+        {**entry, "image_id": image_id_of(entry, key)},
+        str(path),
+        offset,
+        size,
+        more=tuple(Place(str(path), *place) for place in more),
+        film=parts.image is None and parts.film is not None,
+    )
