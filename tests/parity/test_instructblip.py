@@ -21,6 +21,7 @@ from torch import Tensor
 import blip2
 from blip2.cli.main import main
 from blip2.configs import DecodingConfig
+from blip2.weights.formats import open_checkpoint
 
 HF = Callable[[str], tuple[Path, Any]]
 KINDS = ("instruct-t5", "instruct-llama")
@@ -248,3 +249,23 @@ def test_data_sets_of_several_images_are_evaluated_on_all(hf: HF, tmp_path: Path
         assert main([*command, "--dtype", "fp32"]) == 0
         written = (out / "predictions.jsonl").read_text()
         assert json.loads(written)["answer" if task == "vqa" else "caption"] == want
+
+
+def test_another_token_in_front(hf: HF, tmp_path: Path) -> None:
+    """LAVIS begins Vicuna's prompts with `</s>`, whatever the tokenizer's files say; what is written says so too."""
+    from transformers import InstructBlipProcessor
+
+    run = blip2.convert(hf("instruct-llama")[0], tmp_path / "run", "blip2").target
+    checkpoint = open_checkpoint(run)
+    language = replace(checkpoint.config.language, start="<pad>")
+    changed = replace(checkpoint, config=replace(checkpoint.config, language=language))
+    blip2.convert(changed, tmp_path / "hf", "hf")
+    processor = InstructBlipProcessor.from_pretrained(tmp_path / "hf")
+    picture = Image.new("RGB", (56, 56), "red")
+    ids = processor(images=picture, text="what is it?", return_tensors="pt")["input_ids"][:, QUERIES:]
+    model = blip2.load(tmp_path / "hf", dtype="fp32")
+    assert torch.equal(ids, model.language_tokenizer.prompts(["what is it?"])[0])
+    assert ids[0, 0] == 1
+    plain = blip2.load(run, dtype="fp32").language_tokenizer.prompts(["what is it?"])[0]
+    assert plain[0, 0] == 2
+    assert torch.equal(plain[:, 1:], ids[:, 1:])

@@ -213,8 +213,8 @@ def _write_stage2(run: RunConfig, kind: Kind, language: Tower, vision: Tower, ou
         tokenizer = AutoTokenizer.from_pretrained(language.folder)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        if run.language.start is not None:  # the tokenizer of a named model, as LAVIS changes it
-            tokenizer.bos_token = run.language.start
+        if run.language.start is not None:
+            _begin_with(tokenizer, run.language.start)
         tokenizers = [tokenizer, _text_tokenizer(run)] if kind.instruct else [tokenizer]
         _save_processor(kind, tokenizers, run.qformer.queries, vision.config, run, output)
         image_token = int(tokenizer.convert_tokens_to_ids(f"<{kind.token}>"))
@@ -226,6 +226,16 @@ def _write_stage2(run: RunConfig, kind: Kind, language: Tower, vision: Tower, ou
             suppress_tokens=[image_token],
         ).save_pretrained(output)
     return image_token
+
+
+def _begin_with(tokenizer: Any, start: str) -> None:
+    """Put another special token in front of every text, as LAVIS does for Vicuna."""
+    from tokenizers.processors import TemplateProcessing
+
+    special = [(start, tokenizer.convert_tokens_to_ids(start))]
+    tokenizer.bos_token = start
+    template = TemplateProcessing(single=f"{start} $A", pair=f"{start} $A {start} $B", special_tokens=special)
+    tokenizer.backend_tokenizer.post_processor = template
 
 
 def _save_processor(
