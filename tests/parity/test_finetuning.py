@@ -192,6 +192,27 @@ def test_instruction_tuning_on_images_and_films(
     assert "they are for stage 2, with --data.cache_features false" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["instruct-llama", "instruct-t5", "video-llama"])
+def test_an_instructblip_of_transformers_trains_on(
+    kind: str, hf: HF, pictures: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Its text branch is its own; what was trained goes back to the class that it came from."""
+    source, run = str(hf(kind)[0]), tmp_path / "run"
+    towers = ["--vision.name", source, "--qformer.init", source, "--language.name", source]
+    more = ["--optim.lr", "1e-3", "--vision.token_drop", "0", "--eval.best", "null", *towers]
+    more += ["--vision.frames", "4"] if kind.startswith("video") else []
+    assert main(command("instruct", hf, pictures, run, hf(kind)[0], *more)) == 0
+    said = capsys.readouterr().err
+    assert "95 tensors from" in said
+    assert "text branch from" not in said
+    before, after = open_checkpoint(source).tensors, weights(run)
+    assert before.keys() == after.keys()
+    assert not torch.equal(before["qformer.embeddings.word.weight"].read(), after["qformer.embeddings.word.weight"])
+    folder = blip2.convert(run, tmp_path / "hf", "hf").target
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == [type(hf(kind)[1]).__name__]
+
+
 def test_adapters_on_the_qformer(hf: HF, bridges: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
     """Its own weights stay, also in a resumed run; what loads and what is exported has the adapters in its weights."""
     run, more = tmp_path / "run", ["--optim.lr", "1e-2", "--vision.token_drop", "0", "--lora.qformer_rank", "2"]

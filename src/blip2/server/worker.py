@@ -152,6 +152,7 @@ class Worker:
         if task.answers and not self.asks:
             raise bad("this model is stage 1 and has no language model: it captions, but answers no questions")
         features_BPC = self._features(task, items)
+        soft = self.queries if task.images == 1 else self.model.soft_length(task.images)
         fitted = [self._fit(item, task) if self.asks else ("", 0) for item in items]
         device = self.model.device
         with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=task.seed is not None):
@@ -159,7 +160,7 @@ class Worker:
                 torch.manual_seed(task.seed)
             if self.asks:
                 # No more new tokens than the language model has room for behind the longest prompt.
-                room = self._room - (task.images - 1) * self.queries
+                room = self._room - (soft - self.queries)
                 room = max(room - max(tokens for _, tokens in fitted), task.decoding.min_tokens, 1)
                 decoding = replace(task.decoding, max_tokens=min(task.decoding.max_tokens, room))
                 questions = [item.text or "" for item in items] if task.answers else None
@@ -170,7 +171,7 @@ class Worker:
         scores = self._itm_scores(features_BPC, texts) if task.scored and self.judges else nothing
         itc_scores = self.model.itc_scores(features_BPC, texts) if task.scored and self.matches else nothing
         return [
-            Generated(*parts, tokens + task.images * self.queries, [self._count(text) for text in parts[0]])
+            Generated(*parts, tokens + soft, [self._count(text) for text in parts[0]])
             for parts, (_, tokens) in zip(zip(texts, scores, itc_scores, strict=True), fitted, strict=True)
         ]
 
@@ -202,7 +203,7 @@ class Worker:
             turns = [f"{language.question.format(question)} {_sentence(answer)}" for question, answer in item.turns]
         else:
             text, turns = language.prompt if item.text is None else item.text, []
-        soft = task.images * self.queries
+        soft = self.queries if task.images == 1 else self.model.soft_length(task.images)
         room = self._room - (soft - self.queries) - max(task.decoding.min_tokens, 1)
         if room < 1:
             raise bad(

@@ -208,6 +208,12 @@ class LoadedModel:
                 features_BPC, *(x.to(self.device) for x in read or ()), marks=self.image_marks(features_BPC)
             )
 
+    def soft_length(self, images: int) -> int:
+        """Soft prompts of a sample of so many images, the texts between them included."""
+        template = self.config.language.image_mark
+        marks = [] if template is None else self.language_tokenizer.marks(template, images)
+        return images * self.config.qformer.queries + sum(map(len, marks))
+
     def image_marks(self, features_BPC: Tensor) -> list[Tensor]:
         """Ids of the text in front of each of the images of a sample; empty for one image, or without such text."""
         template = self.config.language.image_mark
