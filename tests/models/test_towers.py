@@ -25,6 +25,8 @@ MILLIONS = {
     "smollm2-135m": 134.5,
     "opt-2.7b": 2651.6,
     "opt-6.7b": 6658.5,
+    "vicuna-7b": 6738.4,
+    "vicuna-13b": 13015.9,
     "flan-t5-xl": 2849.8,
     "flan-t5-xxl": 11135.3,
 }
