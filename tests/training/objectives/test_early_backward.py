@@ -128,7 +128,9 @@ def test_stage_2(tiny: Any, monkeypatch: pytest.MonkeyPatch, kind: str, texts_pe
     read: list[int] = []
     name = "encoder_decoder_loss" if kind == "t5" else "decoder_loss"
     whole = getattr(model.language_model, name)
-    monkeypatch.setattr(model.language_model, name, lambda p, *rest: (read.append(len(p)), whole(p, *rest))[1])
+    monkeypatch.setattr(
+        model.language_model, name, lambda p, *rest, **more: (read.append(len(p)), whole(p, *rest, **more))[1]
+    )
 
     def step(early: bool) -> tuple[dict[str, Tensor], list[Tensor | None]]:
         config = LanguageConfig(prompt="a dog")
