@@ -161,3 +161,11 @@ def test_png_text_of_pillow_goes() -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text("parameters", "a dog " * 1000, zip=True)
     assert pixel_bytes(encoded("PNG", pnginfo=text), "PNG") == PNG
+
+
+def test_a_marker_after_the_pixels_may_begin_with_several_bytes() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (200, 30, 90)).save(buffer, "JPEG")
+    plain = buffer.getvalue()
+    filled = plain[:-2] + b"\xff\xff" + plain[-2:]
+    assert take_apart(filled, "JPEG").pixels == take_apart(plain, "JPEG").pixels

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 # A marker of a JPEG; 0xFF00 and restarts belong to the coded pixels.
 _MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
+# Its last two bytes, to search for: a pattern that begins with one certain byte is found ten times as fast.
+_NEXT = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _START_OF_SCAN, _END_OF_IMAGE, _COMMENT = 0xDA, 0xD9, 0xFE
 _APPLICATION = range(0xE0, 0xF0)
 _JFIF, _EXIF, _ADOBE = 0xE0, 0xE1, 0xEE  # what colours and orientation are read from
@@ -77,10 +79,12 @@ def _jpeg(data: bytes) -> Container:
         if size < 2 or end > len(data):
             raise ContainerError("image is truncated")
         if marker == _START_OF_SCAN:
-            following = _MARKER.search(data, end)
+            following = _NEXT.search(data, end)
             if following is None:
                 raise ContainerError("image is truncated")
             end = following.start()
+            while data[end - 1] == 0xFF:  # a marker may begin with several
+                end -= 1
         describes = marker == _COMMENT or marker in _APPLICATION
         if describes:
             file.metadata.append(data[body + 2 : end])
