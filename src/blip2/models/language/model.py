@@ -22,6 +22,7 @@ from blip2.models import towers
 from blip2.models.freezing import freeze, is_adapter
 from blip2.models.generation.generate import Prompts, generate
 from blip2.models.language import quantize, shared_prefix
+from blip2.ops.attention import fast_kernels
 from blip2.ops.bucketing import bucket, length_groups
 from blip2.ops.devices import fast_dtype, to_list
 from blip2.ops.losses import head_loss
@@ -392,8 +393,10 @@ class LanguageModel(nn.Module):
             return forward(*args, **kwargs)
         forward = self._compiled.get(number, forward)
         if self.gradient_checkpointing:
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-        return forward(*args, **kwargs)
+            forward = functools.partial(checkpoint, forward, use_reentrant=False)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        with fast_kernels(hidden):
+            return forward(*args, **kwargs)
 
 
 def load_language_model(

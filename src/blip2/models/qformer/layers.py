@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip2.ops.attention import attention
 from blip2.ops.bucketing import bucket
 
 KeyValue = tuple[Tensor, Tensor]
@@ -98,7 +99,7 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Scaled dot-product attention of split heads -> [N, L, D]."""
         dropout = self.attention_dropout if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout).transpose(1, 2).flatten(2)
+        return attention(q, k, v, mask, dropout).transpose(1, 2).flatten(2)
 
     def finish(self, residual: Tensor, context: Tensor) -> Tensor:
         """Output projection, dropout, residual, LayerNorm."""
