@@ -1,5 +1,6 @@
 """Errors that a user can act on: one line each, shown without a traceback, exit code 2."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,11 @@ class CheckpointError(Blip2Error):
 
 class RunError(Blip2Error):
     """A run that cannot go on (non-finite loss, vanished data, full disk)."""
+
+
+def one_line(text: str) -> str:
+    """A message in which line ends and control characters, of file names above all, are written as escapes."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda match: repr(match[0])[1:-1], text)
 
 
 @contextmanager

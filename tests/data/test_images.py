@@ -58,10 +58,32 @@ def test_truncated(kind: str, jpeg: Jpeg) -> None:
 def test_zero_bytes_text_and_postscript() -> None:
     # EPS would be handed to Ghostscript by Pillow.
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
-    for data, reason in ((b"", "zero-byte image"), (b"hello", "not an image"), (postscript, "not an image")):
+    other = "not an image that can be decoded (PostScript)"
+    for data, reason in ((b"", "zero-byte image"), (b"hello", "not an image"), (postscript, other)):
         with pytest.raises(BadSampleError) as error:
             decode_image(data)
         assert error.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC: save it as JPEG"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL: save it as JPEG"),
+        (b'<?xml version="1.0"?>\n<!-- drawn -->\n<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG: save it as PNG"),
+        (b"8BPS\0\1", "Photoshop's: save it as PNG"),
+        (b"II*\0\x10\0\0\0CR\2\0", "raw data of a camera: save it as JPEG"),
+        (b"%PDF-1.7", "a PDF: save its pages as PNG"),
+        (b"\r\n<!DOCTYPE html><html>", "a web page"),
+        (b"\0\0\0\x20ftypisom", "a film"),
+        (b"PK\3\4", "a zip archive"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS: `git lfs pull` fetches the file"),
+    ],
+)
+def test_what_is_no_image_is_named(data: bytes, what: str) -> None:
+    with pytest.raises(BadSampleError) as error:
+        decode_image(data + bytes(64))
+    assert error.value.reason == f"not an image that can be decoded ({what})"
 
 
 @pytest.mark.parametrize(("side", "reason"), [(10_001, "10001x10000 pixels"), (40_000, "400000000 pixels")])

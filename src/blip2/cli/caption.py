@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2.cli.options import Commands, add_beams, add_frames, add_json, add_model, add_shots
-from blip2.errors import DataError, RunError, os_error_as
+from blip2.errors import DataError, RunError, one_line, os_error_as
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
             bar.update(len(names))
             bar.set_postfix(failed=len(failed), refresh=False)
     for line in failed:
-        tqdm.write(f"blip2: {line}", file=sys.stderr)
+        tqdm.write(f"blip2: {one_line(line)}", file=sys.stderr)
     _say(files.note())
     named = [line for line in failed if any(line.startswith(f"{n}: ") for n in options.images)]
     return 2 if named or len(failed) == len(todo) else 0

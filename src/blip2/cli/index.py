@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2.cli.options import Commands, add_json, add_model
-from blip2.errors import Blip2Error, ConfigError, DataError
+from blip2.errors import Blip2Error, ConfigError, DataError, one_line
 
 if TYPE_CHECKING:
     from blip2.data.collection import Collection
@@ -180,7 +180,7 @@ def _fill(store: Store, model: Blip2, data: Collection, options: argparse.Namesp
     report = Builder(store, model, progress=len(data.samples) > 1).add(data.samples)
     report.bad = [*data.bad, *report.bad]
     for image in report.bad[:_SHOWN]:
-        print(f"blip2: {image.path}: {image.key}: {image.reason}", file=sys.stderr)
+        print("blip2: " + one_line(f"{image.path}: {image.key}: {image.reason}"), file=sys.stderr)
     if len(report.bad) > _SHOWN:
         print(f"blip2: and {len(report.bad) - _SHOWN} more", file=sys.stderr)
     if data.note:

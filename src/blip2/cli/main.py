@@ -6,11 +6,12 @@ import argparse
 import gc
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
 from blip2 import __version__
-from blip2.errors import Blip2Error
+from blip2.errors import Blip2Error, one_line
 
 # Each is a module of this folder with `add_parser(commands)`; it imports what it runs inside its functions.
 COMMANDS = (
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except Blip2Error as error:
-        print(f"blip2: {error}", file=sys.stderr)
+        print(f"blip2: {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("blip2: interrupted", file=sys.stderr)
@@ -62,6 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"blip2: {one_line(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
+        return 2
     finally:
         gc.enable()
 

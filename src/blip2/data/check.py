@@ -14,6 +14,7 @@ from tqdm import tqdm
 from blip2.data.collection import BadSample, BadSampleError, Collection, Sample, printable
 from blip2.data.film import FRAMES, read_images
 from blip2.data.sources import index
+from blip2.errors import one_line
 
 _LISTED = 20
 
@@ -108,7 +109,7 @@ def format_report(report: CheckReport) -> str:
     for reason, count in report.by_reason().items():
         lines.append(f"  {count:>7}  {reason}")
         named = [bad for bad in report.bad if bad.reason == reason]
-        lines += [f"             {bad.key}  ({printable(bad.path)})" for bad in named[:_LISTED]]
+        lines += [f"             {one_line(bad.key)}  ({one_line(printable(bad.path))})" for bad in named[:_LISTED]]
         if count > _LISTED:
             lines.append(f"             and {count - _LISTED} more (--json lists all)")
     lines += [f"  {report.note}"] if report.note else []

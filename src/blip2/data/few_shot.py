@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from blip2.data.collection import BadSampleError, Collection
-from blip2.data.entries import numbered_lines, parse_json
+from blip2.data.entries import numbered_lines, parse_json, with_usual_names
 from blip2.errors import ConfigError, DataError
 
 
@@ -39,7 +39,13 @@ def read_shots(path: str | Path) -> list[Shot]:
     shots = []
     for number, line in numbered_lines(file):
         try:
-            shots.append(as_shot(parse_json(line), file.parent))
+            entry = with_usual_names(parse_json(line))
+            if not isinstance(entry.get("image"), str):
+                raise BadSampleError('no "image"')
+            captions = entry.get("captions")
+            if "caption" not in entry and captions:
+                entry["caption"] = captions[0] if isinstance(captions, list) else captions
+            shots.append(as_shot(entry, file.parent))
         except BadSampleError as error:
             raise DataError(f"{file}: line {number}: {error.reason}") from error
     if not shots:

@@ -18,7 +18,9 @@ _MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
 _NEXT = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _START_OF_SCAN, _END_OF_IMAGE, _COMMENT = 0xDA, 0xD9, 0xFE
 _APPLICATION = range(0xE0, 0xF0)
-_JFIF, _EXIF, _ADOBE = 0xE0, 0xE1, 0xEE  # what colours and orientation are read from
+# What colours and orientation are read from, JFIF's, Exif's and Adobe's, and how long they are at least.
+_NAMES = {0xE0: b"JFIF\0", 0xE1: b"Exif\0", 0xEE: b"Adobe"}
+_SHORTEST = {0xE0: 16, 0xE1: 10, 0xEE: 14}
 # Chunks of a PNG beside the critical ones, whose names begin with a capital: transparency and orientation.
 _PNG_CHUNKS = (b"tRNS", b"eXIf")
 # What is coded, and so is no text: colour profiles and the frames of animations.
@@ -88,7 +90,7 @@ def _jpeg(data: bytes) -> Container:
         describes = marker == _COMMENT or marker in _APPLICATION
         if describes:
             file.metadata.append(data[body + 2 : end])
-        if not describes or marker in (_JFIF, _ADOBE) or (marker == _EXIF and data.startswith(b"Exif\0", body + 2)):
+        if not describes or (size >= _SHORTEST.get(marker, size + 1) and data.startswith(_NAMES[marker], body + 2)):
             kept.append(data[at:end])
         at = end
 
@@ -106,11 +108,17 @@ def _png(data: bytes) -> Container:
             raise ContainerError("image is damaged (a checksum does not fit)")
         if not critical and name not in _PNG_PIXELS:
             file.metadata.append(data[at + 8 : end - 4])
-        if critical or (whole and name in _PNG_CHUNKS):
+        if critical or (whole and name in _PNG_CHUNKS and (name != b"tRNS" or _is_transparency(data, size))):
             kept.append(data[at:end])
         at = end
     file.pixels, file.rest = b"".join(kept), data[at:]
     return file
+
+
+def _is_transparency(data: bytes, size: int) -> bool:
+    """Whether a PNG of this header can have so many bytes of transparency."""
+    colour_type = data[25]
+    return size == {0: 2, 2: 6}.get(colour_type) or (colour_type == 3 and 1 <= size <= 256)
 
 
 def _webp(data: bytes) -> Container:

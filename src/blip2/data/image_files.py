@@ -105,6 +105,8 @@ def find_images(names: Sequence[str]) -> ImageFiles:
     ignored = Counter[str]()
     for name in names:
         path = Path(name)
+        if not name:
+            raise DataError("an empty name: give an image or a folder (`.` is this one)")
         if path.is_dir():
             inside = images_below(path)
             ignored += inside.ignored

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from blip2.data.collection import BadSampleError
 from blip2.data.image_container import ContainerError, take_apart
-from blip2.data.image_formats import FORMATS, format_of
+from blip2.data.image_formats import FORMATS, format_of, other_kind
 from blip2.errors import DataError
 
 # Above this an image is refused from its header, before a pixel is decoded.
@@ -71,8 +71,8 @@ def open_image(image: ImageLike) -> Image.Image:
         name = str(image)
         try:
             data = Path(image).read_bytes()
-        except OSError as error:
-            raise DataError(f"{name}: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
+            raise DataError(f"{name}: {getattr(error, 'strerror', error)}") from error
     try:
         return decode_image(data)
     except BadSampleError as error:
@@ -129,7 +129,8 @@ def decode_image(data: bytes, opened: Callable[[Image.Image], object] | None = N
         pixels = re.search(r"\d+ pixels", str(error))
         raise BadSampleError(f"image is a decompression bomb ({pixels[0] if pixels else 'too large'})") from None
     except UnidentifiedImageError:
-        raise BadSampleError("not an image") from None
+        other = other_kind(data)
+        raise BadSampleError(f"not an image that can be decoded ({other})" if other else "not an image") from None
     # A malformed file can raise anything inside Pillow's readers: struct.error, KeyError, zlib.error, ...
     except Exception as error:
         cut = isinstance(error, EOFError) or re.search("truncated|broken data stream", str(error), re.IGNORECASE)
@@ -260,7 +261,7 @@ def _opened(data: bytes) -> Image.Image:
     Image.init()  # registers every format: `open` refuses a name that it does not know yet
     formats = [kind.name for kind in FORMATS if kind.name in Image.OPEN]
     with _WARNINGS, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore")  # of many pixels, which `_refuse_bomb` counts, and of damaged tags
         return Image.open(io.BytesIO(data), formats=formats)
 
 
@@ -276,10 +277,12 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     """EXIF's orientation, 1 (upright) to 8; 1 where there is none or it cannot be read."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except _BROKEN_EXIF:
-        return 1
+    with _WARNINGS, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of Pillow's, about damaged tags
+        try:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        except _BROKEN_EXIF:
+            return 1
     return orientation if orientation in range(1, 9) else 1
 
 

@@ -80,6 +80,8 @@ def _mixed(spec: str, parts: list[Part]) -> Collection:
 
 def index(spec: str) -> Collection:
     """As `open_collection`, but a data set may be empty or all bad (`blip2 data check` shows why)."""
+    if not spec:
+        raise DataError("an empty name: give a data set (`.` is this folder)")
     name, _, split = spec.partition(":")
     if name == "easy-vqa" and split in ("train", "dev", "test"):
         return _easy_vqa(spec, split)

@@ -158,7 +158,7 @@ def _raw(key: str, parts: _Members, path: Path) -> RawSample:
     if any(length == 0 for _, length in images):
         raise BadSampleError("zero-byte image")
     if not parts.texts:
-        raise BadSampleError("no text")
+        raise BadSampleError("no text" + (f", but .{', .'.join(parts.others)}" if parts.others else ""))
     entry = parse_json(parts.texts["json"]) if "json" in parts.texts else {}
     if "captions" not in entry and "caption" not in entry and "txt" in parts.texts:
         entry = {**entry, "captions": text_lines(decode_text(parts.texts["txt"]))}
