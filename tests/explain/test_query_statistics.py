@@ -21,7 +21,7 @@ from blip2.inference import Blip2
 
 @pytest.fixture(scope="module")
 def model(tiny: Path) -> Blip2:
-    result = blip2.load(tiny, device="cpu")
+    result = blip2.load(tiny, device="cpu", dtype="fp32")
     result.batch = 4
     return result
 

@@ -322,5 +322,8 @@ def test_a_server_that_is_stopped_says_so(tiny: Path, kind: signal.Signals) -> N
         assert server.stdout is not None
         assert "Ctrl-C stops" in server.stdout.readline()
         server.send_signal(kind)
-        out, _ = server.communicate(timeout=60)
+        try:
+            out, _ = server.communicate(timeout=60)
+        finally:
+            server.kill()
     assert (server.returncode, out) == (0, "blip2: stopped\n")

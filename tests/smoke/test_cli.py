@@ -151,7 +151,8 @@ def test_two_processes_under_torchrun(stage1: Path, pictures: Path, tmp_path: Pa
     assert done.stderr.count("report: ") == 1
     assert (tmp_path / "s1/report.html").is_file()
     # the schedule of another length differs from the second step on: the first is the same
-    assert losses(tmp_path / "s1")[1] == pytest.approx(losses(stage1)[1], rel=1e-4)
+    # (in bf16, where that is the default, halves of a batch round otherwise)
+    assert losses(tmp_path / "s1")[1] == pytest.approx(losses(stage1)[1], rel=1e-3)
 
 
 @needs_towers

@@ -167,9 +167,14 @@ def _serve(options: argparse.Namespace, settings: Settings, listening: socket.so
     )
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            print(f"blip2: {', '.join(names)} at http://{shown}:{port} (API at /docs); Ctrl-C stops", flush=True)
+
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises both signals anew once all is answered
-        print(f"blip2: {', '.join(names)} at http://{shown}:{port} (API at /docs); Ctrl-C stops", flush=True)
-        uvicorn.Server(config).run(sockets=[listening])
+        Server(config).run(sockets=[listening])
     print("blip2: stopped", flush=True)
     return 0
